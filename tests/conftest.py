@@ -1,0 +1,18 @@
+"""Fixtures of the whole suite; real engines are started when a test first asks for one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tests import needs
+from tests.fixtures import busybox_image, docker_engine, own_engine, python_image, registry
+
+if TYPE_CHECKING:
+    import pytest
+
+__all__ = ["busybox_image", "docker_engine", "own_engine", "python_image", "registry"]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what this machine could not run, and why."""
+    needs.summary(terminalreporter)

@@ -1,0 +1,161 @@
+"""What tests ask of the machine: ``need("docker")`` goes on, or skips with a reason and what to do about it.
+
+``RMA_REQUIRE=docker,netns`` (or ``all``) turns the skip into a failure, so that CI cannot pass by running less.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests import engines
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+#: Seconds for one look at the machine; an engine that takes longer to say its version is not usable for tests.
+LOOK_S = 20.0
+
+_found: dict[str, str | None] = {}
+_without: dict[str, int] = {}
+
+
+def need(name: str) -> None:
+    """Return if ``name`` can really be used here, else skip the test, or fail it where RMA_REQUIRE names it."""
+    if name not in _found:
+        _found[name] = CHECKS[name]()
+    reason = _found[name]
+    if reason is None:
+        return
+    if required(name):
+        pytest.fail(f"RMA_REQUIRE asks for {name}, and it is not usable: {reason}", pytrace=False)
+    _without[name] = _without.get(name, 0) + 1
+    pytest.skip(f"{name}: {reason}")
+
+
+def required(name: str) -> bool:
+    """Whether RMA_REQUIRE names it; an unknown name there is an error, for it would require nothing."""
+    names = {part.strip() for part in os.environ.get("RMA_REQUIRE", "").split(",")} - {""}
+    if unknown := names - set(CHECKS) - {"all"}:
+        pytest.fail(f"RMA_REQUIRE: unknown {sorted(unknown)}; there are {sorted(CHECKS)}", pytrace=False)
+    return name in names or "all" in names
+
+
+def forget(name: str) -> None:
+    """Look anew at the next ``need``: something was started or stopped."""
+    _found.pop(name, None)
+
+
+def summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say at the end of the run what could not be run here, why, and how to make that a failure."""
+    if not _without:
+        return
+    terminalreporter.section("not run on this machine")
+    for name, count in sorted(_without.items()):
+        terminalreporter.line(f"{name}: {count} not run: {_found.get(name) or 'came later'}")
+    terminalreporter.line(f"RMA_REQUIRE={','.join(sorted(_without))} makes these fail instead")
+
+
+def _run(*command: str) -> str | None:
+    """None if the command succeeds, else its last words."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LOOK_S, check=False)
+    except FileNotFoundError:
+        return f"{command[0]} is not installed"
+    except subprocess.TimeoutExpired:
+        return f"`{' '.join(command)}` did not end within {LOOK_S:g} s"
+    words = (done.stderr.strip() or done.stdout.strip() or f"exit {done.returncode}").splitlines()
+    return None if done.returncode == 0 else words[-1]
+
+
+def _advised(reason: str | None, advice: str) -> str | None:
+    return reason and f"{reason}; {advice}"
+
+
+def _docker() -> str | None:
+    reason = _run("docker", "version", "--format", "{{.Server.Version}}")
+    return _advised(reason, "start Docker, or as root: apt-get install docker.io, python tests/engines.py up")
+
+
+def _own_engine() -> str | None:
+    return engines.can_start_engine()
+
+
+def _debootstrap() -> str | None:
+    if not hasattr(os, "geteuid") or os.geteuid() != 0:
+        return "making a base image needs root"
+    return _advised(_run("debootstrap", "--version"), "apt-get install debootstrap")
+
+
+def _registry() -> str | None:
+    address = os.environ.get("RMA_TEST_REGISTRY")
+    if not address:
+        return "RMA_TEST_REGISTRY is not set; as root: apt-get install docker-registry, python tests/engines.py up"
+    try:
+        with urllib.request.urlopen(f"http://{address}/v2/", timeout=LOOK_S):
+            return None
+    except (OSError, urllib.error.URLError) as error:
+        return f"no registry answers at {address} ({error}); python tests/engines.py up starts one"
+
+
+def _netns() -> str | None:
+    if not hasattr(os, "geteuid") or os.geteuid() != 0:
+        return "network namespaces need root on Linux; run the tests with sudo"
+    name = f"rma-need-{os.getpid()}"
+    reason = _run("ip", "netns", "add", name)
+    if reason is None:
+        # A namespace is of use only where a pair of interfaces can lead into it.
+        reason = _run("ip", "link", "add", f"rn{os.getpid()}", "type", "veth", "peer", "netns", name)
+        _run("ip", "netns", "delete", name)
+    return _advised(reason, "this needs iproute2 and CAP_SYS_ADMIN (in a container: --privileged)")
+
+
+def _podman() -> str | None:
+    return _advised(_run("podman", "info", "--format", "{{.Version.Version}}"), "apt-get install podman")
+
+
+def _chromium() -> str | None:
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    found = next(filter(None, map(shutil.which, names)), names[0])
+    return _advised(_run(found, "--version"), "apt-get install chromium")
+
+
+def _redis() -> str | None:
+    return _advised(_run("redis-server", "--version"), "apt-get install redis-server")
+
+
+def _gcc() -> str | None:
+    return _advised(_run("gcc", "--version"), "apt-get install gcc libc6-dev")
+
+
+def _cgroup_v1() -> str | None:
+    for controller in ("cpu", "memory"):
+        folder = Path("/sys/fs/cgroup") / controller / f"rma-need-{os.getpid()}"
+        try:
+            folder.mkdir()
+            folder.rmdir()
+        except OSError as error:
+            return f"a cgroup of version 1 cannot be made ({error}); this needs root on Linux with version 1 or hybrid"
+    return None
+
+
+#: Everything a test may ask for, with what looks for it.
+CHECKS: dict[str, Callable[[], str | None]] = {
+    "cgroup-v1": _cgroup_v1,
+    "chromium": _chromium,
+    "debootstrap": _debootstrap,
+    "docker": _docker,
+    "gcc": _gcc,
+    "netns": _netns,
+    "own-engine": _own_engine,
+    "podman": _podman,
+    "redis": _redis,
+    "registry": _registry,
+}
