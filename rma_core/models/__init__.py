@@ -1,0 +1,1 @@
+"""The records that agents, coordinators, detectors and tools exchange."""

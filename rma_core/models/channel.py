@@ -1,0 +1,161 @@
+"""The frames of the worker's channel: control as JSON text messages, bytes as binary messages.
+
+Down: TASK, BODY, CANCEL, ASSIGN, CREDIT. Up: HELLO, HEARTBEAT, ACCEPT, HEAD, DATA, PROGRESS, END, ERROR, CREDIT.
+Every frame about an attempt carries its ``stream``, a number the coordinator chose, unique on that channel.
+BODY (down) and DATA (up) are binary: a six-byte head (stream, end flag), then bytes. Each direction of a stream may
+have WINDOW_BYTES on the way that the receiver has not yet given back as CREDIT.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from rma_core.catalog import ServiceName
+from rma_core.models.hardware import Reason
+from rma_core.models.strict import convert, encode, parse
+from rma_core.models.worker import (
+    AttemptRef,
+    Fault,
+    Headers,
+    Heartbeat,
+    HeartbeatAnswer,
+    TaskOffer,
+    WorkerId,
+)
+
+#: Bytes of one stream and direction that may be on the way before the receiver gives CREDIT.
+WINDOW_BYTES = 256 * 1024
+#: A data frame is never larger, so that one stream cannot hold the channel for long.
+MAX_DATA_BYTES = 32 * 1024
+#: A control frame is never larger; a hardware report of a large machine is about 100 KiB.
+MAX_CONTROL_BYTES = 1024 * 1024
+#: A task not accepted within this goes back to the queue, blaming nobody.
+ACCEPT_WITHIN_S = 5.0
+#: A broken channel may come back within this and go on; then its attempts are lost.
+RESUME_WITHIN_S = 10.0
+
+Stream = Annotated[int, Meta(ge=1, le=2**32 - 1)]
+_HEAD = struct.Struct("!IBB")
+_END_FLAG = 1
+
+
+class Frame(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="type"):
+    """What all control frames share: a ``type``."""
+
+
+class Hello(Frame, frozen=True, kw_only=True, omit_defaults=True, tag="HELLO"):
+    """Up, first: who speaks, the slots of each service, and the attempts still running after a broken channel."""
+
+    worker_id: WorkerId
+    agent_version: Annotated[str, Meta(max_length=100)] = ""
+    slots: Annotated[dict[ServiceName, Annotated[int, Meta(ge=0, le=1024)]], Meta(max_length=64)] = {}
+    attempts: Annotated[tuple[AttemptRef, ...], Meta(max_length=1024)] = ()
+
+
+class Beat(Frame, frozen=True, kw_only=True, omit_defaults=True, tag="HEARTBEAT"):
+    """Up: a heartbeat; answered by ASSIGN."""
+
+    beat: Heartbeat
+    slots: Annotated[dict[ServiceName, Annotated[int, Meta(ge=0, le=1024)]], Meta(max_length=64)] = {}
+
+
+class Task(Frame, frozen=True, kw_only=True, omit_defaults=True, tag="TASK"):
+    """Down: a task with its lease; its body follows as BODY frames unless the offer has a ``body_url``."""
+
+    stream: Stream
+    offer: TaskOffer
+
+
+class Cancel(Frame, frozen=True, kw_only=True, omit_defaults=True, tag="CANCEL"):
+    """Down: stop this attempt; nobody wants its answer any more."""
+
+    stream: Stream
+    reason: Reason = ""
+
+
+class Assign(Frame, frozen=True, kw_only=True, omit_defaults=True, tag="ASSIGN"):
+    """Down: the answer to a heartbeat, or a new desired state on its own."""
+
+    answer: HeartbeatAnswer
+
+
+class Credit(Frame, frozen=True, kw_only=True, omit_defaults=True, tag="CREDIT"):
+    """Both ways: the receiver has taken this many bytes of a stream; as many more may be sent."""
+
+    stream: Stream
+    bytes: Annotated[int, Meta(ge=1, le=2**31)]
+
+
+class Accept(Frame, frozen=True, kw_only=True, omit_defaults=True, tag="ACCEPT"):
+    """Up: the attempt runs from now on, and its lease with it."""
+
+    stream: Stream
+
+
+class Head(Frame, frozen=True, kw_only=True, omit_defaults=True, tag="HEAD"):
+    """Up: status and headers of the answer."""
+
+    stream: Stream
+    status: Annotated[int, Meta(ge=100, le=599)]
+    headers: Headers = ()
+
+
+class Progress(Frame, frozen=True, kw_only=True, omit_defaults=True, tag="PROGRESS"):
+    """Up: the attempt lives although no bytes flow; renews its lease."""
+
+    stream: Stream
+    note: Reason = ""
+
+
+class End(Frame, frozen=True, kw_only=True, omit_defaults=True, tag="END"):
+    """Up: the answer is whole. ``usage`` in the service's own units, ``timings`` in seconds."""
+
+    stream: Stream
+    usage: Annotated[dict[str, float], Meta(max_length=32)] = {}
+    timings: Annotated[dict[str, float], Meta(max_length=32)] = {}
+
+
+class Error(Frame, frozen=True, kw_only=True, omit_defaults=True, tag="ERROR"):
+    """Up: the attempt ended without an answer; whose fault it was and why. ``owner`` gives the task back unblamed."""
+
+    stream: Stream
+    fault: Fault
+    reason: Reason
+
+
+Up = Hello | Beat | Accept | Head | Progress | End | Error | Credit
+Down = Task | Cancel | Assign | Credit
+Direction = Literal["up", "down"]
+
+
+def pack(frame: Frame) -> str:
+    """Return a control frame as the text message that carries it."""
+    return encode(frame).decode()
+
+
+def unpack_up(text: str) -> Up:
+    """Return the control frame in a worker's text message. Raises ValidationProblem."""
+    return convert(parse(text, subject="channel frame"), Up, subject="channel frame")  # type: ignore[arg-type]
+
+
+def unpack_down(text: str) -> Down:
+    """Return the control frame in a coordinator's text message. Raises ValidationProblem."""
+    return convert(parse(text, subject="channel frame"), Down, subject="channel frame")  # type: ignore[arg-type]
+
+
+def pack_data(stream: int, data: bytes, *, end: bool = False) -> bytes:
+    """Return a BODY or DATA frame as the binary message that carries it."""
+    return _HEAD.pack(stream, _END_FLAG if end else 0, 0) + data
+
+
+def unpack_data(message: bytes) -> tuple[int, bool, bytes]:
+    """Return (stream, whether this is the end, bytes) of a binary message. Raises ValueError on a short one."""
+    if len(message) < _HEAD.size:
+        text = f"a data frame has at least {_HEAD.size} bytes, this one has {len(message)}"
+        raise ValueError(text)
+    stream, flags, _ = _HEAD.unpack_from(message)
+    return stream, bool(flags & _END_FLAG), message[_HEAD.size :]
