@@ -1,0 +1,217 @@
+"""The tier policy ``threshold``: a machine gets the best tier of which it clears every bar.
+
+The table is configuration; ``[[plugins.threshold.tiers]]`` replaces it as a whole::
+
+    [[plugins.threshold.tiers]]
+    tier = 1
+    name = "GPU"
+    gpu_memory = "8GB"
+    cpu_cores = 8
+    ram = "16GB"
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, NamedTuple
+
+import msgspec
+from msgspec import Meta
+
+from rma_core import TierDecision, hookimpl
+from rma_core.catalog import NOMINAL_SHARE
+from rma_core.errors import Problem, ValidationProblem
+from rma_core.models import strict
+from rma_core.models.hardware import Name, Size
+from rma_core.models.sizes import human, parse_size, storage_text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from rma_core import HardwareReport, PluginConfig, PolicyInput, TierPolicy
+
+#: More of a driver's own words than this hides the rest of the sentence.
+QUOTE_CHARACTERS = 160
+#: What the table ``[plugins.threshold]`` may hold; the second is read by the plugin host.
+SETTINGS = ("tiers", "deadline_s")
+
+
+class Tier(msgspec.Struct, frozen=True, kw_only=True):
+    """One tier and its bars; sizes are nominal ("16GB" is cleared by 15.4 GiB), a bar that is left out is no bar."""
+
+    tier: Annotated[int, Meta(ge=1, le=99)]
+    name: Name
+    gpu_memory: Size = "0B"
+    cpu_cores: Annotated[int, Meta(ge=0, le=65_536)] = 0
+    ram: Size = "0B"
+    storage: Size = "0B"
+
+
+class Table(msgspec.Struct, frozen=True, kw_only=True):
+    """The whole table; 1 is the best tier."""
+
+    tiers: Annotated[tuple[Tier, ...], Meta(min_length=1, max_length=32)]
+
+
+#: The table that every pool starts with.
+TIERS = (
+    Tier(tier=1, name="GPU", gpu_memory="8GB", cpu_cores=8, ram="16GB"),
+    Tier(tier=2, name="Service", cpu_cores=4, ram="8GB"),
+    Tier(tier=3, name="Data", cpu_cores=2, ram="4GB", storage="10GB"),
+)
+
+
+class Gap(NamedTuple):
+    """One bar that a machine does not clear, in words: what it has, what is asked for, and of what."""
+
+    has: str
+    bar: str
+    unit: str
+
+    @property
+    def needs(self) -> str:
+        """What is asked for, in full: ``16 GB of RAM``."""
+        return self.bar + self.unit
+
+
+class ThresholdPolicy(msgspec.Struct, frozen=True, kw_only=True):
+    """Tiers by bars on GPU memory, cores, memory and free storage."""
+
+    name: str = "threshold"
+    summary: str = "the best tier of which a machine clears every bar: GPU memory, cores, memory, free storage"
+    tiers: tuple[Tier, ...] = TIERS
+
+    def decide(self, asked: PolicyInput) -> TierDecision:
+        """Return the best tier that ``asked.report`` clears, and what keeps it from the next better one."""
+        report = asked.report
+        ranked = sorted(self.tiers, key=lambda tier: tier.tier)
+        missed: list[tuple[Tier, list[Gap]]] = []
+        for tier in ranked:
+            missing = gaps(tier, report)
+            if not missing:
+                return TierDecision(tier=tier.tier, reason=_reached(tier, report, missed) + _unwell(report))
+            missed.append((tier, missing))
+        lowest, missing = missed[-1]
+        lacks = "; ".join(f"{gap.has}, tier {lowest.tier} needs {gap.bar}" for gap in missing)
+        return TierDecision(tier=None, reason=f"no tier: {lacks}{_unwell(report)}")
+
+
+@hookimpl
+def rma_tier_policies(config: PluginConfig) -> Iterable[TierPolicy]:
+    """Offer the policy with the table in ``config``, or its own. Raises ValidationProblem, naming every problem."""
+    return (ThresholdPolicy(tiers=read_tiers(config)),)
+
+
+def read_tiers(config: PluginConfig) -> tuple[Tier, ...]:
+    """Return the tiers in ``[plugins.threshold]``, or TIERS. Raises ValidationProblem, naming every problem."""
+    problems = [Problem(f"$.{key}", f"is unknown; there is {SETTINGS[0]!r}") for key in config if key not in SETTINGS]
+    problems += _strange(config.get("tiers")) + _twice(config.get("tiers"))
+    table = Table(tiers=TIERS)
+    if "tiers" in config:
+        try:
+            table = strict.convert({"tiers": config["tiers"]}, Table, subject="[plugins.threshold]")
+        except ValidationProblem as error:
+            problems += error.problems
+    if problems:
+        raise ValidationProblem("[plugins.threshold]", problems, hints=("see the tier table in the reference",))
+    return table.tiers
+
+
+def gaps(tier: Tier, report: HardwareReport) -> list[Gap]:
+    """Return every bar of ``tier`` that a machine misses, in the order GPU, cores, memory, storage."""
+    cores, memory, storage = report.cpu_cores, report.memory_bytes, report.storage_bytes
+    gpu, bar = report.gpu_memory_bytes, parse_size(tier.gpu_memory, binary=True)
+    checks = (
+        (gpu < bar * NOMINAL_SHARE, _gap(_gpu(gpu), f"a GPU with {_nominal(tier.gpu_memory)}")),
+        (cores < tier.cpu_cores, Gap(_count(cores), str(tier.cpu_cores), " core" if tier.cpu_cores == 1 else " cores")),
+        (
+            memory < parse_size(tier.ram, binary=True) * NOMINAL_SHARE,
+            _gap(human(memory), _nominal(tier.ram), " of RAM"),
+        ),
+        (
+            storage < parse_size(tier.storage, binary=False),
+            _gap(_storage(storage), _nominal(tier.storage), " of free storage"),
+        ),
+    )
+    return [gap for missed, gap in checks if missed]
+
+
+def _gap(has: str, bar: str, unit: str = "") -> Gap:
+    return Gap(has + unit, bar, unit)
+
+
+def _gpu(size_bytes: int) -> str:
+    return f"a GPU with {human(size_bytes)}" if size_bytes else "no GPU"
+
+
+def _reached(tier: Tier, report: HardwareReport, missed: list[tuple[Tier, list[Gap]]]) -> str:
+    facts = [_gpus(report)] if parse_size(tier.gpu_memory, binary=True) else []
+    facts += [_count(report.cpu_cores), human(report.memory_bytes)]
+    facts += [f"{_storage(report.storage_bytes)} of free storage"] if parse_size(tier.storage, binary=False) else []
+    sentence = f"tier {tier.tier}: {_list(facts)}"
+    if not missed:
+        return sentence
+    better, missing = missed[-1]
+    if len(missing) == 1 and missing[0].has == "no GPU":
+        return f"{sentence}, but {missing[0].needs.replace('a GPU', 'no GPU', 1)}"
+    return f"{sentence}, but tier {better.tier} needs {_list([gap.needs for gap in missing])}"
+
+
+def _gpus(report: HardwareReport) -> str:
+    """Return the largest GPU in words, and how many there are."""
+    short = report.capabilities
+    count = len(report.gpus) or short.gpu_count
+    name = report.gpus[0].name if report.gpus else short.gpu_type or "a GPU"
+    return f"{f'{count} x ' if count > 1 else ''}{name} with {human(report.gpu_memory_bytes)}"
+
+
+def _unwell(report: HardwareReport) -> str:
+    """Mention GPUs that do not work, and detectors that could not look: they may be why a tier is missed."""
+    sick = [device for device in report.devices if device.kind == "gpu" and device.health == "unhealthy"]
+    if sick:
+        there = "a GPU is there but unhealthy" if len(sick) == 1 else f"{len(sick)} GPUs are there but unhealthy"
+        return f"; {there}: {_quote(sick[0].reason or sick[0].name)}"
+    blind = next((probe for probe in report.probes if probe.state == "unhealthy"), None)
+    return f"; {blind.detector} is unhealthy: {_quote(blind.reason)}" if blind else ""
+
+
+def _quote(words: str) -> str:
+    line = " ".join(words.split())
+    return line if len(line) <= QUOTE_CHARACTERS else f"{line[:QUOTE_CHARACTERS]}…"
+
+
+def _count(cores: int) -> str:
+    return f"{cores} core" if cores == 1 else f"{cores} cores"
+
+
+def _storage(size_bytes: int) -> str:
+    return storage_text(size_bytes).replace("GB", " GB").replace("TB", " TB")
+
+
+def _nominal(size: str) -> str:
+    """Return a size of the table as people write it in a sentence: ``8GB`` as ``8 GB``."""
+    number = size.rstrip("BbIiKkMmGgTtPp ")
+    return f"{number} {size[len(number) :].strip()}"
+
+
+def _list(words: list[str]) -> str:
+    return " and ".join((", ".join(words[:-1]), words[-1])) if len(words) > 1 else "".join(words)
+
+
+def _strange(tiers: object) -> list[Problem]:
+    """Name keys that no tier has: a typing error would otherwise silently drop a bar."""
+    known = {field.name for field in msgspec.structs.fields(Tier)}
+    rows = tiers if isinstance(tiers, list) else []
+    return [
+        Problem(f"$.tiers[{index}].{key}", f"is unknown; a tier has {', '.join(sorted(known))}")
+        for index, row in enumerate(rows)
+        if isinstance(row, dict)
+        for key in row
+        if key not in known
+    ]
+
+
+def _twice(tiers: object) -> list[Problem]:
+    rows = tiers if isinstance(tiers, list) else []
+    numbers = [row["tier"] for row in rows if isinstance(row, dict) and isinstance(row.get("tier"), int)]
+    twice = sorted({number for number in numbers if numbers.count(number) > 1})
+    return [Problem("$.tiers", f"tier {number} is there twice") for number in twice]
