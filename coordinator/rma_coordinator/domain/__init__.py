@@ -1,0 +1,1 @@
+"""What the coordinator decides: pure, given a clock and a store."""
