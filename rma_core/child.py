@@ -1,0 +1,133 @@
+"""The program a detector runs in: started by path, with a request on stdin, it answers with one line of JSON.
+
+It makes itself harmless before anything of the plugin is imported, and ends without waiting for threads or exit
+handlers that a driver has left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from typing import Any, NoReturn
+
+#: Past its deadline the child ends itself by a kernel timer, in case its parent has died and cannot kill it.
+ORPHAN_S = 2.0
+#: Shortly before its deadline it writes down where it is: the parent quotes that, and kills it.
+WHERE_SHARE = 0.9
+
+
+def main() -> NoReturn:
+    """Read the request (where to look for modules, then JSON), run the detector, answer, end."""
+    path, _, asked = sys.stdin.buffer.read().partition(b"\n")
+    answer_to = _move_stdio()
+    sys.path[:] = map(os.fsdecode, path.split(b"\0"))
+    import msgspec
+
+    request: dict[str, Any] = msgspec.json.decode(asked)
+    _restrain(request["deadline_s"])
+    answer = _answer(request)
+    with contextlib.suppress(OSError):
+        _write(answer_to, answer + b"\n")
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    os._exit(0)
+
+
+def _move_stdio() -> int:
+    """Take the answer's pipe away from stdout, which becomes stderr, and close stdin; return the pipe."""
+    answer_to = os.dup(1)
+    os.dup2(2, 1)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    return answer_to
+
+
+def _restrain(deadline_s: float) -> None:
+    """No core dumps, no crash dialogs, and an end by itself."""
+    import faulthandler
+
+    faulthandler.dump_traceback_later(deadline_s * WHERE_SHARE, exit=False)
+    if sys.platform == "win32":
+        import ctypes
+
+        ctypes.windll.kernel32.SetErrorMode(0x8003)
+    else:
+        import resource
+        import signal
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        signal.setitimer(signal.ITIMER_REAL, deadline_s + ORPHAN_S)
+
+
+def _answer(request: dict[str, Any]) -> bytes:
+    """Run the detector and return its answer, whatever happens."""
+    import msgspec
+
+    from rma_core.errors import DetectionError, PluginInvalid
+    from rma_core.host import describe
+
+    answer: dict[str, Any] = {"outcome": "failed", "import_seconds": 0.0}
+    try:
+        _detect(request, answer)
+        return msgspec.json.encode(answer)
+    except PluginInvalid as error:
+        answer |= {"outcome": "invalid", "reason": str(error)}
+    except DetectionError as error:
+        answer |= {"outcome": "unusable" if answer["outcome"] == "unusable" else "declined", "reason": str(error)}
+    except BaseException as error:  # noqa: BLE001 - isolation boundary: a detector may raise anything, SystemExit too
+        import traceback
+
+        traceback.print_exc()
+        with contextlib.suppress(Exception):
+            answer["reason"] = describe(error)
+    answer["detection"] = None
+    reason = str(answer.get("reason", "an exception that cannot be shown"))[:2000]
+    answer["reason"] = reason.encode(errors="replace").decode()
+    return msgspec.json.encode(answer)
+
+
+def _detect(request: dict[str, Any], answer: dict[str, Any]) -> None:
+    """Import the detector and call it; ``answer`` always says how far it came."""
+    import msgspec
+
+    from rma_core.host import bind, load
+
+    started = time.perf_counter()
+    try:
+        plugin = load(request["value"])
+    finally:
+        answer["import_seconds"] = time.perf_counter() - started
+    answer["outcome"] = "invalid"
+    detect = bind(plugin, "rma.detectors")
+    answer["outcome"] = "raised"
+    detection = detect(request["config"])
+    answer["outcome"] = "unusable"
+    _check(detection)
+    answer["detection"] = msgspec.Raw(msgspec.json.encode(detection))
+    answer["outcome"] = "answered"
+
+
+def _check(detection: object) -> None:
+    from rma_core.errors import DetectionError
+    from rma_core.models.hardware import MAX_DEVICES, Detection
+
+    if detection is None:
+        raise DetectionError("returned nothing: return Detection.undetected(reason) when there is nothing to find")
+    if not isinstance(detection, Detection):
+        what = type(detection).__name__
+        raise DetectionError(f"returned a {what}: return Detection.healthy(devices), .undetected(…) or .unhealthy(…)")
+    if len(detection.devices) > MAX_DEVICES:
+        raise DetectionError(f"returned {len(detection.devices):,} devices, and at most {MAX_DEVICES:,} are taken")
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+if __name__ == "__main__":
+    main()

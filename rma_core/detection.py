@@ -1,0 +1,303 @@
+"""Detection: every detector in a child of its own, all at once, each under its own deadline, a probe report each.
+
+Whatever a detector does (raise, hang, crash, print, lie), it costs its own devices only, and its probe report says what
+happened in words its owner can act on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from rma_core import isolation
+from rma_core.errors import PluginError, ValidationProblem
+from rma_core.host import MAX_REASON, State
+from rma_core.models.hardware import MAX_DEVICES, Detection, HardwareReport, Name, ProbeReport, summarize
+from rma_core.models.strict import decode, encode
+from rma_core.platforms import exit_words
+from rma_core.privacy import hide_identity
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from rma_core.host import DetectorPlugin, Plugins, PluginTables
+    from rma_core.isolation import Ended
+    from rma_core.models.hardware import Device
+    from rma_core.quarantine import Quarantine
+
+logger = logging.getLogger(__name__)
+
+#: A detector answers within this, unless ``deadline_s`` in its own configuration table says otherwise.
+DEADLINE_S = 10.0
+#: No configuration gives a detector more: detection holds up the start of the agent.
+MAX_DEADLINE_S = 300.0
+#: Children that run at one time.
+AT_ONCE = 16
+#: Detectors that are run at all; a hardware report has room for no more.
+MAX_DETECTORS = 64
+#: One detector's answer, and all devices together, are at most this large: a report travels in one frame of 1 MiB.
+MAX_REPORT_BYTES = 512 * 1024
+#: So much of what a failed detector printed is quoted in its reason.
+QUOTE_CHARACTERS = 400
+
+PluginState = Literal["active", "failed", "invalid", "quarantined"]
+Seconds = Annotated[float, Meta(ge=0, le=86_400)]
+
+_CHILD = str(Path(__file__).with_name("child.py"))
+_PLACE = re.compile(r'^(?:Current thread|Thread) .*\n  File "(.+)", line (\d+) in (\S+)', re.MULTILINE)
+
+
+class Observation(msgspec.Struct, frozen=True, kw_only=True):
+    """What one detector saw, or how it failed, in one round; what `rma_core.record` writes down.
+
+    ``crashed`` says that it hung or died, which counts towards quarantine.
+    """
+
+    detector: Name
+    distribution: Annotated[str, Meta(max_length=200)] = ""
+    version: Annotated[str, Meta(max_length=100)] = ""
+    detection: Detection
+    seconds: Seconds = 0.0
+    import_seconds: Seconds | None = None
+    plugin_state: PluginState = "active"
+    crashed: bool = False
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """What `rma_core.child` says; believed no more than the detector in it."""
+
+    outcome: Literal["answered", "failed", "invalid", "declined", "raised", "unusable"]
+    reason: Annotated[str, Meta(max_length=2000)] = ""
+    import_seconds: Seconds = 0.0
+    detection: Detection | None = None
+
+
+async def detect(
+    plugins: Plugins,
+    *,
+    config: PluginTables | None = None,
+    deadline_s: float = DEADLINE_S,
+    at_once: int = AT_ONCE,
+    quarantine: Quarantine | None = None,
+) -> HardwareReport:
+    """Run every detector and return what this machine has; see `observe` for the arguments."""
+    return assemble(
+        await observe(plugins, config=config, deadline_s=deadline_s, at_once=at_once, quarantine=quarantine)
+    )
+
+
+async def observe(
+    plugins: Plugins,
+    *,
+    config: PluginTables | None = None,
+    deadline_s: float = DEADLINE_S,
+    at_once: int = AT_ONCE,
+    quarantine: Quarantine | None = None,
+) -> tuple[Observation, ...]:
+    """Run every detector in a child of its own and return what each saw: built-in ones first, then by name.
+
+    ``config`` is the ``[plugins]`` table; ``deadline_s`` there overrides the argument for that detector. ``quarantine``
+    leaves out those that keep failing. The states in ``plugins.reports()`` follow. Raises PluginError only where
+    ``plugins.strict`` is set and a detector cannot be imported or does not fit its hook.
+    """
+    detectors = plugins.detectors()
+    if len(detectors) > MAX_DETECTORS:
+        names = ", ".join(d.name for d in detectors[MAX_DETECTORS:])
+        logger.warning("only the first %d detectors run; left out: %s", MAX_DETECTORS, names)
+    places = asyncio.Semaphore(at_once)
+
+    async def one(detector: DetectorPlugin) -> Observation:
+        table = (config or {}).get(detector.name, {})
+        async with places:
+            seen = hide_identity(await _observe(detector, table, deadline_s, quarantine))
+        _tell(plugins, seen, table)
+        return seen
+
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(one(detector)) for detector in detectors[:MAX_DETECTORS]]
+    seen = tuple(task.result() for task in tasks)
+    bad = next((o for o in seen if o.plugin_state in ("failed", "invalid")), None)
+    if bad and plugins.strict:
+        raise PluginError(f"detector {bad.detector} of {bad.distribution}: {bad.detection.reason}")
+    return seen
+
+
+def assemble(observations: Iterable[Observation]) -> HardwareReport:
+    """Return the hardware report of what detectors saw; the same observations always give the same report.
+
+    The first of two devices with one id is kept, and what does not fit into a report is left out; the probe of the
+    detector that came second says so.
+    """
+    kept: dict[str, tuple[str, Device]] = {}
+    probes, room = [], MAX_REPORT_BYTES
+    for seen in observations:
+        own, notes = [], []
+        for device in seen.detection.devices:
+            size = len(encode(device))
+            if device.id in kept:
+                notes.append(f"device {device.id!r} was already found by {kept[device.id][0]}, which is kept")
+            elif size > room or len(kept) >= MAX_DEVICES:
+                notes.append(f"device {device.id!r} left out: the report is full")
+            else:
+                kept[device.id] = (seen.detector, device)
+                own.append(device.id)
+                room -= size
+        probes.append(_probe(seen, own, notes))
+    devices = tuple(device for _, device in kept.values())
+    return HardwareReport(capabilities=summarize(devices), devices=devices, probes=tuple(probes))
+
+
+def _probe(seen: Observation, own: Sequence[str], notes: Sequence[str]) -> ProbeReport:
+    return ProbeReport(
+        detector=seen.detector,
+        distribution=seen.distribution,
+        version=seen.version,
+        state=seen.detection.state,
+        reason=_short("; ".join(filter(None, (seen.detection.reason, *notes)))),
+        seconds=seen.seconds,
+        import_seconds=seen.import_seconds or 0.0,
+        devices=tuple(own),
+    )
+
+
+def _tell(plugins: Plugins, seen: Observation, table: Mapping[str, object]) -> None:
+    """Let the host know how it went: it keeps the plugin's state, and logs the call when asked to."""
+    reason = "" if seen.plugin_state == "active" else seen.detection.reason
+    state: State = seen.plugin_state
+    plugins.note_detector(seen.detector, state=state, reason=reason, import_seconds=seen.import_seconds)
+    result = f"{seen.detection.state}, {len(seen.detection.devices)} devices"
+    plugins.log_call(seen.detector, "detector", table, result=result, seconds=seen.seconds)
+
+
+async def _observe(
+    detector: DetectorPlugin, table: Mapping[str, object], deadline_s: float, quarantine: Quarantine | None
+) -> Observation:
+    held = quarantine.reason(detector.name) if quarantine else ""
+    if held:
+        return _failure(detector, f"left alone: it {held}", plugin_state="quarantined")
+    given = table.get("deadline_s", deadline_s)
+    if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 < given <= MAX_DEADLINE_S:
+        words = f"deadline_s in [plugins.{detector.name}] is {given!r}: give seconds, up to {MAX_DEADLINE_S:.0f}"
+        return _failure(detector, words)
+    seen = await _run(detector, table, float(given))
+    if quarantine and seen.crashed:
+        quarantine.failed(detector.name, seen.detection.reason)
+    elif quarantine:
+        quarantine.passed(detector.name)
+    return seen
+
+
+async def _run(detector: DetectorPlugin, table: Mapping[str, object], deadline_s: float) -> Observation:
+    try:
+        ended = await isolation.run(
+            [sys.executable, "-I", "-X", "utf8", _CHILD],
+            request=_request(detector, table, deadline_s),
+            deadline_s=deadline_s,
+            max_answer_bytes=MAX_REPORT_BYTES,
+        )
+    except OSError as error:
+        return _failure(detector, f"no child process can be started for it: {error}")
+    if ended.output:
+        logger.debug("detector %s printed, at the end: %s", detector.name, ended.output)
+    if ended.answer is None:
+        return _failure(detector, _died(ended, deadline_s), seconds=ended.seconds, crashed=True)
+    try:
+        answer = decode(ended.answer, Answer, subject="its answer does not fit")
+    except ValidationProblem as error:
+        return _failure(detector, f"{error} (a bug in the plugin)", seconds=ended.seconds)
+    return _answered(detector, answer, ended.seconds)
+
+
+def _request(detector: DetectorPlugin, table: Mapping[str, object], deadline_s: float) -> bytes:
+    """Return what the child is asked; it looks for modules where this process does, but never in its own folder."""
+    path = [os.fsencode(os.path.abspath(entry)) for entry in sys.path if entry]  # noqa: PTH100 - strings, not files
+    request = {"value": detector.value, "config": dict(table), "deadline_s": deadline_s}
+    asked = msgspec.json.encode(request, enc_hook=str)
+    return b"\0".join(path) + b"\n" + asked
+
+
+def _answered(detector: DetectorPlugin, answer: Answer, seconds: float) -> Observation:
+    """Turn what the child says into an observation."""
+    words = {
+        "failed": f"cannot be imported: {answer.reason}",
+        "raised": f"raised {answer.reason} (a bug in the plugin)",
+        "unusable": f"its answer cannot be used: {answer.reason}",
+    }
+    if answer.outcome == "answered" and answer.detection is not None:
+        detection = _plausible(answer.detection)
+        seen = _failure(detector, "", seconds=seconds, import_seconds=answer.import_seconds)
+        return msgspec.structs.replace(seen, detection=detection)
+    return _failure(
+        detector,
+        words.get(answer.outcome, answer.reason),
+        seconds=seconds,
+        import_seconds=answer.import_seconds,
+        plugin_state=answer.outcome if answer.outcome in ("failed", "invalid") else "active",
+    )
+
+
+def _failure(
+    detector: DetectorPlugin,
+    reason: str,
+    *,
+    seconds: float = 0.0,
+    import_seconds: float | None = None,
+    plugin_state: PluginState = "active",
+    crashed: bool = False,
+) -> Observation:
+    return Observation(
+        detector=detector.name[:200],
+        distribution=detector.distribution[:200],
+        version=detector.version[:100],
+        detection=Detection.unhealthy(_short(reason)),
+        seconds=seconds,
+        import_seconds=import_seconds,
+        plugin_state=plugin_state,
+        crashed=crashed,
+    )
+
+
+def _plausible(detection: Detection) -> Detection:
+    """Return a detection without contradictions: each id once, a reason beside every state but healthy."""
+    state, reason, devices = detection.state, detection.reason, detection.devices
+    if state == "undetected" and devices:
+        return Detection.unhealthy(f"says that nothing is there and names {len(devices)} devices: a bug in the plugin")
+    unique = {device.id: device for device in reversed(devices)}
+    if len(unique) < len(devices):
+        twice = sorted({d.id for d in devices if d is not unique[d.id]})
+        words = f"gives the device id {twice[0]!r} more than once and only the first counts: a bug in the plugin"
+        state, reason = "unhealthy", "; ".join(filter(None, (reason, words)))
+        devices = tuple(d for d in devices if d is unique[d.id])
+    if state != "healthy" and not reason:
+        reason = "the detector gives no reason"
+    return Detection(state=state, reason=reason, devices=devices)
+
+
+def _died(ended: Ended, deadline_s: float) -> str:
+    """Say what became of a child that gave no answer, and quote its last words."""
+    printed, _, dump = ended.output.partition("Timeout (0:")
+    if ended.too_long:
+        return f"gave an answer of more than {MAX_REPORT_BYTES // 1024} KiB: a bug in the plugin"
+    if ended.too_late:
+        places = _PLACE.findall(dump)
+        where = f"; it was in {places[-1][2]} ({Path(places[-1][0]).name}:{places[-1][1]})" if places else ""
+        words = f"did not answer within {deadline_s:g} s and was stopped{where}"
+    elif ended.code is None:
+        words = "closed the pipe for its answer and went on: a bug in the plugin"
+    else:
+        words = f"{exit_words(ended.code)} before it answered"
+        words += ", most likely because memory ran out" if words.startswith("was killed by SIGKILL") else ""
+    quote = " ".join(printed.split())[-QUOTE_CHARACTERS:]
+    return f"{words}; it printed: {quote}" if quote else words
+
+
+def _short(reason: str) -> str:
+    return reason if len(reason) <= MAX_REASON else f"{reason[:MAX_REASON]}…"

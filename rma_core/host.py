@@ -1,0 +1,365 @@
+"""The plugin host: finds plugins by entry point, decides by name, calls each one alone. The only module with pluggy.
+
+Detectors are never imported here: `rma_core.detection` runs each in a child and tells the host how it went. Runtimes
+and policies run in this process; what is blocked or not approved is not imported at all.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import re
+import time
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import pluggy
+
+from rma_core import hookspecs, signatures
+from rma_core.errors import PluginConflict, PluginError, PluginInvalid, RMAError
+from rma_core.hookspecs import GROUPS, PROJECT
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator, Mapping
+
+    from rma_core.interfaces import ContainerRuntime, PluginConfig, TierPolicy
+    from rma_core.models.worker import PluginReport
+
+    PluginTables = Mapping[str, Mapping[str, object]]
+
+Kind = Literal["detector", "runtime", "policy"]
+State = Literal["active", "unapproved", "blocked", "failed", "invalid", "quarantined"]
+
+logger = logging.getLogger(__name__)
+
+#: Entry-point group of each kind of plugin.
+KINDS: dict[Kind, str] = {"detector": "rma.detectors", "runtime": "rma.runtimes", "policy": "rma.policies"}
+#: The distribution whose plugins are built in: found like any other, but they need no approval and go first.
+BUILT_IN = "rma-core"
+#: In ``approved``: every plugin.
+EVERYTHING = "*"
+#: A reason is at most this long; models allow 2,000 characters.
+MAX_REASON = 1500
+
+_SECRET = re.compile(r"key|token|secret|password|credential", re.IGNORECASE)
+
+#: Marks the function that implements a hook.
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+_hookspec = pluggy.HookspecMarker(PROJECT)
+for _hook in GROUPS.values():
+    _hookspec(getattr(hookspecs, _hook))
+
+
+class DetectorPlugin(NamedTuple):
+    """A detector that may run: ``value`` is what its entry point names, to be imported in its child only."""
+
+    name: str
+    value: str
+    distribution: str
+    version: str
+
+
+class _Plugin:
+    """One plugin as the host keeps it; ``call`` is there once it is imported and fits, ``refused`` ones never run."""
+
+    def __init__(self, *, name: str, kind: Kind, value: str, distribution: str, version: str) -> None:
+        self.name, self.kind, self.value = name, kind, value
+        self.distribution, self.version = distribution, version
+        self.state: State = "active"
+        self.reason = ""
+        self.import_seconds: float | None = None
+        self.refused = False
+        self.call: Callable[[PluginConfig], object] | None = None
+
+    @property
+    def shipped_by(self) -> str:
+        return f"{self.distribution or 'an unnamed distribution'} {self.version}".rstrip()
+
+
+class Plugins:
+    """The plugins of this process, each with its state; every failure of one disables that one only."""
+
+    def __init__(self, *, strict: bool = False, trace: bool = False) -> None:
+        """Start with none. ``strict`` raises what would disable a plugin; ``trace`` logs every hook call."""
+        self.strict = strict
+        self.trace = trace
+        self._plugins: list[_Plugin] = []
+
+    @classmethod
+    def discover(
+        cls,
+        *,
+        kinds: Collection[Kind] = tuple(KINDS),
+        blocked: frozenset[str] = frozenset(),
+        only: frozenset[str] | None = None,
+        approved: frozenset[str] = frozenset(),
+        approval_required: bool = False,
+        strict: bool = False,
+        trace: bool = False,
+    ) -> Plugins:
+        """Find the installed plugins of ``kinds``, decide by name, and import those that may be.
+
+        ``only`` (``None``: all) and ``blocked`` name entry points. With ``approval_required`` a plugin that is not
+        built in needs its name, or ``*``, in ``approved``. Nothing raises unless ``strict``.
+        """
+        found = cls(strict=strict, trace=trace)
+        found._plugins = sorted(_installed(kinds), key=_order)
+        for plugin in found._plugins:
+            _decide(plugin, blocked=blocked, only=only, approved=approved if approval_required else {EVERYTHING})
+        found._refuse_twins()
+        for plugin in found._plugins:
+            found._import(plugin)
+        return found
+
+    def register(self, module: object, *, name: str, kind: Kind, distribution: str = "", version: str = "") -> None:
+        """Add a plugin that is not installed (tests, notebooks); a detector must be a module its child can import."""
+        value = getattr(module, "__name__", type(module).__name__)
+        plugin = _Plugin(name=name, kind=kind, value=value, distribution=distribution, version=version)
+        self._plugins.append(plugin)
+        self._plugins.sort(key=_order)
+        self._refuse_twins()
+        self._import(plugin, module)
+
+    def reports(self) -> tuple[PluginReport, ...]:
+        """Return how each plugin stands: built-in ones first, then by kind and name."""
+        from rma_core.models.worker import PluginReport
+
+        return tuple(
+            PluginReport(
+                name=p.name[:200],
+                kind=p.kind,
+                state=p.state,
+                reason=p.reason,
+                distribution=p.distribution[:200],
+                version=p.version[:100],
+                import_seconds=p.import_seconds,
+            )
+            for p in self._plugins
+        )
+
+    def detectors(self) -> tuple[DetectorPlugin, ...]:
+        """Return the detectors that may run, built-in ones first, then by name.
+
+        One that could not be imported last time is among them, for it may have been mended since.
+        """
+        return tuple(
+            DetectorPlugin(p.name, p.value, p.distribution, p.version)
+            for p in self._plugins
+            if p.kind == "detector" and not p.refused
+        )
+
+    def note_detector(self, name: str, *, state: State, reason: str = "", import_seconds: float | None = None) -> None:
+        """Keep how a detector's last run in its child went."""
+        for plugin in self._plugins:
+            if plugin.kind == "detector" and plugin.name == name and not plugin.refused:
+                plugin.import_seconds = import_seconds if import_seconds is not None else plugin.import_seconds
+                _move(plugin, state, reason)
+
+    def runtimes(self, config: PluginTables | None = None) -> dict[str, ContainerRuntime]:
+        """Return every container runtime by its name; ``config`` is the ``[plugins]`` table."""
+        return self._collect("runtime", config or {})
+
+    def policies(self, config: PluginTables | None = None) -> dict[str, TierPolicy]:
+        """Return every tier policy by its name; ``config`` is the ``[plugins]`` table."""
+        return self._collect("policy", config or {})
+
+    def _refuse_twins(self) -> None:
+        """Refuse all plugins that share an entry-point name: which one is meant, nobody can know."""
+        for (kind, name), twins in _by(self._plugins, lambda p: (p.kind, p.name)):
+            usable = [p for p in twins if p.state not in ("blocked", "unapproved")]
+            if len(usable) > 1:
+                for plugin in usable:
+                    plugin.refused = True
+                text = f"{len(usable)} plugins in {KINDS[kind]} are called {name!r}, from {_distributions(usable)}"
+                verdict = self._clash(f"{text}; none of them is used until all but one are uninstalled")
+                for plugin in usable:
+                    _move(plugin, *verdict)
+
+    def _clash(self, words: str) -> tuple[State, str]:
+        """Return what becomes of plugins that claim one name; raise it when ``strict``."""
+        if self.strict:
+            raise PluginConflict(words)
+        return "invalid", words
+
+    def _import(self, plugin: _Plugin, module: object = None) -> None:
+        if plugin.kind == "detector" or plugin.refused:
+            return
+        started = time.perf_counter()
+        try:
+            module = load(plugin.value) if module is None else module
+            plugin.import_seconds = time.perf_counter() - started
+            plugin.call = bind(module, KINDS[plugin.kind])
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # noqa: BLE001 - isolation boundary: a stranger's module may raise anything, SystemExit too
+            plugin.import_seconds = time.perf_counter() - started
+            _move(plugin, *self._verdict(plugin, error, "cannot be imported"))
+
+    def _collect(self, kind: Kind, config: PluginTables) -> dict[str, Any]:
+        """Call the hook of ``kind`` in each plugin alone; return what they give by name, without clashing plugins."""
+        given: list[tuple[_Plugin, Any]] = []
+        verdicts: dict[_Plugin, tuple[State, str]] = {}
+        for plugin in (p for p in self._plugins if p.kind == kind and not p.refused and p.call):
+            verdicts[plugin] = "active", ""
+            try:
+                given += [(plugin, thing) for thing in self._call(plugin, config.get(plugin.name, {}))]
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # noqa: BLE001 - isolation boundary: a plugin may raise anything, SystemExit too
+                verdicts[plugin] = self._verdict(plugin, error, GROUPS[KINDS[kind]])
+        for name, twins in _by(given, lambda pair: pair[1].name):
+            if len(twins) > 1:
+                plugins = list(dict.fromkeys(plugin for plugin, _ in twins))
+                text = f"{kind} {name!r} is given {len(twins)} times, by {_distributions(plugins)}"
+                verdict = self._clash(f"{text}; none of their plugins is used until only one is left")
+                verdicts |= dict.fromkeys(plugins, verdict)
+        for plugin, verdict in verdicts.items():
+            _move(plugin, *verdict)
+        return {thing.name: thing for plugin, thing in given if plugin.state == "active"}
+
+    def _call(self, plugin: _Plugin, table: Mapping[str, object]) -> list[Any]:
+        """Call one plugin's hook and take what it yields, within bounds."""
+        from rma_core.offers import offers
+
+        started = time.perf_counter()
+        things: list[Any] = []
+        try:
+            things = offers(plugin.call(dict(table)) if plugin.call else None, GROUPS[KINDS[plugin.kind]])
+            return things
+        finally:
+            seconds = time.perf_counter() - started
+            self.log_call(plugin.name, plugin.kind, table, result=f"{len(things)} objects", seconds=seconds)
+
+    def log_call(self, name: str, kind: Kind, table: Mapping[str, object], *, result: str, seconds: float) -> None:
+        """Log one hook call when ``trace`` is on; values that look like secrets are not shown."""
+        if self.trace:
+            shown = {key: "…" if _SECRET.search(key) else value for key, value in table.items()}
+            hook = GROUPS[KINDS[kind]]
+            logger.info("%s.%s(config=%r) -> %s in %.1f ms", name, hook, shown, result, seconds * 1000)
+
+    def _verdict(self, plugin: _Plugin, error: BaseException, doing: str) -> tuple[State, str]:
+        """Return what becomes of a plugin that raised ``error`` while ``doing``; raise it again when ``strict``."""
+        if self.strict:
+            raise error
+        logger.debug("plugin %s of %s", plugin.name, plugin.shipped_by, exc_info=error)
+        if isinstance(error, PluginError):
+            return "invalid", describe(error)
+        return "failed", f"{doing}: {describe(error)}"
+
+
+def load(value: str) -> object:
+    """Import what an entry point names: ``package.module`` or ``package.module:attribute``."""
+    module_name, _, attribute = value.partition("[")[0].strip().partition(":")
+    found: object = importlib.import_module(module_name.strip())
+    for part in filter(None, attribute.strip().split(".")):
+        found = getattr(found, part)
+    return found
+
+
+def bind(plugin: object, group: str) -> Callable[[PluginConfig], object]:
+    """Return a function that calls this plugin's hook of ``group``, and no other plugin's. Raises PluginInvalid."""
+    hook = GROUPS[group]
+    manager = pluggy.PluginManager(PROJECT)
+    manager.add_hookspecs(hookspecs)
+    signatures.check(plugin, group, _implementations(manager, plugin), getattr(hookspecs, hook))
+    try:
+        manager.register(plugin)
+    except pluggy.PluginValidationError as error:
+        raise PluginInvalid(str(error)) from error
+    caller = getattr(manager.hook, hook)
+
+    def call(config: PluginConfig) -> object:
+        results: list[object] = caller(config=config)
+        return results[0] if results else None
+
+    return call
+
+
+def describe(error: BaseException) -> str:
+    """Return a failure as a person should read it: an expected one as it is, a bug with its type."""
+    if isinstance(error, RMAError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"module {error.name!r} is not installed here: install it, or reinstall the plugin with what it needs"
+    return f"{type(error).__name__}: {error}".rstrip(": ")
+
+
+def _implementations(manager: pluggy.PluginManager, plugin: object) -> dict[str, Callable[..., object]]:
+    """Return the marked functions of a plugin by the hook they implement."""
+    found: dict[str, Callable[..., object]] = {}
+    for name in dir(plugin):
+        options = manager.parse_hookimpl_opts(plugin, name)
+        if options is None:
+            continue
+        hook = options.get("specname") or name
+        if options.get("wrapper") or options.get("hookwrapper"):
+            raise PluginInvalid(f"{name} is a wrapper, and RMA's hooks take none: write @hookimpl without arguments")
+        if hook in found:
+            raise PluginInvalid(f"implements {hook} twice: keep one function")
+        found[hook] = getattr(plugin, name)
+    return found
+
+
+def _installed(kinds: Collection[Kind]) -> Iterator[_Plugin]:
+    """Yield every plugin that an installed distribution announces, without importing any.
+
+    Distributions are read one by one, because one with unreadable metadata must not hide all others.
+    """
+    from importlib.metadata import distributions
+
+    groups = {KINDS[kind]: kind for kind in kinds}
+    seen: set[str] = set()
+    for distribution in distributions():
+        try:
+            points = [point for point in distribution.entry_points if point.group in groups]
+            name, version = (distribution.metadata["Name"] or "", distribution.version) if points else ("", "")
+        except Exception as error:  # noqa: BLE001 - isolation boundary: metadata of strangers
+            logger.warning("plugins of %s cannot be listed: %s", distribution, describe(error))
+            continue
+        normal = re.sub(r"[-_.]+", "-", name).lower()
+        if points and normal not in seen:
+            seen.add(normal)
+            yield from (
+                _Plugin(name=p.name, kind=groups[p.group], value=p.value, distribution=normal, version=version or "")
+                for p in points
+            )
+
+
+def _decide(
+    plugin: _Plugin, *, blocked: frozenset[str], only: frozenset[str] | None, approved: Collection[str]
+) -> None:
+    """Decide by name, before anything is imported."""
+    plugin.refused = True
+    if plugin.name in blocked:
+        plugin.state, plugin.reason = "blocked", "the owner blocks it (block_plugins, RMA_BLOCK_PLUGINS)"
+    elif only is not None and plugin.name not in only:
+        plugin.state, plugin.reason = "blocked", "not among the only plugins allowed (only_plugins, RMA_ONLY_PLUGINS)"
+    elif plugin.distribution != BUILT_IN and not {plugin.name, EVERYTHING} & set(approved):
+        plugin.state, plugin.reason = "unapproved", f"not approved yet: `rma plugins approve {plugin.name}`"
+    else:
+        plugin.refused = False
+
+
+def _move(plugin: _Plugin, state: State, reason: str) -> None:
+    """Set a plugin's state; a change of it is logged once."""
+    reason = reason if len(reason) <= MAX_REASON else f"{reason[:MAX_REASON]}…"
+    if plugin.state != state:
+        words = f"{state}: {reason}" if reason else state
+        extra = {"action": f"plugin_{state}", "plugin": plugin.name}
+        logger.info("%s %s of %s is %s", plugin.kind, plugin.name, plugin.shipped_by, words, extra=extra)
+    plugin.state, plugin.reason = state, reason
+
+
+def _order(plugin: _Plugin) -> tuple[bool, str, str, str]:
+    return plugin.distribution != BUILT_IN, plugin.kind, plugin.name, plugin.distribution
+
+
+def _by(items: list[Any], key: Callable[[Any], Any]) -> list[tuple[Any, list[Any]]]:
+    groups: dict[Any, list[Any]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return list(groups.items())
+
+
+def _distributions(plugins: list[_Plugin]) -> str:
+    return " and ".join(p.shipped_by for p in plugins)

@@ -1,0 +1,142 @@
+"""One untrusted program under a deadline: a request in, one line of JSON out, bounded output, nothing left behind.
+
+The program gets the request on stdin and answers on the pipe that is its stdout at the start; `rma_core.child` moves
+that away before it runs anything of a plugin, so prints end on stderr, of which the last OUTPUT_BYTES are kept.
+There is no limit on address space: NVML and CUDA map far more than they use, and such a limit would break just them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+from rma_core.platforms import child_environment, detached_popen_kwargs, kill_tree, neutral_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine, Sequence
+
+#: What a program printed is kept up to here, its end rather than its beginning.
+OUTPUT_BYTES = 4096
+#: After a program has ended, what it wrote may take this long to arrive; a grandchild may hold the pipe for ever.
+LAST_WORDS_S = 0.5
+#: A killed program is waited for this long; one stuck in the kernel cannot be reaped, and is given up.
+REAP_S = 5.0
+
+
+class Ended(NamedTuple):
+    """How a run ended: ``answer`` is the line, or ``None``; ``code`` the exit code when it ended by itself.
+
+    ``too_late`` and ``too_long`` say that it was killed for time or for the size of its answer; ``output`` is the end
+    of what it printed.
+    """
+
+    answer: bytes | None
+    code: int | None
+    too_late: bool
+    too_long: bool
+    output: str
+    seconds: float
+
+
+async def run(arguments: Sequence[str], *, request: bytes, deadline_s: float, max_answer_bytes: int) -> Ended:
+    """Run a program in a session of its own, with a minimal environment, and kill all of it at the end.
+
+    Raises OSError when it cannot be started. Cancelling kills it too.
+    """
+    started = time.perf_counter()
+    loop = asyncio.get_running_loop()
+    transport, talk = await loop.subprocess_exec(
+        lambda: _Talk(loop, max_answer_bytes),
+        *arguments,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        cwd=neutral_folder(),
+        env=child_environment(),
+        **detached_popen_kwargs(),
+    )
+    try:
+        stdin = cast("asyncio.WriteTransport", transport.get_pipe_transport(0))
+        stdin.write(request)
+        stdin.close()
+        too_late = not await _finished(talk, deadline_s - (time.perf_counter() - started))
+        code = transport.get_returncode()
+        seconds = time.perf_counter() - started
+    finally:
+        await _surely(_bury(transport, talk))
+    answer = bytes(talk.line) if talk.answered.done() and not talk.too_long else None
+    return Ended(answer, code, too_late, talk.too_long, talk.printed.decode(errors="replace"), seconds)
+
+
+async def _finished(talk: _Talk, deadline_s: float) -> bool:
+    """Wait until it has answered, or has ended or closed the pipe without; say whether that was in time."""
+    first = {talk.answered, talk.closed, talk.exited}
+    done, _ = await asyncio.wait(first, timeout=max(0.0, deadline_s), return_when=asyncio.FIRST_COMPLETED)
+    if done and not talk.answered.done():
+        rest = {talk.closed, talk.exited}
+        await asyncio.wait(rest, timeout=LAST_WORDS_S)
+    return bool(done)
+
+
+async def _surely(work: Coroutine[None, None, None]) -> None:
+    """Wait for ``work``, which is bounded, to its end even when cancelled meanwhile; then be cancelled."""
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
+
+
+async def _bury(transport: asyncio.SubprocessTransport, talk: _Talk) -> None:
+    kill_tree(transport.get_pid())
+    await asyncio.wait({talk.exited}, timeout=REAP_S)
+    transport.close()
+    await asyncio.wait({talk.gone}, timeout=LAST_WORDS_S)
+
+
+class _Talk(asyncio.SubprocessProtocol):
+    """Both pipes of one program, always read, so that it never waits for us."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, max_answer_bytes: int) -> None:
+        self.max_answer_bytes = max_answer_bytes
+        self.line, self.printed, self.too_long = bytearray(), bytearray(), False
+        self.answered: asyncio.Future[None] = loop.create_future()
+        self.closed: asyncio.Future[None] = loop.create_future()
+        self.exited: asyncio.Future[None] = loop.create_future()
+        self.gone: asyncio.Future[None] = loop.create_future()
+
+    def pipe_data_received(self, fd: int, data: bytes) -> None:
+        if fd == 2:  # noqa: PLR2004 - stderr
+            self.printed += data
+            del self.printed[:-OUTPUT_BYTES]
+        elif not self.answered.done():
+            self._take(data)
+
+    def _take(self, data: bytes) -> None:
+        line, newline, _ = data.partition(b"\n")
+        self.line += line
+        self.too_long = len(self.line) > self.max_answer_bytes
+        if newline or self.too_long:
+            self.answered.set_result(None)
+
+    def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
+        del exc
+        if fd == 1:
+            _done(self.closed)
+
+    def process_exited(self) -> None:
+        _done(self.exited)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        del exc
+        _done(self.gone)
+
+
+def _done(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
