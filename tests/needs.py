@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
+import tempfile
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -146,6 +148,12 @@ def _cgroup_v1() -> str | None:
     return None
 
 
+def _pypi() -> str | None:
+    with tempfile.TemporaryDirectory() as folder:
+        reason = _run(sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", folder, "hatchling")
+    return _advised(reason, "this needs an index that pip can fetch packages from")
+
+
 #: Everything a test may ask for, with what looks for it.
 CHECKS: dict[str, Callable[[], str | None]] = {
     "cgroup-v1": _cgroup_v1,
@@ -156,6 +164,7 @@ CHECKS: dict[str, Callable[[], str | None]] = {
     "netns": _netns,
     "own-engine": _own_engine,
     "podman": _podman,
+    "pypi": _pypi,
     "redis": _redis,
     "registry": _registry,
 }
