@@ -232,13 +232,13 @@ class DockerRuntime(ContainerRuntime):
         return answer
 
     def _note(self, failure: RuntimeFailure | None) -> None:
-        """Log once that the engine went away or came back; drop a connection to one that went."""
+        """Drop the connection to an engine that went away; the agent tells its owner, so this is for debugging."""
         absent = isinstance(failure, RuntimeAbsent)
         if absent:
             self._forget()
         if absent == self._was_there:
             self._was_there = not absent
-            logger.info("Docker: %s", failure if absent else "answers again", extra={"action": "runtime"})
+            logger.debug("Docker: %s", failure if absent else "answers again", extra={"action": "runtime"})
 
     def _connected(self) -> Engine:
         with self._lock:
@@ -251,7 +251,9 @@ class DockerRuntime(ContainerRuntime):
         return engine
 
     def _refreshed(self, engine: Engine) -> Engine:
-        fresh = engine._replace(info=engine.api.info(), version=str(engine.api.version()["Version"]))
+        # By connections of its own, which wait less: one that hangs is to be found out before the caller gives up.
+        version, info = _introduce(engine.address)
+        fresh = engine._replace(info=info, version=str(version.get("Version", "")))
         with self._lock:
             if self._engine is engine:
                 self._engine = fresh
@@ -416,28 +418,45 @@ def _start_advice() -> str:
 
 def connect(address: Address) -> Engine:
     """Return a connection to an engine of this machine that answers. Raises RuntimeAbsent with what to do."""
+    from docker.errors import DockerException
+
+    _knock(address)
+    try:
+        version, info = _introduce(address)
+        spoken = str(version["ApiVersion"])
+        ask, slow = _client(address, spoken, ASK_S), _client(address, spoken, START_S)
+    except (DockerException, OSError, ValueError, KeyError, TypeError) as error:
+        told = _words(error)
+        raise RuntimeAbsent(f"Docker does not answer at {_place(address)}: {told}; {_start_advice()}") from error
+    return Engine(ask.api, slow, info, str(version.get("Version", "")), address)
+
+
+def _introduce(address: Address) -> tuple[Json, Json]:
+    """Return what an engine says of its version and of itself. Raises NotInstalled when it is Podman."""
+    from docker.constants import DEFAULT_DOCKER_API_VERSION
+
+    with contextlib.closing(_client(address, DEFAULT_DOCKER_API_VERSION, CONNECT_S)) as first:
+        version = dict(first.api.version(api_version=False))
+    if any(part.get("Name") == "Podman Engine" for part in version.get("Components") or ()):
+        raise NotInstalled(f"it is Podman, not Docker, that answers at {_place(address)}: use the podman runtime")
+    with contextlib.closing(_client(address, str(version["ApiVersion"]), CONNECT_S)) as second:
+        return version, dict(second.api.info())
+
+
+def _client(address: Address, version: str, timeout_s: int) -> docker.DockerClient:
+    """Make a client that obeys its address alone.
+
+    Left to themselves, variables such as REQUESTS_CA_BUNDLE and HTTP_PROXY outweigh a context's certificates, and send
+    what is meant for loopback elsewhere. That is also why the SDK may not ask for the version while it is made.
+    """
     import docker
     from docker.tls import TLSConfig
 
-    _knock(address)
     ca, cert, key = address.tls or ("", "", "")
     tls = TLSConfig(client_cert=(cert, key), ca_cert=ca, verify=address.verify) if address.tls else False
-    try:
-        api = docker.APIClient(address.host, version="auto", timeout=CONNECT_S, tls=tls)
-        with contextlib.ExitStack() as unless_it_works:
-            unless_it_works.callback(api.close)
-            version, info = dict(api.version()), dict(api.info())
-            unless_it_works.pop_all()
-    except (docker.errors.DockerException, OSError, ValueError) as error:
-        raise RuntimeAbsent(
-            f"Docker does not answer at {_place(address)}: {_words(error)}; {_start_advice()}"
-        ) from error
-    if any(part.get("Name") == "Podman Engine" for part in version.get("Components") or ()):
-        api.close()
-        raise NotInstalled(f"it is Podman, not Docker, that answers at {_place(address)}: use the podman runtime")
-    api.timeout = ASK_S
-    slow = docker.DockerClient(address.host, version=api.api_version, timeout=START_S, tls=tls)
-    return Engine(api, slow, info, str(version.get("Version", "")), address)
+    client = docker.DockerClient(address.host, version=version, timeout=timeout_s, tls=tls)
+    client.api.trust_env = False
+    return client
 
 
 def _place(address: Address) -> str:
