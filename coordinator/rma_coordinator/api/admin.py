@@ -1,0 +1,272 @@
+"""The admin API: the fleet, tasks, keys, tokens, policies and plugins, and what anyone may see."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+import rma_core
+from rma_coordinator import overview
+from rma_coordinator.api import pages
+from rma_coordinator.api.bodies import KeyRequest, PolicyPreview, TokenMake
+from rma_coordinator.api.routes import document
+from rma_coordinator.domain.credentials import JoinTokenRecord, KeyRecord, check_scopes
+from rma_coordinator.domain.fleet import iso
+from rma_core.errors import NotFound
+from rma_core.models.hardware import read_reports
+from rma_core.models.strict import decode
+
+if TYPE_CHECKING:
+    from rma_coordinator.api.web import Web
+    from rma_coordinator.domain.fleet import Worker
+    from rma_coordinator.domain.tasks import Task
+    from rma_coordinator.pool import Pool
+    from rma_core.models.hardware import HardwareReport
+
+
+# -- what anyone may see -----------------------------------------------------------------------------------------
+
+
+async def health(pool: Pool, web: Web) -> object:  # noqa: ARG001 - every handler has the same form
+    """Whether the coordinator works, and what it is."""
+    return {"status": "ok", "version": rma_core.__version__, "issuer": pool.record.issuer}
+
+
+async def openapi(pool: Pool, web: Web) -> object:  # noqa: ARG001 - every handler has the same form
+    """The OpenAPI document."""
+    return document(rma_core.__version__, pool.record.issuer)
+
+
+async def docs(pool: Pool, web: Web) -> object:  # noqa: ARG001 - every handler has the same form
+    """The API as a page."""
+    return _static(web, "docs.html")
+
+
+async def page(pool: Pool, web: Web) -> object:  # noqa: ARG001 - every handler has the same form
+    """The status page."""
+    return _static(web, "status.html")
+
+
+async def static(pool: Pool, web: Web) -> object:  # noqa: ARG001 - every handler has the same form
+    """A file of the pages."""
+    return _static(web, web.parts["name"])
+
+
+def _static(web: Web, name: str) -> bytes:
+    try:
+        data = pages.static(name)
+    except KeyError:
+        raise NotFound(f"there is no file {name!r}") from None
+    web.content_type = pages.content_type(name)
+    web.headers.update(pages.HEADERS)
+    return data
+
+
+# -- the fleet ---------------------------------------------------------------------------------------------------
+
+
+async def workers(pool: Pool, web: Web) -> object:
+    """All workers, by id."""
+    found = sorted(pool.fleet.workers.values(), key=lambda one: one.id)
+    return web.page(found, "workers", key=lambda one: one.id, show=pool.fleet.show)
+
+
+async def worker(pool: Pool, web: Web) -> object:
+    """One worker with everything known of it."""
+    return pool.fleet.show(pool.fleet.get(web.parts["worker_id"]), full=True)
+
+
+async def disable(pool: Pool, web: Web) -> object:
+    """Shut a worker out at once."""
+    found = pool.fleet.get(web.parts["worker_id"])
+    await pool.set_disabled(found, disabled=True)
+    return pool.fleet.show(found)
+
+
+async def enable(pool: Pool, web: Web) -> object:
+    """Let a worker in again."""
+    found = pool.fleet.get(web.parts["worker_id"])
+    await pool.set_disabled(found, disabled=False)
+    return pool.fleet.show(found)
+
+
+async def stats(pool: Pool, web: Web) -> object:  # noqa: ARG001 - every handler has the same form
+    """The pool in numbers."""
+    return overview.stats(pool)
+
+
+async def admin_health(pool: Pool, web: Web) -> object:  # noqa: ARG001 - every handler has the same form
+    """The coordinator's own state."""
+    fleet = pool.fleet
+    amnesty = fleet.amnesty_until - pool.clock()
+    return {
+        "status": "ok",
+        "version": rma_core.__version__,
+        "store": pool.settings.store,
+        "uptime_s": round(pool.wall() - pool.started_at, 1),
+        "amnesty_s": round(max(0.0, amnesty), 1),
+        "amnesty_reason": fleet.amnesty_reason if amnesty > 0 else "",
+        "connected_workers": len(pool.hub.sinks),
+    }
+
+
+async def services(pool: Pool, web: Web) -> object:  # noqa: ARG001 - every handler has the same form
+    """Services: wanted, assigned, healthy."""
+    return {"services": [{"service": name, **row} for name, row in overview.services(pool).items()]}
+
+
+async def tasks(pool: Pool, web: Web) -> object:
+    """Tasks that run, wait, or ended lately; newest first."""
+    found = list(pool.dispatcher.all())
+    return web.page(found, "tasks", key=lambda one: one.id, show=lambda one: _task(pool, one))
+
+
+def _task(pool: Pool, task: Task) -> dict[str, Any]:
+    moment = pool.fleet.wall_time
+    return {
+        "task_id": task.id,
+        "service": task.service,
+        "status": task.state,
+        "created_at": iso(moment(task.created_at)),
+        "seconds": round((task.ended_at or pool.clock()) - task.created_at, 4),
+        "http_status": task.http_status,
+        "key": task.key_id,
+        "reasons": task.reasons,
+        "usage": task.usage,
+        "attempts": [
+            {
+                "attempt": a.number,
+                "worker_id": a.worker_id,
+                "status": a.state,
+                "reason": a.reason,
+                "offered_at": iso(moment(a.offered_at)),
+            }
+            for a in task.attempts
+        ],
+    }
+
+
+# -- plugins and policies ----------------------------------------------------------------------------------------
+
+
+async def plugins(pool: Pool, web: Web) -> object:  # noqa: ARG001 - every handler has the same form
+    """The coordinator's plugins, and for each worker those plugins and probes that are not well."""
+    return {
+        "coordinator": msgspec.to_builtins(pool.plugins()),
+        "workers": [row for _, found in sorted(pool.fleet.workers.items()) if (row := _unwell(found))],
+    }
+
+
+def _unwell(found: Worker) -> dict[str, Any] | None:
+    bad_plugins = [p for p in found.record.plugins if p.state != "active"]
+    bad_probes = [p for p in found.record.report.probes if p.state == "unhealthy"]
+    if not bad_plugins and not bad_probes:
+        return None
+    return {
+        "worker_id": found.id,
+        "plugins": msgspec.to_builtins(bad_plugins),
+        "probes": msgspec.to_builtins(bad_probes),
+    }
+
+
+async def policies(pool: Pool, web: Web) -> object:  # noqa: ARG001 - every handler has the same form
+    """Tier policies; which one is active."""
+    active = pool.settings.tier_policy
+    return {
+        "active": active,
+        "policies": [
+            {"name": p.name, "summary": p.summary, "active": p.name == active} for _, p in sorted(pool.policies.items())
+        ],
+    }
+
+
+async def preview_policy(pool: Pool, web: Web) -> object:
+    """Which tiers a policy would give, and why: for given machines, or what would change in the live fleet."""
+    asked = decode(await web.body(), PolicyPreview, subject="policy preview")
+    if asked.reports is not None:
+        reports = read_reports(asked.reports, subject="reports")
+        return {"machines": [_machine(pool, asked.policy, report, index) for index, report in enumerate(reports)]}
+    rows = [_would_be(pool, asked.policy, found) for _, found in sorted(pool.fleet.workers.items())]
+    name = asked.policy or pool.settings.tier_policy
+    return {"policy": name, "workers": rows, "changes": sum(row["from"] != row["to"] for row in rows)}
+
+
+def _machine(pool: Pool, policy: str, report: HardwareReport, index: int) -> dict[str, Any]:
+    decision = pool.decide(report, labels={}, worker_id="", policy=policy)
+    return {
+        "index": index,
+        "tier": decision.tier,
+        "reason": decision.reason,
+        "capabilities": msgspec.to_builtins(report.capabilities),
+    }
+
+
+def _would_be(pool: Pool, policy: str, found: Worker) -> dict[str, Any]:
+    record = found.record
+    decision = pool.decide(record.report, labels=record.labels, worker_id=found.id, policy=policy)
+    return {
+        "worker_id": found.id,
+        "from": record.tier,
+        "to": decision.tier,
+        "reason": decision.reason,
+        "changes": decision.tier != record.tier,
+    }
+
+
+# -- keys --------------------------------------------------------------------------------------------------------
+
+
+async def keys(pool: Pool, web: Web) -> object:  # noqa: ARG001 - every handler has the same form
+    """All keys, without their secrets."""
+    return {"keys": [_key(record) for record in pool.keyring.all_keys()]}
+
+
+async def create_key(pool: Pool, web: Web) -> object:
+    """Make a key; its secret is shown this once."""
+    principal = pool.keyring.principal(web.bearer)
+    asked = decode(await web.body(), KeyRequest, subject="key")
+    scopes = check_scopes(asked.scopes, principal)
+    secret, record = await pool.create_key(kind=asked.kind, label=asked.label, scopes=scopes, ttl_s=asked.ttl_s)
+    return {"key": secret, **_key(record)}
+
+
+async def revoke_key(pool: Pool, web: Web) -> object:
+    """End a key or join token at once."""
+    await pool.revoke(web.parts["key_id"])
+    return {"revoked": web.parts["key_id"]}
+
+
+def _key(record: KeyRecord) -> dict[str, Any]:
+    return {
+        "key_id": record.key_id,
+        "kind": record.kind,
+        "label": record.label,
+        "scopes": list(record.scopes),
+        "created_at": iso(record.created_at),
+        "expires_at": iso(record.expires_at or 0),
+        "revoked_at": iso(record.revoked_at or 0),
+    }
+
+
+async def join_tokens(pool: Pool, web: Web) -> object:  # noqa: ARG001 - every handler has the same form
+    """All join tokens, without their secrets."""
+    return {"tokens": [_join_token(record) for record in pool.keyring.all_tokens()]}
+
+
+async def create_token(pool: Pool, web: Web) -> object:
+    """Make a join token; its secret is shown this once."""
+    asked = decode(await web.body(), TokenMake, subject="join token")
+    secret, record = await pool.create_token(label=asked.label, uses=asked.uses, ttl_s=asked.ttl_s)
+    return {"token": secret + pool.pin, "url": pool.settings.public_url, **_join_token(record)}
+
+
+def _join_token(record: JoinTokenRecord) -> dict[str, Any]:
+    return {
+        "token_id": record.token_id,
+        "label": record.label,
+        "uses_left": record.uses - len(record.used_by),
+        "created_at": iso(record.created_at),
+        "expires_at": iso(record.expires_at),
+        "revoked_at": iso(record.revoked_at or 0),
+    }

@@ -1,0 +1,212 @@
+"""Small helpers for the handlers below Quart: bodies with limits and timeouts, answers whose every send is bounded.
+
+Waits are bounded with `asyncio.timeout`: before Python 3.12, `wait_for` can swallow a cancellation, and a handler that
+was told to end would go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import re
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs
+
+from rma_coordinator.api.problems import HTTPProblem, problem
+from rma_coordinator.relay import BODILESS
+from rma_core.errors import NotAuthenticated
+from rma_core.models.strict import encode
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping, Sequence
+
+    from rma_core.errors import RMAError
+
+    Message = MutableMapping[str, Any]
+    Receive = Callable[[], Awaitable[Message]]
+    Send = Callable[[Message], Awaitable[None]]
+
+#: A client or worker that sends nothing for this long, or does not take what it asked for, is cut.
+PATIENCE_S = 30.0
+#: Bodies must arrive at least this fast once they are large, so that a trickle cannot hold a place for hours.
+LEAST_BYTES_PER_S = 1000
+#: More digits than this is no length of anything.
+MOST_DIGITS = 15
+#: The longest body of a control call (registration, heartbeat).
+CONTROL_BYTES = 4 * 1024 * 1024
+#: What may not stand in a header's value (RFC 9110, 5.5).
+FORBIDDEN = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+
+
+class Gone(Exception):
+    """The other side closed the connection, or stopped reading."""
+
+
+class Call:
+    """One HTTP request below Quart: its scope in convenient form, and bounded ways to read and answer."""
+
+    def __init__(self, scope: Message, receive: Receive, send: Send, *, proxies: Sequence[str] = ()) -> None:
+        self.scope = scope
+        self.receive = receive
+        self._send = send
+        self.method: str = scope.get("method", "GET")
+        self.path: str = scope["path"]
+        self.headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        self.query = {
+            name: values[-1] for name, values in parse_qs(scope.get("query_string", b"").decode("latin-1")).items()
+        }
+        self.parts: dict[str, str] = {}
+        self.started = False
+        self._proxies = proxies
+
+    @property
+    def ip_address(self) -> str:
+        """The caller's address; forwarding headers are believed from configured proxies only."""
+        return client_address(self.scope.get("client"), self.headers.get("x-forwarded-for", ""), self._proxies)
+
+    @property
+    def bearer(self) -> str:
+        """The credential of the request. Raises NotAuthenticated."""
+        return bearer(self.headers.get("authorization", ""))
+
+    def number(self, name: str, default: float, *, least: float, most: float) -> float:
+        """Return a number from the query. Raises HTTPProblem (400)."""
+        text = self.query.get(name)
+        try:
+            value = default if text is None else float(text)
+        except ValueError:
+            value = float("nan")
+        if not least <= value <= most:
+            raise HTTPProblem(400, f"{name} is a number from {least:g} to {most:g}, not {text!r}", code="query")
+        return value
+
+    def check_body(self, limit: int) -> None:
+        """Refuse, before reading, a body that is too large or encoded. Raises HTTPProblem."""
+        check_encoding(self.headers.get("content-encoding", ""))
+        length = self.headers.get("content-length", "0")
+        if not length.isdecimal() or len(length) > MOST_DIGITS or int(length) > limit:
+            raise too_large(limit)
+
+    async def chunks(
+        self, limit: int, *, patience_s: float = PATIENCE_S, least_bytes_per_s: float = LEAST_BYTES_PER_S
+    ) -> AsyncIterator[bytes]:
+        """Yield the body as it comes; ``least_bytes_per_s`` of 0 takes it as slowly as it comes.
+
+        Raises HTTPProblem (408, 413), Gone when the sender leaves before its end.
+        """
+        loop, total = asyncio.get_running_loop(), 0
+        began = loop.time()
+        while True:
+            try:
+                async with asyncio.timeout(patience_s):
+                    message = await self.receive()
+            except TimeoutError:
+                raise HTTPProblem(408, f"nothing of the body came for {patience_s:.0f} s") from None
+            if message["type"] == "http.disconnect":
+                raise Gone
+            total += len(message.get("body", b""))
+            if total > limit:
+                raise too_large(limit)
+            if least_bytes_per_s and loop.time() - began > patience_s + total / least_bytes_per_s:
+                raise HTTPProblem(408, f"the body comes slower than {least_bytes_per_s:g} bytes a second")
+            if message.get("body"):
+                yield message["body"]
+            if not message.get("more_body"):
+                return
+
+    async def body(self, limit: int = CONTROL_BYTES) -> bytes:
+        """Return the whole body of a control call."""
+        self.check_body(limit)
+        return b"".join([chunk async for chunk in self.chunks(limit)])
+
+    async def send(self, message: Message, *, patience_s: float = PATIENCE_S) -> None:
+        """Send, or give up on one who does not read. Raises Gone."""
+        try:
+            async with asyncio.timeout(patience_s):
+                await self._send(message)
+        except (TimeoutError, OSError):
+            raise Gone from None
+
+    async def start(self, status: int, headers: Mapping[str, str]) -> None:
+        """Begin an answer; headers that HTTP cannot carry are left out."""
+        raw = [(name.encode(), data) for name, value in headers.items() if (data := header_value(value)) is not None]
+        self.started = True
+        await self.send({"type": "http.response.start", "status": status, "headers": raw})
+
+    async def write(self, data: bytes, *, more: bool = True) -> None:
+        """Send a piece of the answer; ``more=False`` ends it."""
+        await self.send({"type": "http.response.body", "body": data, "more_body": more})
+
+    async def answer(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
+        """Send a whole answer; statuses that have no body say no length either."""
+        length = {} if status in BODILESS else {"content-length": str(len(body))}
+        await self.start(status, {**headers, **length})
+        await self.write(b"" if status in BODILESS else body, more=False)
+
+    async def json(self, value: object, status: int = 200) -> None:
+        """Send a record or plain data as JSON."""
+        await self.answer(status, {"content-type": "application/json", "cache-control": "no-store"}, encode(value))
+
+    async def problem(self, error: RMAError, **more: object) -> None:
+        """Send an expected failure."""
+        await self.answer(*problem(error, **more))
+
+    async def left(self) -> None:
+        """Return when the client has gone; further parts of its request are thrown away."""
+        while (await self.receive())["type"] != "http.disconnect":
+            pass
+
+
+def header_value(text: str) -> bytes | None:
+    """Return a header's value as bytes, or ``None`` for one with control characters, which HTTP cannot carry."""
+    try:
+        data = text.strip().encode("latin-1")
+    except UnicodeEncodeError:
+        # What is beyond Latin-1 was UTF-8 on its way here, and goes on as such.
+        data = text.strip().encode("utf-8", "replace")
+    return None if FORBIDDEN.search(data) else data
+
+
+def check_encoding(encoding: str) -> None:
+    """Refuse a body with a Content-Encoding, whose size nobody knows. Raises HTTPProblem (415)."""
+    if encoding.strip().lower() not in ("", "identity"):
+        raise HTTPProblem(415, f"a body with Content-Encoding {encoding!r} is not taken", hints=("send it unencoded",))
+
+
+def too_large(limit: int) -> HTTPProblem:
+    """Return the refusal of a body over ``limit`` bytes."""
+    return HTTPProblem(413, f"a body may have at most {limit} bytes")
+
+
+def bearer(header: str) -> str:
+    """Return the credential in an Authorization header. Raises NotAuthenticated."""
+    scheme, _, secret = header.partition(" ")
+    if scheme.lower() != "bearer" or not secret.strip():
+        raise NotAuthenticated("a credential is needed: Authorization: Bearer …", hints=("keys: `rma keys create`",))
+    return secret.strip()
+
+
+def client_address(peer: Sequence[Any] | None, forwarded: str, proxies: Sequence[str]) -> str:
+    """Return who calls: the peer, or what a trusted proxy says of it (the last address that is no proxy itself)."""
+    address = str(peer[0]) if peer else ""
+    for hop in reversed([part.strip() for part in forwarded.split(",") if part.strip()]):
+        if not _trusted(address, proxies) or not _is_address(hop):
+            break
+        address = hop
+    return address
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _trusted(address: str, proxies: Sequence[str]) -> bool:
+    try:
+        ip = ipaddress.ip_address(address)
+        return any(ip in ipaddress.ip_network(network, strict=False) for network in proxies)
+    except ValueError:
+        return False

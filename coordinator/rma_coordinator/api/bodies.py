@@ -1,0 +1,44 @@
+"""Bodies that only admins and the sign-on use."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+Label = Annotated[str, Meta(max_length=100)]
+#: Ninety days: long enough to be no nuisance, short enough that a lost key ends.
+KEY_TTL_S = 90 * 86_400.0
+TOKEN_TTL_S = 3600.0
+
+
+class NonceAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """What a proof must contain: a nonce that is good for a minute, and the pool's name."""
+
+    nonce: str
+    issuer: str
+
+
+class KeyRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A key to be made; ``ttl_s`` of ``None`` means that it does not expire."""
+
+    kind: Literal["admin", "client"] = "client"
+    label: Label = ""
+    scopes: Annotated[tuple[Label, ...], Meta(max_length=32)] = ("infer:*",)
+    ttl_s: Annotated[float, Meta(ge=60, le=315_360_000)] | None = KEY_TTL_S
+
+
+class TokenMake(msgspec.Struct, frozen=True, kw_only=True):
+    """A join token to be made."""
+
+    label: Label = ""
+    uses: Annotated[int, Meta(ge=1, le=1000)] = 1
+    ttl_s: Annotated[float, Meta(ge=60, le=604_800)] = TOKEN_TTL_S
+
+
+class PolicyPreview(msgspec.Struct, frozen=True, kw_only=True):
+    """Machines to put before a policy: hardware reports or bare capabilities; without any, the live fleet."""
+
+    policy: Label = ""
+    reports: Annotated[list[dict[str, Any]], Meta(max_length=100_000)] | None = None

@@ -1,0 +1,277 @@
+"""The worker's channel, below Quart: one WebSocket with many attempts on it, frame by frame."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any
+
+from rma_coordinator import enrolment
+from rma_coordinator.api.asgi import Gone, bearer, client_address
+from rma_coordinator.api.problems import HTTPProblem, problem
+from rma_coordinator.hub import Channel, stream_of
+from rma_coordinator.relay import Head, Overrun
+from rma_core.errors import RMAError
+from rma_core.models import channel as frames
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from rma_coordinator.api.asgi import Message, Receive, Send
+    from rma_coordinator.domain.fleet import Worker
+    from rma_coordinator.domain.tasks import Attempt
+    from rma_coordinator.pool import Pool
+    from rma_coordinator.relay import Relay
+
+    AttemptFrame = frames.Accept | frames.Head | frames.Progress | frames.End | frames.Error
+
+logger = logging.getLogger(__name__)
+
+#: The first frame must come this soon after the handshake.
+HELLO_WITHIN_S = 10.0
+#: A frame must leave within this, or the worker does not read.
+SEND_WITHIN_S = 20.0
+#: Seconds to say goodbye.
+CLOSE_WITHIN_S = 1.0
+#: Intervals of heartbeats without a word after which a channel is closed.
+SILENT_BEATS = 3
+#: Credit is given back in steps of this, so that it costs few frames.
+CREDIT_STEP = frames.WINDOW_BYTES // 4
+#: Why a channel is closed, in the range that RFC 6455 leaves to applications.
+CLOSED_PROTOCOL, CLOSED_UNAUTHENTICATED, CLOSED_SILENT = 4400, 4401, 4408
+
+
+async def serve_channel(pool: Pool, scope: Message, receive: Receive, send: Send) -> None:
+    """Serve a worker's WebSocket from its handshake to its end."""
+    headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+    await receive()  # websocket.connect
+    try:
+        worker = enrolment.worker_of(pool, bearer(headers.get("authorization", "")))
+    except RMAError as error:
+        await _deny(scope, send, error)
+        return
+    ip_address = client_address(scope.get("client"), headers.get("x-forwarded-for", ""), pool.settings.trusted_proxies)
+    session = Session(pool, worker, ip_address)
+    try:
+        await _say(send, {"type": "websocket.accept"}, SEND_WITHIN_S)
+        await _run(session, receive, send)
+        await _say(send, {"type": "websocket.close", "code": session.close_code}, CLOSE_WITHIN_S)
+    except Gone:
+        logger.debug("%s was gone before its channel was closed", worker.id)
+
+
+async def _run(session: Session, receive: Receive, send: Send) -> None:
+    """Read, write and wait to be told to end: whichever ends first ends the others."""
+    name = f"channel of {session.worker.id}"
+    tasks = [
+        asyncio.create_task(session.read(receive), name=f"{name} reads"),
+        asyncio.create_task(_send_all(session.channel, send), name=f"{name} writes"),
+        asyncio.create_task(_closing(session.channel), name=f"{name} waits"),
+    ]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        session.end()
+        await _reap(tasks)
+
+
+async def _reap(tasks: Iterable[asyncio.Task[None]]) -> None:
+    """End tasks and log what they died of, unless they simply ended."""
+    for task in tasks:
+        task.cancel()
+    for task in tasks:
+        try:
+            await task
+        except (asyncio.CancelledError, Gone):
+            continue
+        except Exception:
+            logger.exception("%s failed", task.get_name())
+
+
+async def _closing(channel: Channel) -> None:
+    await channel.closing.wait()
+
+
+async def _say(send: Send, event: Message, within_s: float) -> None:
+    """Send one event in a limited time. Raises Gone."""
+    try:
+        async with asyncio.timeout(within_s):
+            await send(event)
+    except (TimeoutError, OSError):
+        raise Gone from None
+
+
+async def _deny(scope: Message, send: Send, error: RMAError) -> None:
+    """Refuse the handshake with a problem where the server can, else with a plain close."""
+    events: list[Message] = [{"type": "websocket.close", "code": CLOSED_UNAUTHENTICATED}]
+    if "websocket.http.response" in scope.get("extensions", {}):
+        status, headers, body = problem(error)
+        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+        events = [
+            {"type": "websocket.http.response.start", "status": status, "headers": raw},
+            {"type": "websocket.http.response.body", "body": body},
+        ]
+    for event in events:
+        await _say(send, event, SEND_WITHIN_S)
+
+
+async def _send_all(channel: Channel, send: Send) -> None:
+    """Empty the channel's queue into the connection; ends when the worker does not read."""
+    while True:
+        message = await channel.outbound.get()
+        event: dict[str, Any] = {"type": "websocket.send", "bytes": None, "text": None}
+        event["text" if isinstance(message, str) else "bytes"] = message
+        try:
+            await _say(send, event, SEND_WITHIN_S)
+        except Gone:
+            logger.info("%s does not read; its channel is closed", channel.worker_id)
+            return
+
+
+class Session:
+    """What one connection of a worker says, frame by frame."""
+
+    def __init__(self, pool: Pool, worker: Worker, ip_address: str) -> None:
+        self.pool = pool
+        self.worker = worker
+        self.ip_address = ip_address
+        self.channel = Channel(worker.id, clock=pool.clock)
+        self.close_code = 1000
+
+    async def read(self, receive: Receive) -> None:
+        """Take frames until the worker leaves, falls silent, breaks the protocol, or opens another channel."""
+        try:
+            self._hello(await self._first(receive))
+            while True:
+                async with asyncio.timeout(self.pool.fleet.interval_s * SILENT_BEATS):
+                    message = await receive()
+                # What an older connection still brings is no longer this worker's word.
+                if message["type"] != "websocket.receive" or self.channel.closing.is_set():
+                    return
+                self._take(message)
+        except TimeoutError:
+            self.close_code = CLOSED_SILENT
+        except (RMAError, ValueError) as error:
+            self.close_code = CLOSED_PROTOCOL
+            logger.warning(
+                "%s broke the channel's protocol: %s", self.worker.id, error, extra={"action": "channel_protocol"}
+            )
+
+    async def _first(self, receive: Receive) -> frames.Hello:
+        async with asyncio.timeout(HELLO_WITHIN_S):
+            message = await receive()
+        text = message.get("text")
+        hello = frames.unpack_up(text) if isinstance(text, str) else None
+        if not isinstance(hello, frames.Hello) or hello.worker_id != self.worker.id:
+            raise HTTPProblem(400, "the first frame is HELLO, with the worker's own id")
+        return hello
+
+    def _hello(self, hello: frames.Hello) -> None:
+        pool, worker = self.pool, self.worker
+        pool.hub.attach(worker.id, self.channel)
+        pool.fleet.touch(worker)
+        self.channel.assign(pool.answer(worker, -1))
+        for attempt in pool.dispatcher.arrived(worker.id, keeps=hello.attempts):
+            self._resume(attempt)
+        pool.offers(worker, hello.slots)
+
+    def _resume(self, attempt: Attempt) -> None:
+        """Go on with an attempt of the former connection, if none of its answer was on the way then."""
+        relay = self.pool.hub.relays.get(attempt.task.id)
+        if relay is None or relay.head is not None:
+            self.pool.dispatcher.fail(attempt, "coordinator", "the connection broke while the answer was on its way")
+            return
+        stream = stream_of(attempt)
+        self.channel.streams[stream] = (attempt, relay)
+        self._feed(stream, attempt, relay)
+
+    def _feed(self, stream: int, attempt: Attempt, relay: Relay) -> None:
+        relay.begin(attempt, lambda taken: self.channel.credit(stream, taken, at_least=CREDIT_STEP))
+
+    def _take(self, message: Message) -> None:
+        data, text = message.get("bytes"), message.get("text") or ""
+        if data is not None:
+            self._data(data)
+            return
+        if len(text) > frames.MAX_CONTROL_BYTES:
+            raise HTTPProblem(400, "a control frame is too large")
+        frame = frames.unpack_up(text)
+        if isinstance(frame, frames.Beat):
+            self._beat(frame)
+        elif isinstance(frame, frames.Hello):
+            raise HTTPProblem(400, "HELLO comes once")
+        elif not isinstance(frame, frames.Credit):
+            self._about(frame)
+
+    def _beat(self, frame: frames.Beat) -> None:
+        if frame.beat.worker_id != self.worker.id:
+            raise HTTPProblem(400, "this channel is another worker's")
+        answer = self.pool.heartbeat(self.worker, frame.beat, ip_address=self.ip_address)
+        self.pool.offers(self.worker, frame.slots)
+        self.channel.assign(answer)
+
+    def _stream(self, number: int) -> tuple[Attempt, Relay] | None:
+        """Return what a stream is about; frames of attempts that have ended are late, not wrong."""
+        found = self.channel.streams.get(number)
+        if found is not None and not found[0].open:
+            self.channel.done(number)
+            return None
+        return found
+
+    def _about(self, frame: AttemptFrame) -> None:
+        """Take a control frame of an attempt."""
+        found = self._stream(frame.stream)
+        if found is None:
+            return
+        attempt, relay = found
+        try:
+            self._step(frame, attempt, relay)
+        except Overrun as error:
+            self._broke(frame.stream, attempt, error)
+
+    def _step(self, frame: AttemptFrame, attempt: Attempt, relay: Relay) -> None:
+        dispatcher = self.pool.dispatcher
+        if isinstance(frame, frames.Error):
+            self.channel.done(frame.stream)
+            dispatcher.fail(attempt, frame.fault, frame.reason)
+            return
+        # Whatever a worker says of an attempt, it has begun.
+        dispatcher.accept(attempt)
+        if not relay.fed_by(attempt):
+            self._feed(frame.stream, attempt, relay)
+        if isinstance(frame, frames.Head):
+            relay.put_head(Head(frame.status, frame.headers))
+        elif isinstance(frame, frames.End):
+            self._end(frame.stream, attempt, relay, frame.usage)
+
+    def _end(self, stream: int, attempt: Attempt, relay: Relay, usage: dict[str, float]) -> None:
+        relay.end()
+        self.channel.done(stream)
+        self.pool.dispatcher.succeed(attempt, usage=usage)
+
+    def _data(self, message: bytes) -> None:
+        stream, end, data = frames.unpack_data(message)
+        found = self._stream(stream)
+        if found is None:
+            return
+        attempt, relay = found
+        try:
+            if len(data) > frames.MAX_DATA_BYTES:
+                raise Overrun(f"a data frame has at most {frames.MAX_DATA_BYTES} bytes")
+            relay.put(data)
+            self.pool.dispatcher.accept(attempt)
+            if end:
+                self._end(stream, attempt, relay, {})
+        except Overrun as error:
+            self._broke(stream, attempt, error)
+
+    def _broke(self, stream: int, attempt: Attempt, error: Overrun) -> None:
+        """Charge a worker that sends what cannot be an answer, and end only that attempt."""
+        self.channel.done(stream)
+        self.channel.say(frames.pack(frames.Cancel(stream=stream, reason=error.message)))
+        self.pool.dispatcher.fail(attempt, "worker", error.message)
+
+    def end(self) -> None:
+        """The connection is over; its attempts wait a moment for the worker to come back."""
+        if self.pool.hub.detach(self.worker.id, self.channel):
+            self.pool.dispatcher.departed(self.worker.id)

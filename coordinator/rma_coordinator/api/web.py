@@ -1,0 +1,90 @@
+"""What a Quart handler of ours sees of its request, so that handlers know neither Quart nor each other."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from quart import request
+
+from rma_coordinator.api.asgi import CONTROL_BYTES, PATIENCE_S, bearer, check_encoding, client_address, too_large
+from rma_coordinator.api.problems import HTTPProblem
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from rma_coordinator.domain.credentials import Principal
+    from rma_coordinator.pool import Pool
+
+
+T = TypeVar("T")
+
+#: Entries of a page at most.
+MOST_ROWS = 1000
+
+
+class Web:
+    """One request to a Quart handler: credential, body, query, path; the handler may set ``status``."""
+
+    def __init__(self, parts: dict[str, str], *, status: int, proxies: Sequence[str]) -> None:
+        self.parts = parts
+        self.status = status
+        self.content_type = "application/json"
+        self.headers = {"cache-control": "no-store"}
+        self.query = dict(request.args)
+        self._proxies = proxies
+
+    @property
+    def bearer(self) -> str:
+        """The credential. Raises NotAuthenticated."""
+        return bearer(request.headers.get("authorization", ""))
+
+    @property
+    def ip_address(self) -> str:
+        """The caller's address; forwarding headers are believed from configured proxies only."""
+        return client_address(request.scope.get("client"), request.headers.get("x-forwarded-for", ""), self._proxies)
+
+    async def body(self) -> bytes:
+        """Return the whole body. Raises HTTPProblem (408, 413, 415)."""
+        check_encoding(request.headers.get("content-encoding", ""))
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                # As bytes, and neither kept nor parsed.
+                data = await request.get_data(cache=False, as_text=False, parse_form_data=False)
+        except TimeoutError:
+            raise HTTPProblem(408, f"the body did not come within {PATIENCE_S:.0f} s") from None
+        if len(data) > CONTROL_BYTES:
+            raise too_large(CONTROL_BYTES)
+        return data
+
+    def admin(self, pool: Pool, scope: str) -> Principal:
+        """Return the caller when their key opens ``scope``. Raises NotAuthenticated or Forbidden."""
+        principal = pool.keyring.principal(self.bearer)
+        principal.need(scope)
+        return principal
+
+    def page(
+        self, items: Sequence[T], name: str, *, key: Callable[[T], str], show: Callable[[T], object]
+    ) -> dict[str, Any]:
+        """Return one page of a list in CONTRACT's form; ``after`` names the last entry of the page before.
+
+        Only what is on the page is shown, so that a large fleet costs no more than a small one. Raises HTTPProblem
+        (400).
+        """
+        limit = self.query.get("limit", "100")
+        if not limit.isdecimal() or not len(limit) <= len(str(MOST_ROWS)) or not 1 <= int(limit) <= MOST_ROWS:
+            raise HTTPProblem(400, f"limit is a number from 1 to {MOST_ROWS}, not {limit!r}", code="query")
+        after, start = self.query.get("after"), 0
+        if after is not None:
+            start = next((index + 1 for index, item in enumerate(items) if key(item) == after), -1)
+        if start < 0:
+            raise HTTPProblem(
+                400, f"{after!r} is not in this list (any more): begin again without `after`", code="query"
+            )
+        part = items[start : start + int(limit)]
+        more = start + len(part) < len(items)
+        return {
+            name: [show(item) for item in part],
+            "total": len(items),
+            "next": key(part[-1]) if more else None,
+        }

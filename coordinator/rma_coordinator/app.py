@@ -1,0 +1,248 @@
+"""The application: `create_app` puts the pool behind its route table, Quart for most calls, raw ASGI for the rest."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from quart import Quart, Response
+from werkzeug.exceptions import HTTPException, MethodNotAllowed
+
+from rma_coordinator import enrolment
+from rma_coordinator.api import admin, channel, inference, plain, worker
+from rma_coordinator.api.asgi import CONTROL_BYTES, Call, Gone
+from rma_coordinator.api.problems import STATUS_WORDS, HTTPProblem, problem, unexpected, wrong_method
+from rma_coordinator.api.routes import ROUTES, Route, Router
+from rma_coordinator.api.web import Web
+from rma_coordinator.pool import Pool
+from rma_core.catalog import load_folder
+from rma_core.errors import RMAError, SettingProblem
+from rma_core.models.strict import encode
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+
+    from rma_coordinator.api.asgi import Message, Receive, Send
+    from rma_coordinator.store import Store
+    from rma_core.catalog import CatalogEntry
+    from rma_core.host import Plugins
+    from rma_core.settings import CoordinatorSettings
+
+    Handler = Callable[[Pool, Web], Awaitable[object]]
+    RawHandler = Callable[[Pool, Call], Awaitable[None]]
+    ASGI = Callable[[Message, Receive, Send], Awaitable[None]]
+
+logger = logging.getLogger(__name__)
+
+CHANNEL_PATH = "/api/worker/channel"
+
+
+def create_app(
+    config: CoordinatorSettings,
+    *,
+    store: Store,
+    plugins: Plugins,
+    clock: Callable[[], float] = time.monotonic,
+    wall: Callable[[], float] = time.time,
+    catalog: tuple[CatalogEntry, ...] | None = None,
+    pin: str = "",
+) -> Quart:
+    """Return the coordinator as a Quart application whose lifespan opens and closes the pool.
+
+    ``clock`` is monotonic seconds, ``wall`` Unix seconds. The pool is at ``app.extensions["rma"]``.
+    Raises SettingProblem or ValidationProblem for a configuration that cannot work.
+    """
+    pool = Pool(
+        config,
+        store=store,
+        clock=clock,
+        wall=wall,
+        policies=plugins.policies(config.plugins),
+        catalog=load_catalog(config) if catalog is None else catalog,
+        plugins=plugins.reports,
+        pin=pin,
+    )
+    app = Quart("rma_coordinator", static_folder=None)
+    app.extensions["rma"] = pool
+    app.config["MAX_CONTENT_LENGTH"] = CONTROL_BYTES
+    app.config["RESPONSE_TIMEOUT"] = None
+    # "//health" is no other way to write "/health", and nothing is answered with a redirect.
+    app.url_map.merge_slashes = False
+    app.while_serving(functools.partial(_serving, pool))
+    for route in ROUTES:
+        if route.lane == "quart":
+            _add(app, pool, route)
+    app.register_error_handler(Exception, _failed)
+    lanes = app.extensions["rma_lanes"] = Lanes(cast("ASGI", app.asgi_app), pool)
+    app.asgi_app = cast("Any", lanes)  # type: ignore[method-assign]
+    return app
+
+
+def load_catalog(config: CoordinatorSettings) -> tuple[CatalogEntry, ...]:
+    """Return the entries of the configured folder, else of those that came along. Raises SettingProblem."""
+    if config.catalog:
+        folder = Path(config.catalog).expanduser()
+        if not folder.is_dir():
+            raise SettingProblem(f"the catalog folder {folder} does not exist", hints=("set --catalog or RMA_CATALOG",))
+        return load_folder(folder)
+    here = Path(__file__).parent
+    installed = here / "catalog"
+    return load_folder(installed if installed.is_dir() else here.parents[1] / "containers")
+
+
+async def _serving(pool: Pool) -> AsyncGenerator[None, None]:
+    """Open the pool, keep its time while the application serves, and close it."""
+    await pool.start()
+    upkeep = [
+        asyncio.create_task(pool.keep_time(), name="the pool's clock"),
+        asyncio.create_task(pool.keep_books(), name="the pool's books"),
+    ]
+    for task in upkeep:
+        task.add_done_callback(_never_silent)
+    try:
+        yield
+    finally:
+        for task in upkeep:
+            task.cancel()
+        await asyncio.wait(upkeep)
+        await pool.stop()
+
+
+def _never_silent(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        logger.critical("%s has ended; restart the coordinator", task.get_name(), exc_info=task.exception())
+
+
+def _add(app: Quart, pool: Pool, route: Route) -> None:
+    """Put one route of the table behind Quart: access is checked here, and only here."""
+    handler: Handler = getattr(worker, route.handler, None) or getattr(admin, route.handler)
+
+    async def view(**parts: str) -> Response:
+        web = Web(parts, status=route.status, proxies=pool.settings.trusted_proxies)
+        if ":" in route.access:
+            web.admin(pool, route.access)
+        value = await handler(pool, web)
+        body = value if isinstance(value, bytes) else encode(value)
+        return Response(body, status=web.status, headers=web.headers, content_type=web.content_type)
+
+    path = route.path.replace("{", "<").replace("}", ">")
+    app.add_url_rule(path, endpoint=f"{route.method} {route.path}", view_func=view, methods=[route.method])
+
+
+async def _failed(error: Exception) -> Response:
+    """Turn whatever a handler raised into a problem; a bug is logged with its traceback."""
+    if isinstance(error, RMAError):
+        status, headers, body = problem(error)
+    elif isinstance(error, HTTPException):
+        status, headers, body = problem(_refusal(error))
+    else:
+        logger.error("a handler failed", exc_info=error)
+        status, headers, body = unexpected()
+    return Response(body, status=status, headers=headers)
+
+
+def _refusal(error: HTTPException) -> HTTPProblem:
+    """Return what the framework refused by itself, in our words."""
+    code = error.code or 500
+    if isinstance(error, MethodNotAllowed):
+        return wrong_method(list(error.valid_methods or ()))
+    words = {404: "there is nothing at this address", 413: f"a body may have at most {CONTROL_BYTES} bytes"}
+    message = words.get(code, STATUS_WORDS.get(code, (error.name, ""))[0].lower())
+    return HTTPProblem(code, message, hints=("the calls are listed at /openapi.json",))
+
+
+async def upgrade(pool: Pool, call: Call) -> None:
+    """GET /api/worker/channel without an upgrade: say what the address speaks."""
+    enrolment.worker_of(pool, call.bearer)
+    raise HTTPProblem(426, "this address speaks WebSocket", headers={"upgrade": "websocket", "connection": "upgrade"})
+
+
+RAW: dict[str, RawHandler] = {
+    "heartbeat": plain.heartbeat,
+    "poll": plain.poll,
+    "task_body": plain.task_body,
+    "result": plain.result,
+    "complete": plain.complete,
+    "infer": inference.infer,
+    "channel": upgrade,
+}
+
+
+class Lanes:
+    """What stands below Quart: the channel, streams, and the hot calls; everything else goes on to Quart."""
+
+    def __init__(self, quart: ASGI, pool: Pool) -> None:
+        self._quart = quart
+        self._pool = pool
+        self._router = Router()
+        #: What is being served below Quart now, so that it can be ended when the coordinator stops.
+        self._open: set[asyncio.Task[Any]] = set()
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Serve one ASGI scope."""
+        if scope["type"] == "websocket" and scope["path"] == CHANNEL_PATH:
+            with self._counted():
+                await channel.serve_channel(self._pool, scope, receive, send)
+            return
+        if scope["type"] != "http":
+            await self._quart(scope, receive, send)
+            return
+        route, parts, allowed = self._router.find(scope["method"], scope["path"])
+        if route is None and not allowed:
+            await self._quart(scope, receive, send)
+            return
+        call = Call(scope, receive, send, proxies=self._pool.settings.trusted_proxies)
+        call.parts = parts
+        with self._counted():
+            await self._raw(route, call, allowed)
+
+    def cut(self) -> None:
+        """End what is still open: the coordinator stops."""
+        for task in self._open:
+            task.cancel()
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("an ASGI application runs in a task")
+        self._open.add(task)
+        try:
+            yield
+        finally:
+            self._open.discard(task)
+
+    async def _raw(self, route: Route | None, call: Call, allowed: tuple[str, ...]) -> None:
+        """Serve one call; whatever goes wrong is a problem while nothing has been sent, a broken connection after."""
+        try:
+            if route is None:
+                raise wrong_method(list(allowed))
+            await RAW[route.handler](self._pool, call)
+        except (Gone, inference.CutAnswer) as error:
+            # The server closes a connection whose answer nothing ends.
+            logger.info("%s %s was cut: %s", call.method, call.path, str(error) or "the other side left")
+        except RMAError as error:
+            await _explain(call, problem(error), error)
+        except Exception as error:
+            logger.exception("%s %s failed", call.method, call.path)
+            await _explain(call, unexpected(), error)
+
+
+async def _explain(call: Call, answer: tuple[int, dict[str, str], bytes], error: Exception) -> None:
+    """Answer with a problem where that is still possible."""
+    if call.started:
+        logger.info("%s %s broke off: %s", call.method, call.path, error)
+        return
+    with contextlib.suppress(Gone):
+        await call.answer(*answer)
+
+
+def pool_of(app: Quart) -> Pool:
+    """Return the pool behind an application."""
+    pool: Any = app.extensions["rma"]
+    return cast("Pool", pool)

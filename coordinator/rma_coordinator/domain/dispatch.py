@@ -1,0 +1,387 @@
+"""Dispatch: tasks meet free workers; attempts, leases and blame. Pure: a clock goes in, effects come out.
+
+A task is `queued` until a worker with a free slot for its service exists, `running` while an attempt has it, and ends
+exactly once. (task, attempt) is the fence: only the newest attempt may speak for its task.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict, deque
+from typing import TYPE_CHECKING, Protocol
+
+from rma_coordinator.domain.tasks import BLAMED, LEASE_S, Attempt, Seat, Task
+from rma_core.errors import NotFound, TryLater
+from rma_core.models.channel import ACCEPT_WITHIN_S, RESUME_WITHIN_S
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator
+
+    from rma_coordinator.domain.tasks import AttemptState, TaskState
+    from rma_core.models.worker import AttemptRef, Fault
+
+logger = logging.getLogger(__name__)
+
+#: Different workers that may fail a task before it has failed.
+MAX_BLAMED = 3
+#: Attempts a task gets at most, blamed or not, so that nothing goes round for ever.
+MAX_ATTEMPTS = 10
+#: Finished tasks that are remembered for `rma tasks`.
+REMEMBERED = 1000
+#: A tick that comes later than this after the one before means that the coordinator itself stood still.
+STALL_S = 2.0
+
+
+class Effects(Protocol):
+    """What the dispatcher makes others do; calls are immediate and must not wait, nor call the dispatcher."""
+
+    def ready(self, worker_id: str) -> bool:
+        """Say whether an attempt can be handed to a worker now."""
+
+    def offer(self, attempt: Attempt) -> bool:
+        """Hand an attempt to its worker; ``False`` when that failed after all."""
+
+    def withdraw(self, attempt: Attempt, reason: str) -> None:
+        """Tell the worker that nobody wants this attempt's answer any more."""
+
+    def restarted(self, task: Task) -> None:
+        """The attempt was lost before anything reached the client; another one will follow."""
+
+    def finished(self, task: Task) -> None:
+        """The task has ended; its state says how."""
+
+
+class Dispatcher:
+    """Queues, seats and open attempts; every method leaves them consistent and then matches again."""
+
+    def __init__(self, effects: Effects, *, clock: Callable[[], float], max_queued: int) -> None:
+        self._effects = effects
+        self._clock = clock
+        self._max_queued = max_queued
+        self._ticked = clock()
+        self.seats: dict[str, Seat] = {}
+        self.tasks: dict[str, Task] = {}
+        self.finished: OrderedDict[str, Task] = OrderedDict()
+        self._queues: dict[str, deque[Task]] = {}
+        self.succeeded = 0
+        self.failed = 0
+
+    # -- tasks -------------------------------------------------------------------------------------------------
+
+    @property
+    def queued(self) -> int:
+        """How many tasks wait."""
+        return sum(len(queue) for queue in self._queues.values())
+
+    @property
+    def running(self) -> int:
+        """How many tasks an attempt has."""
+        return sum(1 for task in self.tasks.values() if task.state == "running")
+
+    def submit(self, task: Task) -> None:
+        """Take a task in. Raises TryLater when the queue is full."""
+        if self.queued >= self._max_queued:
+            raise TryLater(f"{self.queued} requests are waiting already", retry_after_s=5)
+        self.tasks[task.id] = task
+        self._queues.setdefault(task.service, deque()).append(task)
+        self._match(task.service)
+
+    def cancel(self, task: Task, reason: str) -> None:
+        """End a task that nobody wants any more."""
+        if not task.final:
+            self._close(task, "cancelled", reason)
+
+    def find(self, task_id: str) -> Task:
+        """Return a task, also one that ended a while ago. Raises NotFound."""
+        task = self.tasks.get(task_id) or self.finished.get(task_id)
+        if task is None:
+            raise NotFound(f"there is no task {task_id!r}", hints=("finished tasks are remembered for a while only",))
+        return task
+
+    def all(self) -> Iterator[Task]:
+        """Yield every task that is remembered, newest first."""
+        yield from sorted([*self.tasks.values(), *self.finished.values()], key=lambda task: -task.created_at)
+
+    # -- workers -----------------------------------------------------------------------------------------------
+
+    def seat(self, worker_id: str) -> Seat:
+        """Return the worker's seat, made when it is first needed."""
+        return self.seats.setdefault(worker_id, Seat(worker_id))
+
+    def arrived(self, worker_id: str, *, keeps: Collection[AttemptRef] = ()) -> list[Attempt]:
+        """A worker can be reached (again); attempts it does not list are lost at once. Return those that go on.
+
+        It is given nothing new before `offers` tells what it can take now.
+        """
+        seat = self.seat(worker_id)
+        leases = {ref.lease_id for ref in keeps}
+        seat.reachable = False
+        for attempt in list(seat.running.values()):
+            if attempt.lease_id not in leases:
+                self._lose(attempt, "the connection broke and the worker did not keep the task")
+        seat.slots, seat.reachable, seat.gone_at = {}, True, None
+        return list(seat.running.values())
+
+    def polling(self, worker_id: str, *, waiting: bool) -> None:
+        """A worker without a channel opened or ended a long poll: it can be given tasks only while it waits."""
+        seat = self.seat(worker_id)
+        seat.reachable, seat.gone_at = waiting, None
+        if waiting:
+            self._match_all()
+
+    def departed(self, worker_id: str) -> None:
+        """A worker's connection broke; it may come back within RESUME_WITHIN_S."""
+        seat = self.seats.get(worker_id)
+        if seat is not None:
+            seat.reachable, seat.gone_at = False, self._clock()
+
+    def offers(self, worker_id: str, slots: dict[str, int], *, usable: bool) -> None:
+        """A worker says what it can take; new slots start with a full quota."""
+        seat = self.seat(worker_id)
+        seat.usable = usable
+        seat.slots = dict(slots)
+        for service in [name for name in seat.quota if name not in slots]:
+            del seat.quota[service]
+        self._match_all()
+
+    def gone(self, worker_id: str, reason: str, *, blame: bool) -> None:
+        """A worker is not there any more (offline, left): its attempts are lost now."""
+        seat = self.seats.pop(worker_id, None)
+        if seat is None:
+            return
+        for attempt in list(seat.running.values()):
+            self._lose(attempt, reason, blame=blame and attempt.state == "running")
+
+    def can_serve(self, service: str, *, besides: Collection[str] = ()) -> bool:
+        """Say whether any worker that may be given work offers the service now."""
+        return any(s.usable and s.slots.get(service, 0) > 0 and s.worker_id not in besides for s in self.seats.values())
+
+    # -- attempts ----------------------------------------------------------------------------------------------
+
+    def current(self, task_id: str, number: int, lease_id: str, worker_id: str) -> Attempt:
+        """Return the open attempt that a worker speaks for. Raises NotFound when it is outdated or another's."""
+        task = self.tasks.get(task_id)
+        attempt = task.attempt if task else None
+        if attempt is None or not attempt.belongs(number, lease_id, worker_id):
+            raise NotFound(
+                f"attempt {number} of {task_id} is not yours or is outdated",
+                hints=("drop it: the task goes on elsewhere or has ended",),
+            )
+        return attempt
+
+    def accept(self, attempt: Attempt) -> None:
+        """The worker has begun."""
+        if attempt.state == "offered":
+            attempt.state = "running"
+            attempt.started_at = self._clock()
+        self.progress(attempt)
+
+    def progress(self, attempt: Attempt) -> None:
+        """The attempt lives: its lease is renewed."""
+        attempt.lease_until = self._clock() + LEASE_S
+
+    def broke(self, attempt: Attempt, reason: str) -> None:
+        """The stream of an answer broke; the worker has RESUME_WITHIN_S to say why before it is charged."""
+        if attempt.open and attempt.broken_at is None:
+            attempt.broken_at, attempt.reason = self._clock(), reason
+
+    def give_back(self, attempt: Attempt, reason: str) -> None:
+        """The attempt never reached its worker: it goes back, and the same worker may be given the task again."""
+        self._lose(attempt, reason, exclude=False)
+
+    def succeed(self, attempt: Attempt, *, usage: dict[str, float]) -> None:
+        """The answer is whole."""
+        if not attempt.open:
+            return
+        self._end(attempt, "succeeded", "")
+        seat = self.seats.get(attempt.worker_id)
+        if seat:
+            seat.double(attempt.task.service)
+        attempt.task.usage = usage
+        self._close(attempt.task, "succeeded", "")
+
+    def fail(self, attempt: Attempt, fault: Fault, reason: str) -> None:
+        """The attempt ended without a whole answer; whose fault it was decides what follows."""
+        if not attempt.open:
+            return
+        attempt.task.fault = fault
+        if fault == "request":
+            self._end(attempt, "failed", reason)
+            self._close(attempt.task, "failed", reason)
+        elif fault in BLAMED:
+            self._lose(attempt, reason, blame=True)
+        else:
+            self._lose(attempt, reason, state="returned")
+
+    def tick(self) -> None:
+        """Let go of what ran out of time: offers, leases, connections, tasks. Call it about once a second."""
+        now = self._clock()
+        if now - self._ticked > STALL_S:
+            self._forgive(now - self._ticked)
+        self._ticked = now
+        for seat in list(self.seats.values()):
+            self._check_seat(seat, now)
+        for task in [t for t in self.tasks.values() if now > t.deadline]:
+            what = "no worker was free" if task.state == "queued" else "no whole answer"
+            self._close(task, "failed", f"{what} within {task.deadline - task.created_at:.0f} s")
+        self._match_all()
+
+    # -- inside ------------------------------------------------------------------------------------------------
+
+    def _forgive(self, seconds: float) -> None:
+        """Give everyone the time during which the coordinator itself stood still and heard nothing."""
+        logger.warning("the coordinator stood still for %.1f s; leases are extended", seconds)
+        for seat in self.seats.values():
+            if seat.gone_at is not None:
+                seat.gone_at += seconds
+            for attempt in seat.running.values():
+                attempt.lease_until += seconds
+                if attempt.broken_at is not None:
+                    attempt.broken_at += seconds
+
+    def _check_seat(self, seat: Seat, now: float) -> None:
+        away = seat.gone_at is not None and now - seat.gone_at > RESUME_WITHIN_S
+        for attempt in list(seat.running.values()):
+            if away:
+                self._lose(attempt, "the worker's connection broke", blame=attempt.state == "running")
+            elif attempt.broken_at is not None and now - attempt.broken_at > RESUME_WITHIN_S:
+                self._lose(attempt, attempt.reason, blame=True)
+            elif seat.gone_at is None and now > attempt.lease_until:
+                self._expire(seat, attempt)
+        if away:
+            seat.gone_at = None
+
+    def _expire(self, seat: Seat, attempt: Attempt) -> None:
+        if attempt.state == "offered":
+            seat.halve(attempt.task.service)
+            self._lose(attempt, f"not accepted within {ACCEPT_WITHIN_S:.0f} s", exclude=True)
+        else:
+            self._lose(attempt, f"no progress for {LEASE_S:.0f} s", blame=True)
+
+    def _lose(
+        self,
+        attempt: Attempt,
+        reason: str,
+        *,
+        blame: bool = False,
+        state: AttemptState = "lost",
+        exclude: bool | None = None,
+    ) -> None:
+        """End an attempt without an answer; the task goes back to the queue unless it cannot.
+
+        The worker is not given the task again, unless nothing speaks against it (``exclude``; by default an attempt
+        that its worker never took costs it nothing).
+        """
+        if not attempt.open:
+            return
+        task, taken = attempt.task, attempt.state == "running"
+        self._end(attempt, "failed" if blame else state, reason)
+        self._effects.withdraw(attempt, reason)
+        seat = self.seats.get(attempt.worker_id)
+        if blame and seat:
+            seat.halve(task.service)
+        if exclude if exclude is not None else (taken or blame or state == "returned"):
+            task.excluded.add(attempt.worker_id)
+        task.reasons.append(f"{attempt.worker_id}: {reason}")
+        self._go_on(task, reason)
+
+    def _go_on(self, task: Task, reason: str) -> None:
+        """Queue a task again whose attempt was lost, or end it with every reason."""
+        blamed = {attempt.worker_id for attempt in task.attempts if attempt.state == "failed"}
+        if task.committed:
+            self._close(task, "failed", f"the answer broke off: {reason}")
+        elif len(blamed) >= MAX_BLAMED or len(task.attempts) >= MAX_ATTEMPTS:
+            self._close(task, "failed", f"given up after {len(task.attempts)} attempts")
+        elif not self.can_serve(task.service, besides=task.excluded):
+            self._close(task, "failed", f"no other worker offers {task.service}")
+        else:
+            task.state = "queued"
+            self._effects.restarted(task)
+            self._queues.setdefault(task.service, deque()).appendleft(task)
+            self._match(task.service)
+
+    def _end(self, attempt: Attempt, state: AttemptState, reason: str) -> None:
+        attempt.state, attempt.reason, attempt.ended_at = state, reason, self._clock()
+        seat = self.seats.get(attempt.worker_id)
+        if seat:
+            seat.running.pop(attempt.lease_id, None)
+
+    def _close(self, task: Task, state: TaskState, reason: str) -> None:
+        """Record the end of a task, once, and tell everyone."""
+        attempt = task.attempt
+        if attempt and attempt.open:
+            self._end(attempt, "cancelled", reason)
+            self._effects.withdraw(attempt, reason)
+        queue = self._queues.get(task.service)
+        if queue and task.state == "queued" and task in queue:
+            queue.remove(task)
+        task.state, task.ended_at = state, self._clock()
+        if reason:
+            task.reasons.append(reason)
+        self.succeeded += state == "succeeded"
+        self.failed += state == "failed"
+        self.tasks.pop(task.id, None)
+        self.finished[task.id] = task
+        while len(self.finished) > REMEMBERED:
+            self.finished.popitem(last=False)
+        _log(task)
+        self._effects.finished(task)
+        self._match(task.service)
+
+    def _match_all(self) -> None:
+        for service in [name for name, queue in self._queues.items() if queue]:
+            self._match(service)
+
+    def _match(self, service: str) -> None:
+        """Give waiting tasks to free workers, oldest task first, freest worker first."""
+        queue = self._queues.get(service)
+        waiting: list[Task] = []
+        while queue:
+            task = queue.popleft()
+            seat = self._best(task)
+            if seat is not None:
+                self._give(task, seat)
+                continue
+            waiting.append(task)
+            # A task that no worker is barred from shows that nobody has room: the rest need not be tried.
+            if not task.excluded:
+                break
+        if queue is not None:
+            queue.extendleft(reversed(waiting))
+
+    def _best(self, task: Task) -> Seat | None:
+        free = [
+            (room, -seat.last_given, seat.worker_id)
+            for seat in self.seats.values()
+            if seat.usable
+            and seat.reachable
+            and seat.worker_id not in task.excluded
+            and (room := seat.room(task.service)) > 0
+            and self._effects.ready(seat.worker_id)
+        ]
+        return self.seats[max(free)[2]] if free else None
+
+    def _give(self, task: Task, seat: Seat) -> None:
+        now = self._clock()
+        attempt = Attempt(task, len(task.attempts) + 1, seat.worker_id, now)
+        task.attempts.append(attempt)
+        task.state = "running"
+        seat.running[attempt.lease_id] = attempt
+        seat.last_given = now
+        if not self._effects.offer(attempt):
+            self._lose(attempt, "the worker could not be reached")
+
+
+def _log(task: Task) -> None:
+    attempt = task.attempt
+    seconds = (task.ended_at or 0) - task.created_at
+    logger.info(
+        "%s %s %s in %.2f s%s%s",
+        task.id,
+        task.service,
+        task.state,
+        seconds,
+        f" on {attempt.worker_id}" if attempt else "",
+        f": {'; '.join(task.reasons)}" if task.reasons else "",
+        extra={"action": f"task_{task.state}", "task": task.id, "worker": attempt.worker_id if attempt else None},
+    )

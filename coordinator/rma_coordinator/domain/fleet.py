@@ -1,0 +1,331 @@
+"""The fleet: every worker, its state and why; pure, given clocks. Nothing here waits or speaks to anyone."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from rma_core.errors import NotFound
+from rma_core.models.hardware import Capabilities, HardwareReport
+from rma_core.models.worker import Assignment, ContainerStatus, PluginReport, RuntimeReport, WorkerStatus
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from rma_core.models.worker import Heartbeat
+
+logger = logging.getLogger(__name__)
+
+#: After this many intervals without a heartbeat a worker gets no new work.
+DEGRADED_AFTER = 1.5
+#: After this many it counts as offline.
+OFFLINE_AFTER = 3.0
+#: How long the coordinator marks nobody offline after its own start or stall, or a mass silence.
+AMNESTY_S = 300.0
+#: How often the fleet is swept; a sweep that comes this much too late means that the coordinator itself stood still.
+SWEEP_S = 2.0
+STALL_S = 5.0
+#: When a third of at least ten workers falls silent within a minute, the fault is probably ours.
+MASS_SHARE, MASS_LEAST, MASS_WITHIN_S = 1 / 3, 10, 60.0
+
+
+class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What of a worker survives the coordinator. Times are Unix seconds."""
+
+    worker_id: str
+    thumbprint: str
+    public_key: str
+    registered_at: float
+    report: HardwareReport
+    agent_version: str = ""
+    services: tuple[str, ...] | None = None
+    labels: dict[str, str] = {}
+    runtimes: tuple[RuntimeReport, ...] = ()
+    plugins: tuple[PluginReport, ...] = ()
+    tier: int | None = None
+    tier_reason: str = ""
+    assignment: tuple[Assignment, ...] = ()
+    placement: dict[str, str] = {}
+    generation: int = 0
+    epoch: int = 0
+    disabled: bool = False
+    tasks_completed: int = 0
+    last_seen_at: float = 0.0
+    #: Why it was offline when this was written; empty when it was not.
+    away: str = ""
+
+
+class Worker:
+    """One worker as it is now: its lasting record and what its heartbeats said."""
+
+    __slots__ = (
+        "containers",
+        "current_load",
+        "draining",
+        "heard",
+        "ip_address",
+        "last_beat",
+        "left",
+        "reason",
+        "record",
+        "said",
+        "status",
+    )
+
+    def __init__(self, record: WorkerRecord, *, now: float) -> None:
+        self.record = record
+        self.last_beat = now
+        #: Whether it has said anything since the coordinator started.
+        self.heard = False
+        self.ip_address = ""
+        self.status: WorkerStatus = "offline" if record.away else "degraded"
+        self.reason = record.away or "not heard of since the coordinator started"
+        self.said: tuple[str, str] = ("healthy", "")
+        self.current_load = 0.0
+        self.containers: tuple[ContainerStatus, ...] = ()
+        self.draining = False
+        self.left = False
+
+    @property
+    def id(self) -> str:
+        """The worker's id."""
+        return self.record.worker_id
+
+    @property
+    def present(self) -> bool:
+        """Whether what it runs and is assigned counts: it is not offline, and nobody has shut it out."""
+        return self.status != "offline" and not self.record.disabled
+
+    @property
+    def usable(self) -> bool:
+        """Whether it may be given new work."""
+        return self.status == "healthy" and not self.draining and not self.record.disabled and not self.left
+
+
+class Fleet:
+    """All workers in memory. ``clock`` is monotonic seconds, ``wall`` Unix seconds."""
+
+    def __init__(
+        self,
+        records: Iterable[WorkerRecord],
+        *,
+        clock: Callable[[], float],
+        wall: Callable[[], float],
+        interval_s: float,
+        beats_per_s: float,
+    ) -> None:
+        self._clock = clock
+        self._wall = wall
+        self._least_s = interval_s
+        self._beats_per_s = beats_per_s
+        now = clock()
+        self.workers = {record.worker_id: Worker(record, now=now) for record in records}
+        self.started_at = now
+        self.amnesty_until = now + AMNESTY_S
+        self.amnesty_reason = "the coordinator has just started"
+        self._last_sweep = now
+        self._silenced: deque[float] = deque(maxlen=10_000)
+        #: Workers whose record is newer than what the store holds; whoever writes them takes them out.
+        self.changed: set[str] = set()
+
+    @property
+    def interval_s(self) -> float:
+        """Seconds between heartbeats: longer for a large fleet, so that the coordinator is never flooded."""
+        return max(self._least_s, len(self.workers) / self._beats_per_s)
+
+    def get(self, worker_id: str) -> Worker:
+        """Return one worker. Raises NotFound."""
+        worker = self.workers.get(worker_id)
+        if worker is None:
+            raise NotFound(f"there is no worker {worker_id!r}", hints=("see `rma workers`",))
+        return worker
+
+    def by_thumbprint(self, thumbprint: str) -> Worker | None:
+        """Return the worker with that key, if any."""
+        return next((w for w in self.workers.values() if w.record.thumbprint == thumbprint), None)
+
+    def new_id(self, thumbprint: str) -> str:
+        """Return a free worker id, from the key where it can be."""
+        for start in range(len(thumbprint) - 8):
+            candidate = f"worker-{thumbprint[start : start + 8]}"
+            if candidate not in self.workers:
+                return candidate
+        raise NotFound("no worker id is free for this key", hints=("make a new key: remove the agent's state folder",))
+
+    def add(self, record: WorkerRecord, *, ip_address: str) -> Worker:
+        """Take a registered worker in, or its new registration."""
+        worker = self.workers.get(record.worker_id)
+        if worker is None:
+            worker = self.workers[record.worker_id] = Worker(record, now=self._clock())
+        worker.record = record
+        worker.ip_address = ip_address
+        worker.draining = False
+        worker.said = ("healthy", "")
+        self._seen(worker)
+        return worker
+
+    def beat(self, worker: Worker, heartbeat: Heartbeat, *, ip_address: str) -> None:
+        """Take a heartbeat in."""
+        worker.said = (heartbeat.status, heartbeat.reason)
+        worker.current_load = heartbeat.current_load
+        worker.containers = heartbeat.containers
+        worker.draining = heartbeat.draining
+        worker.ip_address = ip_address
+        self._seen(worker)
+
+    def touch(self, worker: Worker) -> None:
+        """Note that the worker spoke in some other way."""
+        self._seen(worker)
+
+    def leave(self, worker: Worker) -> None:
+        """The worker said goodbye; it stays listed, offline."""
+        worker.left = True
+        worker.containers = ()
+        worker.current_load = 0.0
+        self._to(worker, "offline", "it left by itself")
+
+    def sweep(self) -> list[Worker]:
+        """Mark who fell silent; return those that went offline now. Call it every few seconds."""
+        now = self._clock()
+        if now - self._last_sweep > SWEEP_S + STALL_S:
+            self._suspect_self(now, f"the coordinator stood still for {now - self._last_sweep:.0f} s")
+        self._last_sweep = now
+        silent = [
+            w
+            for w in self.workers.values()
+            if w.status == "healthy" and now - w.last_beat > DEGRADED_AFTER * self.interval_s
+        ]
+        for worker in silent:
+            self._silenced.append(now)
+            self._to(worker, "degraded", "missed a heartbeat")
+        self._watch_mass_silence(now)
+        if now < self.amnesty_until:
+            return []
+        gone = [
+            w
+            for w in self.workers.values()
+            if w.status != "offline" and now - w.last_beat > OFFLINE_AFTER * self.interval_s
+        ]
+        for worker in gone:
+            self._to(worker, "offline", f"no heartbeat for {now - worker.last_beat:.0f} s")
+        return gone
+
+    def _watch_mass_silence(self, now: float) -> None:
+        while self._silenced and now - self._silenced[0] > MASS_WITHIN_S:
+            self._silenced.popleft()
+        known = sum(1 for w in self.workers.values() if w.status != "offline")
+        if known >= MASS_LEAST and len(self._silenced) >= known * MASS_SHARE and now >= self.amnesty_until:
+            self._suspect_self(now, f"{len(self._silenced)} of {known} workers fell silent within a minute")
+
+    def _suspect_self(self, now: float, reason: str) -> None:
+        self.amnesty_until = now + AMNESTY_S
+        self.amnesty_reason = reason
+        self._silenced.clear()
+        logger.warning(
+            "%s; nobody is marked offline for %d s", reason, AMNESTY_S, extra={"action": "amnesty", "reason": reason}
+        )
+
+    def _seen(self, worker: Worker) -> None:
+        worker.last_beat = self._clock()
+        worker.heard, worker.left = True, False
+        status, reason = worker.said
+        self._to(worker, "degraded" if status == "degraded" else "healthy", reason)
+
+    def _to(self, worker: Worker, status: WorkerStatus, reason: str) -> None:
+        """Change a state and log it, once."""
+        if worker.status != status:
+            logger.info(
+                "%s is %s%s",
+                worker.id,
+                status,
+                f": {reason}" if reason else "",
+                extra={"action": f"worker_{status}", "worker": worker.id},
+            )
+        worker.status = status
+        worker.reason = reason
+        away = reason if status == "offline" else ""
+        if worker.record.away != away:
+            seen = self.last_seen(worker)
+            worker.record = msgspec.structs.replace(worker.record, away=away, last_seen_at=seen)
+            self.changed.add(worker.id)
+
+    def running(self) -> dict[str, int]:
+        """Return how many healthy copies of each service there are, on workers that may be given work."""
+        counts: dict[str, int] = {}
+        for worker in self.workers.values():
+            if worker.present:
+                for container in worker.containers:
+                    if container.state == "healthy":
+                        counts[container.service] = counts.get(container.service, 0) + 1
+        return counts
+
+    def assigned(self, *, besides: str = "") -> dict[str, int]:
+        """Return how many workers that are not offline are assigned each service, ``besides`` one."""
+        counts: dict[str, int] = {}
+        for worker in self.workers.values():
+            if worker.id != besides and worker.present:
+                for assignment in worker.record.assignment:
+                    counts[assignment.service] = counts.get(assignment.service, 0) + 1
+        return counts
+
+    def wall_time(self, monotonic: float) -> float:
+        """Return the Unix time at which the monotonic clock showed ``monotonic``."""
+        return self._wall() - (self._clock() - monotonic)
+
+    def last_seen(self, worker: Worker) -> float:
+        """Return the Unix time at which a worker last said anything."""
+        return self.wall_time(worker.last_beat) if worker.heard else worker.record.last_seen_at
+
+    def show(self, worker: Worker, *, full: bool = False) -> dict[str, Any]:
+        """Return a worker as CONTRACT writes it; ``full`` adds devices, probes, plugins, runtimes and placement."""
+        record = worker.record
+        view: dict[str, Any] = {
+            "worker_id": worker.id,
+            "tier": record.tier,
+            "tier_reason": record.tier_reason,
+            "status": worker.status,
+            "status_reason": worker.reason,
+            "draining": worker.draining,
+            "disabled": record.disabled,
+            "ip_address": worker.ip_address,
+            "registered_at": iso(record.registered_at),
+            "last_heartbeat": iso(self.last_seen(worker)),
+            "current_load": worker.current_load,
+            "tasks_completed": record.tasks_completed,
+            "agent_version": record.agent_version,
+            "capabilities": capabilities_view(record.report.capabilities),
+            "assigned_containers": [assignment_view(a) for a in record.assignment],
+            "containers": msgspec.to_builtins(worker.containers),
+        }
+        if full:
+            view["hardware"] = msgspec.to_builtins(record.report)
+            view["runtimes"] = msgspec.to_builtins(record.runtimes)
+            view["plugins"] = msgspec.to_builtins(record.plugins)
+            view["placement"] = record.placement
+            view["labels"] = record.labels
+            view["generation"] = record.generation
+        return view
+
+
+def iso(unix_s: float) -> str | None:
+    """Return a time as CONTRACT writes it (UTC, seconds); ``None`` for never."""
+    return datetime.fromtimestamp(unix_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ") if unix_s else None
+
+
+def capabilities_view(capabilities: Capabilities) -> dict[str, Any]:
+    """Return the short form of a machine as plain JSON data."""
+    view: dict[str, Any] = msgspec.to_builtins(capabilities)
+    return view
+
+
+def assignment_view(assignment: Assignment) -> dict[str, Any]:
+    """Return a container as CONTRACT writes it, with every field that people rely on."""
+    view: dict[str, Any] = msgspec.to_builtins(assignment)
+    view.setdefault("image_digest", None)
+    view.setdefault("requires_gpu", assignment.requires_gpu)
+    view.setdefault("env", assignment.env)
+    return view

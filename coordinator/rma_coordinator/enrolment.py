@@ -1,0 +1,157 @@
+"""Enrolment: machines become workers, prove who they are, and get the short tokens they work with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from rma_coordinator import tokens
+from rma_coordinator.domain.credentials import fingerprint
+from rma_coordinator.domain.fleet import WorkerRecord
+from rma_coordinator.store import Put
+from rma_core.errors import NotAuthenticated, NotFound, Refused
+from rma_core.models.hardware import HardwareReport
+from rma_core.models.worker import RegisterResponse, TokenResponse
+
+if TYPE_CHECKING:
+    from rma_coordinator.domain.fleet import Worker
+    from rma_coordinator.pool import Pool
+    from rma_core.models.worker import RegisterRequest
+
+#: What a preview calls the machine; no worker has this id, for no key has this thumbprint.
+NOBODY = "worker-00000000"
+
+
+def preview(pool: Pool, request: RegisterRequest) -> RegisterResponse:
+    """Say what a registration would answer; nothing is kept and no token is spent."""
+    report = request.report or HardwareReport(capabilities=request.capabilities)
+    decision = pool.decide(report, labels=request.labels, worker_id="")
+    chosen = pool.placement(request, report, decision.tier, worker_id="")
+    return RegisterResponse(
+        worker_id=NOBODY,
+        tier=decision.tier,
+        tier_reason=decision.reason,
+        containers=chosen.assignments,
+        placement=chosen.reasons,
+        generation=0,
+        heartbeat_interval_s=pool.fleet.interval_s,
+    )
+
+
+async def register(
+    pool: Pool, request: RegisterRequest, *, join_secret: str, ip_address: str
+) -> tuple[RegisterResponse, bool]:
+    """Take a machine in with a join token; return the answer and whether the worker is new. Idempotent by key.
+
+    Raises NotAuthenticated, Forbidden for a used token, Refused for a machine that an admin has disabled.
+    """
+    if request.public_key is None or request.proof is None:
+        raise NotAuthenticated(
+            "a registration carries the machine's public key and a proof that it holds the private one"
+        )
+    thumbprint = tokens.thumbprint(request.public_key)
+    token = pool.keyring.join_token(join_secret, thumbprint)
+    claims = tokens.verify_proof(
+        request.proof, public_key=request.public_key, kind="rma-proof+jwt", issuer=pool.record.issuer
+    )
+    if claims["iss"] != thumbprint or claims.get("tkn") != fingerprint(join_secret):
+        raise NotAuthenticated("the proof is for another key or another join token")
+    _spend_nonce(pool, claims)
+    # Nothing waits between the look at the token and the commit's snapshot: two machines never spend one use.
+    known = pool.fleet.by_thumbprint(thumbprint)
+    if known is not None and known.record.disabled:
+        raise Refused("an admin has disabled this machine", hints=("ask the pool's admin",))
+    spent = pool.keyring.spend(token, thumbprint)
+    worker = _enlist(pool, request, thumbprint, known, ip_address=ip_address)
+    await pool.store.commit([Put(worker.id, worker.record), Put(spent.hash, spent)])
+    return _welcome(pool, worker), known is None
+
+
+async def reregister(pool: Pool, worker: Worker, request: RegisterRequest, *, ip_address: str) -> RegisterResponse:
+    """Take a known worker's new facts in; its worker token stands for its key."""
+    _enlist(pool, request, worker.record.thumbprint, worker, ip_address=ip_address)
+    await pool.store.commit([Put(worker.id, worker.record)])
+    return _welcome(pool, worker)
+
+
+def exchange(pool: Pool, assertion: str) -> TokenResponse:
+    """Give a worker token for a signed assertion. Raises NotAuthenticated, NotFound for an unknown worker."""
+    worker = pool.fleet.workers.get(tokens.claimed_subject(assertion))
+    if worker is None:
+        raise NotFound("this pool does not know that worker", hints=("enrol the machine again: rma join URL TOKEN",))
+    claims = tokens.verify_proof(
+        assertion, public_key=worker.record.public_key, kind="rma-assertion+jwt", issuer=pool.record.issuer
+    )
+    if claims["iss"] != worker.id:
+        raise NotAuthenticated("the assertion is another worker's")
+    _spend_nonce(pool, claims)
+    if worker.record.disabled:
+        raise Refused("an admin has disabled this machine", hints=("ask the pool's admin",))
+    return TokenResponse(
+        access_token=pool.worker_tokens.make(worker.id, worker.record.epoch), expires_in=tokens.WORKER_TOKEN_S
+    )
+
+
+def worker_of(pool: Pool, token: str) -> Worker:
+    """Return the worker that holds a worker token. Raises NotAuthenticated."""
+    claims = pool.worker_tokens.check(token)
+    worker = pool.fleet.workers.get(claims.worker_id)
+    if worker is None or claims.epoch != worker.record.epoch or worker.record.disabled:
+        raise NotAuthenticated(
+            "this worker token was revoked, or the pool has forgotten the worker", hints=("enrol the machine again",)
+        )
+    return worker
+
+
+def _enlist(pool: Pool, request: RegisterRequest, thumbprint: str, known: Worker | None, *, ip_address: str) -> Worker:
+    report = request.report or HardwareReport(capabilities=request.capabilities)
+    base = known.record if known else _first_record(pool, request, thumbprint, report)
+    decision = pool.decide(report, labels=request.labels, worker_id=base.worker_id)
+    record = msgspec.structs.replace(
+        base,
+        report=report,
+        agent_version=request.agent_version,
+        services=request.services,
+        labels=request.labels,
+        runtimes=request.runtimes,
+        plugins=request.plugins,
+        tier=decision.tier,
+        tier_reason=decision.reason,
+        last_seen_at=pool.wall(),
+    )
+    worker = pool.fleet.add(record, ip_address=ip_address)
+    pool.place(worker, anew=decision.tier != base.tier)
+    return worker
+
+
+def _first_record(pool: Pool, request: RegisterRequest, thumbprint: str, report: HardwareReport) -> WorkerRecord:
+    return WorkerRecord(
+        worker_id=pool.fleet.new_id(thumbprint),
+        thumbprint=thumbprint,
+        public_key=request.public_key or "",
+        registered_at=pool.wall(),
+        report=report,
+    )
+
+
+def _welcome(pool: Pool, worker: Worker) -> RegisterResponse:
+    record = worker.record
+    return RegisterResponse(
+        worker_id=worker.id,
+        tier=record.tier,
+        tier_reason=record.tier_reason,
+        containers=record.assignment,
+        placement=record.placement,
+        generation=record.generation,
+        heartbeat_interval_s=pool.fleet.interval_s,
+        access_token=pool.worker_tokens.make(worker.id, record.epoch),
+        expires_in=tokens.WORKER_TOKEN_S,
+    )
+
+
+def _spend_nonce(pool: Pool, claims: dict[str, Any]) -> None:
+    if not pool.nonces.spend(str(claims.get("nonce", ""))):
+        raise NotAuthenticated(
+            "the nonce is used, too old or not ours", hints=("take a new one from /api/worker/nonce",)
+        )

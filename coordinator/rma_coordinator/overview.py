@@ -1,0 +1,55 @@
+"""The pool in numbers, as CONTRACT writes them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rma_coordinator.domain.fleet import Worker
+    from rma_coordinator.pool import Pool
+
+
+def stats(pool: Pool) -> dict[str, Any]:
+    """Return what the pool is and does now."""
+    workers, dispatcher = list(pool.fleet.workers.values()), pool.dispatcher
+    tiers: dict[str, list[Worker]] = {}
+    for worker in workers:
+        tiers.setdefault(str(worker.record.tier or "none"), []).append(worker)
+    return {
+        "total_workers": len(workers),
+        "healthy_workers": sum(worker.status == "healthy" for worker in workers),
+        "degraded_workers": sum(worker.status == "degraded" for worker in workers),
+        "offline_workers": sum(worker.status == "offline" for worker in workers),
+        "by_tier": {tier: _tier(members) for tier, members in sorted(tiers.items())},
+        "tasks": {
+            "queued": dispatcher.queued,
+            "running": dispatcher.running,
+            "succeeded": dispatcher.succeeded,
+            "failed": dispatcher.failed,
+        },
+        "services": services(pool),
+        "uptime_s": round(pool.wall() - pool.started_at, 1),
+        "tier_policy": pool.settings.tier_policy,
+        "signed_catalog": False,
+    }
+
+
+def _tier(members: Sequence[Worker]) -> dict[str, float]:
+    """Return one tier's row; what is offline has no load."""
+    loads = [worker.current_load for worker in members if worker.status != "offline"]
+    return {
+        "workers": len(members),
+        "healthy": sum(worker.status == "healthy" for worker in members),
+        "average_load": round(sum(loads) / len(loads), 4) if loads else 0.0,
+    }
+
+
+def services(pool: Pool) -> dict[str, dict[str, int]]:
+    """Return for each service of the catalog: copies wanted, assigned and healthy."""
+    assigned, running = pool.fleet.assigned(), pool.fleet.running()
+    return {
+        name: {"wanted": entry.wanted, "assigned": assigned.get(name, 0), "healthy": running.get(name, 0)}
+        for name, entry in sorted(pool.catalog.items())
+    }

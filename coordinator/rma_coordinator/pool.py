@@ -1,0 +1,426 @@
+"""The pool: everything the coordinator knows and decides, behind one method per thing that can be asked of it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from rma_coordinator import tokens
+from rma_coordinator.domain.credentials import SCOPES, JoinTokenRecord, KeyRecord, Nonces, Principal
+from rma_coordinator.domain.dispatch import Dispatcher
+from rma_coordinator.domain.fleet import SWEEP_S, Fleet, Worker, WorkerRecord
+from rma_coordinator.domain.keyring import Keyring
+from rma_coordinator.domain.placement import place
+from rma_coordinator.hub import Hub
+from rma_coordinator.relay import Body, Relay
+from rma_coordinator.store import Put
+from rma_core.errors import NotFound, RMAError, SettingProblem, TryLater
+from rma_core.interfaces import PolicyInput, TierDecision
+from rma_core.models.worker import HeartbeatAnswer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping, Sequence
+
+    from rma_coordinator.domain.placement import Placement
+    from rma_coordinator.domain.tasks import Attempt, Task
+    from rma_coordinator.store import Store
+    from rma_core.catalog import CatalogEntry
+    from rma_core.interfaces import TierPolicy
+    from rma_core.models.hardware import HardwareReport
+    from rma_core.models.worker import AttemptRef, Heartbeat, PluginReport, RegisterRequest
+    from rma_core.settings import CoordinatorSettings
+
+logger = logging.getLogger(__name__)
+
+#: How often leases and deadlines are looked at.
+TICK_S = 0.5
+#: Counters that only heartbeats and finished tasks move are written at most this often.
+FLUSH_S = 10.0
+
+
+class PoolRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What makes the pool itself: its name in tokens, and the secret that signs them."""
+
+    issuer: str
+    token_secret: bytes
+    created_at: float
+
+
+class Pool:
+    """A running pool. ``clock`` is monotonic seconds, ``wall`` Unix seconds."""
+
+    fleet: Fleet
+    keyring: Keyring
+    worker_tokens: tokens.WorkerTokens
+    record: PoolRecord
+
+    def __init__(
+        self,
+        settings: CoordinatorSettings,
+        *,
+        store: Store,
+        clock: Callable[[], float],
+        wall: Callable[[], float],
+        policies: Mapping[str, TierPolicy],
+        catalog: Sequence[CatalogEntry],
+        plugins: Callable[[], tuple[PluginReport, ...]] = tuple,
+        pin: str = "",
+    ) -> None:
+        self.settings = settings
+        self.store = store
+        self.clock = clock
+        self.wall = wall
+        self.policies = policies
+        self.catalog = {entry.service: _registry(entry, settings.image_registry) for entry in catalog}
+        self.hub = Hub(on_finished=self.completed)
+        self.dispatcher = Dispatcher(self.hub, clock=clock, max_queued=settings.max_queued_tasks)
+        self.nonces = Nonces(wall)
+        #: What the plugin host says of the coordinator's own plugins.
+        self.plugins = plugins
+        #: Follows a join token when the certificate is not publicly trusted: `.` and the hash of its key.
+        self.pin = pin
+        self.started_at = wall()
+        self._started = False
+        self._placed: dict[str, int] = {}
+        self._need = 0
+        self._store_ill = ""
+
+    # -- life --------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Load what the store holds; once is enough. Raises SettingProblem for a policy that nobody has installed."""
+        if self._started:
+            return
+        if self.settings.tier_policy not in self.policies:
+            raise SettingProblem(
+                f"there is no tier policy {self.settings.tier_policy!r}",
+                hints=(f"installed: {', '.join(sorted(self.policies)) or 'none'}",),
+            )
+        await self.store.open()
+        found = await self.store.load(PoolRecord)
+        if not found:
+            record = PoolRecord(
+                issuer=f"rma-{secrets.token_hex(8)}", token_secret=secrets.token_bytes(32), created_at=self.wall()
+            )
+            await self.store.commit([Put("pool", record)])
+            found = [record]
+        self.record = found[0]
+        self.worker_tokens = tokens.WorkerTokens(self.record.token_secret, issuer=self.record.issuer, clock=self.wall)
+        self.keyring = Keyring(
+            await self.store.load(KeyRecord), await self.store.load(JoinTokenRecord), clock=self.wall
+        )
+        self.fleet = Fleet(
+            await self.store.load(WorkerRecord),
+            clock=self.clock,
+            wall=self.wall,
+            interval_s=self.settings.heartbeat_interval_s,
+            beats_per_s=self.settings.heartbeats_per_s,
+        )
+        self._started = True
+
+    async def stop(self) -> None:
+        """Write what is not written yet and close the store; once is enough."""
+        if not self._started:
+            return
+        self._started = False
+        try:
+            self.fleet.changed |= {worker.id for worker in self.fleet.workers.values() if worker.heard}
+            await self.flush()
+        finally:
+            await self.store.close()
+
+    async def keep_time(self) -> None:
+        """Let leases, deadlines and silent workers run out. Runs until it is cancelled."""
+        swept = self.clock()
+        while True:
+            await asyncio.sleep(TICK_S)
+            try:
+                self.dispatcher.tick()
+                if self.clock() - swept >= SWEEP_S:
+                    swept = self.clock()
+                    self.sweep()
+            except Exception:
+                # The clock of the pool must not stop for one bad round; the traceback says what to mend.
+                logger.exception("a round of upkeep failed")
+
+    async def keep_books(self) -> None:
+        """Write the counters that changed, now and then; a slow disk holds up nothing else. Runs until cancelled."""
+        while True:
+            await asyncio.sleep(FLUSH_S)
+            await self.flush()
+
+    def sweep(self) -> None:
+        """Look for workers that fell silent: their attempts are lost, and they are given nothing new."""
+        for worker in self.fleet.sweep():
+            self._gone(worker, worker.reason, blame=True)
+        for seat in self.dispatcher.seats.values():
+            found = self.fleet.workers.get(seat.worker_id)
+            seat.usable = found is not None and found.usable
+
+    async def flush(self) -> None:
+        """Write the records that changed; what cannot be written now is tried again the next time."""
+        changed, self.fleet.changed = self.fleet.changed, set()
+        workers = [self.fleet.workers[worker_id] for worker_id in changed if worker_id in self.fleet.workers]
+        for worker in workers:
+            worker.record = msgspec.structs.replace(worker.record, last_seen_at=self.fleet.last_seen(worker))
+        try:
+            await self.store.commit([Put(worker.id, worker.record) for worker in workers])
+        except RMAError as error:
+            self.fleet.changed |= changed
+            if not self._store_ill:
+                logger.error("%s; it is tried again", error, extra={"action": "store_ill"})  # noqa: TRY400 - expected
+            self._store_ill = error.message
+            return
+        if self._store_ill:
+            logger.info("the store can be written again", extra={"action": "store_well"})
+        self._store_ill = ""
+
+    # -- keys --------------------------------------------------------------------------------------------------
+
+    async def create_key(
+        self, *, kind: str, label: str, scopes: tuple[str, ...], ttl_s: float | None
+    ) -> tuple[str, KeyRecord]:
+        """Make a key and keep it; the secret is shown this once."""
+        secret, record = self.keyring.create_key(kind=kind, label=label, scopes=scopes, ttl_s=ttl_s)
+        await self.store.commit([Put(record.hash, record)])
+        logger.info("key %s made: %s (%s)", record.key_id, label, " ".join(scopes), extra={"action": "key_created"})
+        return secret, record
+
+    async def first_key(self) -> str:
+        """Make an admin key with every scope: what `rma up` prints."""
+        secret, _ = await self.create_key(kind="admin", label="rma up", scopes=SCOPES, ttl_s=90 * 86_400)
+        return secret
+
+    async def create_token(self, *, label: str, uses: int, ttl_s: float) -> tuple[str, JoinTokenRecord]:
+        """Make a join token and keep it; the secret is shown this once."""
+        secret, record = self.keyring.create_token(label=label, uses=uses, ttl_s=ttl_s)
+        await self.store.commit([Put(record.hash, record)])
+        logger.info("join token %s made: %s", record.token_id, label, extra={"action": "token_created"})
+        return secret, record
+
+    async def revoke(self, key_id: str) -> None:
+        """End a key or join token at once."""
+        record = self.keyring.revoke(key_id)
+        await self.store.commit([Put(record.hash, record)])
+
+    # -- tiers and placement -----------------------------------------------------------------------------------
+
+    def decide(
+        self, report: HardwareReport, *, labels: dict[str, str], worker_id: str, policy: str = ""
+    ) -> TierDecision:
+        """Ask a policy (the active one unless named) for a tier. A policy that fails gives no tier, and says so."""
+        name = policy or self.settings.tier_policy
+        if name not in self.policies:
+            raise NotFound(
+                f"there is no tier policy {name!r}", hints=(f"installed: {', '.join(sorted(self.policies))}",)
+            )
+        try:
+            decision: object = self.policies[name].decide(
+                PolicyInput(report=report, labels=labels, worker_id=worker_id)
+            )
+            # What does not have the declared types would be kept, and could not be read again at the next start.
+            return msgspec.convert(msgspec.to_builtins(decision), TierDecision)
+        except Exception as error:
+            logger.debug("policy %s failed", name, exc_info=True)
+            return TierDecision(tier=None, reason=f"the tier policy {name!r} failed: {type(error).__name__}: {error}")
+
+    def placement(
+        self,
+        machine: WorkerRecord | RegisterRequest,
+        report: HardwareReport,
+        tier: int | None,
+        *,
+        worker_id: str,
+        current: Collection[str] = (),
+    ) -> Placement:
+        """Choose what a machine should run; ``current`` services stay as long as they fit."""
+        url = self.settings.public_url
+        return place(
+            tuple(self.catalog.values()),
+            report,
+            tier,
+            pool=self.fleet.assigned(besides=worker_id),
+            allowed=machine.services,
+            runtimes=machine.runtimes,
+            current=current,
+            env={"COORDINATOR_URL": url} if url else {},
+        )
+
+    # -- workers -----------------------------------------------------------------------------------------------
+
+    def place(self, worker: Worker, *, anew: bool = False) -> None:
+        """Choose the worker's services again; a changed choice is a new generation.
+
+        What it runs stays as long as it fits, unless the choice is made ``anew``, as after a change of tier.
+        """
+        record = worker.record
+        current = () if anew else {assignment.service for assignment in record.assignment}
+        chosen = self.placement(record, record.report, record.tier, worker_id=worker.id, current=current)
+        changed = chosen.assignments != record.assignment
+        if changed or chosen.reasons != record.placement:
+            worker.record = msgspec.structs.replace(
+                record,
+                assignment=chosen.assignments,
+                placement=chosen.reasons,
+                generation=record.generation + changed,
+            )
+            self.fleet.changed.add(worker.id)
+        if changed:
+            # What one machine runs changes what the pool lacks: the others are looked at with their next heartbeat.
+            self._need += 1
+        self._placed[worker.id] = self._need
+
+    def heartbeat(self, worker: Worker, beat: Heartbeat, *, ip_address: str) -> HeartbeatAnswer:
+        """Take a sign of life in and say what the worker should do next."""
+        self.fleet.beat(worker, beat, ip_address=ip_address)
+        if beat.report is not None or beat.runtimes is not None or beat.plugins is not None:
+            self._new_facts(worker, beat)
+        elif self._placed.get(worker.id) != self._need:
+            self.place(worker)
+        held = {ref: self._held(worker, ref) for ref in beat.attempts}
+        for attempt in held.values():
+            # A worker that polls has no other way to say that it has begun and goes on.
+            if attempt is not None:
+                self.dispatcher.accept(attempt)
+        return self.answer(worker, beat.generation, cancel=tuple(ref for ref, found in held.items() if found is None))
+
+    def _new_facts(self, worker: Worker, beat: Heartbeat) -> None:
+        record = worker.record
+        report = beat.report or record.report
+        decision = self.decide(report, labels=record.labels, worker_id=worker.id)
+        if (decision.tier, decision.reason) != (record.tier, record.tier_reason):
+            logger.info(
+                "%s: %s",
+                worker.id,
+                decision.reason,
+                extra={"action": "tier", "worker": worker.id, "tier": decision.tier},
+            )
+        worker.record = msgspec.structs.replace(
+            record,
+            report=report,
+            runtimes=record.runtimes if beat.runtimes is None else beat.runtimes,
+            plugins=record.plugins if beat.plugins is None else beat.plugins,
+            tier=decision.tier,
+            tier_reason=decision.reason,
+        )
+        self.fleet.changed.add(worker.id)
+        self.place(worker, anew=decision.tier != record.tier)
+
+    def _held(self, worker: Worker, ref: AttemptRef) -> Attempt | None:
+        task = self.dispatcher.tasks.get(ref.task_id)
+        attempt = task.attempt if task else None
+        return attempt if attempt and attempt.belongs(ref.attempt, ref.lease_id, worker.id) else None
+
+    def answer(self, worker: Worker, generation: int, *, cancel: tuple[AttemptRef, ...] = ()) -> HeartbeatAnswer:
+        """Return what a worker that runs ``generation`` should do next."""
+        record = worker.record
+        return HeartbeatAnswer(
+            heartbeat_interval_s=self.fleet.interval_s,
+            generation=record.generation,
+            tier=record.tier,
+            tier_reason=record.tier_reason,
+            containers=record.assignment if generation != record.generation else None,
+            cancel=cancel,
+            nonce=self.nonces.make(),
+        )
+
+    def offers(self, worker: Worker, slots: Mapping[str, int] | None = None) -> None:
+        """Tell dispatch what a worker can take: the slots it says, else those of its healthy containers.
+
+        Only services that it was assigned count: nobody draws other requests to a machine by claiming to serve them.
+        """
+        if slots is None:
+            counted: dict[str, int] = {}
+            for container in worker.containers:
+                if container.state == "healthy":
+                    counted[container.service] = counted.get(container.service, 0) + container.slots
+            slots = counted
+        assigned = {assignment.service for assignment in worker.record.assignment}
+        taken = {service: count for service, count in slots.items() if service in assigned}
+        self.dispatcher.offers(worker.id, taken, usable=worker.usable)
+
+    def unregister(self, worker: Worker) -> None:
+        """A worker says goodbye: its tasks go to others at once, its key stays known."""
+        self.fleet.leave(worker)
+        self._gone(worker, "the worker left", blame=False)
+
+    def _gone(self, worker: Worker, reason: str, *, blame: bool) -> None:
+        """Free what a worker had, and end its connection: if it speaks again, it begins with a new one."""
+        self.dispatcher.gone(worker.id, reason, blame=blame)
+        self.hub.close(worker.id)
+        self._need += 1
+
+    async def set_disabled(self, worker: Worker, *, disabled: bool) -> None:
+        """Shut a worker out (its tokens end at once), or let it in again."""
+        record = worker.record
+        worker.record = msgspec.structs.replace(record, disabled=disabled, epoch=record.epoch + disabled)
+        if disabled:
+            self._gone(worker, "an admin disabled the worker", blame=False)
+        await self.store.commit([Put(worker.id, worker.record)])
+
+    # -- requests ----------------------------------------------------------------------------------------------
+
+    def body(self) -> Body:
+        """Return an empty request body to be filled."""
+        return Body(memory_bytes=self.settings.memory_body_bytes, folder=self.settings.home_path / "spool")
+
+    def check_service(self, service: str, principal: Principal) -> CatalogEntry:
+        """Return the catalog entry a client may use now. Raises NotFound, Forbidden, TryLater with the reason."""
+        entry = self.catalog.get(service)
+        if entry is None:
+            raise NotFound(
+                f"this pool has no service {service!r}", hints=(f"it has: {', '.join(sorted(self.catalog)) or 'none'}",)
+            )
+        principal.need(f"infer:{service}")
+        if not self.dispatcher.can_serve(service):
+            self._explain_absence(service)
+        return entry
+
+    def _explain_absence(self, service: str) -> None:
+        """Raise TryLater unless a worker is about to offer the service."""
+        coming = [
+            w
+            for w in self.fleet.workers.values()
+            if w.present and not w.draining and any(a.service == service for a in w.record.assignment)
+        ]
+        states = [c for w in coming for c in w.containers if c.service == service]
+        if any(c.state in ("pending", "pulling", "starting", "healthy", "backoff") for c in states) or (
+            coming and not states
+        ):
+            return
+        reasons = sorted({f"{c.state}: {c.reason}" if c.reason else c.state for c in states})
+        why = "; ".join(reasons) or "no worker offers it"
+        raise TryLater(
+            f"{service} cannot be served now: {why}",
+            retry_after_s=30,
+            hints=("`rma workers` shows why each machine runs what it runs",),
+        )
+
+    def submit(self, task: Task, body: Body) -> Relay:
+        """Queue a task and return the relay of its answer. Raises TryLater when too many wait."""
+        relay = Relay(task, body)
+        self.hub.relays[task.id] = relay
+        try:
+            self.dispatcher.submit(task)
+        except RMAError:
+            del self.hub.relays[task.id]
+            raise
+        return relay
+
+    def completed(self, task: Task) -> None:
+        """Count a succeeded task for the worker that did it."""
+        worker = self.fleet.workers.get(task.attempt.worker_id) if task.attempt else None
+        if worker and task.state == "succeeded":
+            worker.record = msgspec.structs.replace(worker.record, tasks_completed=worker.record.tasks_completed + 1)
+            self.fleet.changed.add(worker.id)
+
+
+def _registry(entry: CatalogEntry, registry: str) -> CatalogEntry:
+    """Take images from the admin's own registry when one is set."""
+    if not registry:
+        return entry
+    return msgspec.structs.replace(entry, image=entry.image.replace("ghcr.io/rma", registry.rstrip("/"), 1))

@@ -1,0 +1,191 @@
+"""The server: Hypercorn in this very process, HTTP/1.1, with limits of our own and an end that cannot hang."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import socket
+import sys
+from typing import TYPE_CHECKING, NamedTuple
+
+from hypercorn.asyncio import serve
+from hypercorn.config import Config
+
+from rma_coordinator.app import pool_of
+from rma_core.errors import SettingProblem
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+    from pathlib import Path
+    from typing import Any
+
+    from quart import Quart
+
+    from rma_coordinator.app import Lanes
+
+logger = logging.getLogger(__name__)
+
+#: Seconds that open requests get when the coordinator is told to stop.
+GRACE_S = 3.0
+#: Hypercorn can fail to stop (an application that no longer reads); this long after the grace we stop without it.
+HARD_STOP_S = 5.0
+#: Seconds for what is left once the server itself is cancelled.
+LAST_STOP_S = 1.0
+#: A connection that has not finished its request's header by then is closed.
+KEEP_ALIVE_S = 75.0
+HANDSHAKE_S = 10.0
+
+
+class Listener(NamedTuple):
+    """An address to listen on; with a certificate it speaks https."""
+
+    host: str
+    port: int
+    cert: Path | None = None
+    key: Path | None = None
+
+    @property
+    def url(self) -> str:
+        """The address as a URL."""
+        return f"{'https' if self.cert else 'http'}://{self.address}"
+
+    @property
+    def address(self) -> str:
+        """Host and port, as they stand in a URL."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def free_port(host: str, port: int) -> int:
+    """Return ``port``, or a free one for 0. Raises SettingProblem when it is in use or may not be used."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with contextlib.closing(socket.socket(family, socket.SOCK_STREAM)) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise SettingProblem(
+                f"cannot listen on {host}:{port}: {reason}", hints=("choose another with --port (0 takes a free one)",)
+            ) from None
+        return int(probe.getsockname()[1])
+
+
+def make_config(plain: Listener | None, secure: Listener | None) -> Config:
+    """Return Hypercorn's configuration for a plain and/or a TLS listener."""
+    config = Config()
+    config.bind = [listener.address for listener in (secure or plain,) if listener]
+    config.insecure_bind = [plain.address] if secure and plain else []
+    if secure:
+        config.certfile, config.keyfile = str(secure.cert), str(secure.key)
+    # Over HTTP/2, data after an early answer kills a connection with all its streams; a front proxy may speak it.
+    config.alpn_protocols = ["http/1.1"]
+    config.graceful_timeout = GRACE_S
+    config.shutdown_timeout = GRACE_S
+    config.keep_alive_timeout = KEEP_ALIVE_S
+    config.ssl_handshake_timeout = HANDSHAKE_S
+    config.h11_max_incomplete_size = 64 * 1024
+    config.websocket_max_message_size = 2 * 1024 * 1024
+    # The agent sends pings. The server's own would keep each closed channel for another interval, and hold up the end.
+    config.websocket_ping_interval = None
+    config.include_server_header = False
+    config.backlog = 1024
+    config.accesslog = None
+    config.errorlog = logging.getLogger("hypercorn.error")
+    return config
+
+
+async def run_server(
+    app: Quart,
+    config: Config,
+    *,
+    until: Callable[[], Awaitable[None]],
+    ready: Callable[[], Awaitable[None]] | None = None,
+) -> None:
+    """Serve until ``until`` returns or raises; never hangs on the way out.
+
+    ``ready`` is awaited once the application has started. Raises what ``until`` or ``ready`` or the application's
+    start raised, and SettingProblem when an address was taken meanwhile.
+    """
+    pool = pool_of(app)
+    # Before the lifespan, which would turn a refusal into a traceback and lose its hints.
+    await pool.start()
+    failures: list[Exception] = []
+    if ready is not None:
+        app.while_serving(functools.partial(_announce, ready, failures))
+    stop = asyncio.Event()
+    trigger = asyncio.create_task(_until(until, stop), name="stop")
+    server = asyncio.create_task(serve(app, config, shutdown_trigger=stop.wait), name="server")
+    try:
+        await asyncio.wait({server, trigger}, return_when=asyncio.FIRST_COMPLETED)
+        await _end(app, server)
+    finally:
+        trigger.cancel()
+        server.cancel()
+        await asyncio.wait({trigger, server}, timeout=LAST_STOP_S)
+        # A server that stopped as it should has done this already.
+        await pool.stop()
+    _raise(server, trigger, failures)
+
+
+async def _end(app: Quart, server: asyncio.Task[None]) -> None:
+    """Let the server finish what it has within the grace, then end it, in the end without its help."""
+    lanes: Lanes = app.extensions["rma_lanes"]
+    pool_of(app).hub.close_all()
+    await asyncio.wait({server}, timeout=GRACE_S)
+    lanes.cut()
+    await asyncio.wait({server}, timeout=HARD_STOP_S)
+    if server.done():
+        return
+    logger.warning("the server did not stop within %.0f s; stopping without it", GRACE_S + HARD_STOP_S)
+    server.cancel()
+    await asyncio.wait({server}, timeout=LAST_STOP_S)
+
+
+def _raise(server: asyncio.Task[None], trigger: asyncio.Task[None], failures: list[Exception]) -> None:
+    """Raise what ended the server, if it was not told to end."""
+    for failure in failures:
+        raise failure
+    if not trigger.cancelled() and (reason := trigger.exception()) is not None:
+        raise reason
+    if not server.done() or server.cancelled():
+        return
+    error = server.exception()
+    if isinstance(error, OSError):
+        raise SettingProblem(
+            f"cannot listen: {error.strerror or error}", hints=("choose another with --port (0 takes a free one)",)
+        ) from error
+    if error is not None:
+        raise error
+
+
+async def _announce(ready: Callable[[], Awaitable[None]], failures: list[Exception]) -> AsyncGenerator[None, None]:
+    try:
+        await ready()
+    except Exception as error:
+        # The server makes a sentence of it; whoever runs the server needs the thing itself.
+        failures.append(error)
+        raise
+    yield
+
+
+async def _until(until: Callable[[], Awaitable[None]], stop: asyncio.Event) -> None:
+    try:
+        await until()
+    finally:
+        stop.set()
+
+
+def run(main: Coroutine[Any, Any, int]) -> int:
+    """Run a coroutine on the fastest event loop there is."""
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        return runner.run(main)
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    if sys.platform == "win32":
+        return None
+    import uvloop
+
+    return uvloop.new_event_loop

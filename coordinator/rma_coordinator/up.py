@@ -1,0 +1,347 @@
+"""`rma up`: a coordinator, its status page and a worker on this machine in one go; Ctrl-C stops all of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import os
+import random
+import shutil
+import socket
+import sys
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+
+from rma_coordinator import commands
+from rma_coordinator.app import load_catalog, pool_of
+from rma_coordinator.certificate import own_pair, pin_of
+from rma_coordinator.server import Listener, free_port, make_config, run_server
+from rma_core.commands import common
+from rma_core.errors import SettingProblem
+from rma_core.interfaces import ContainerSpec
+
+if TYPE_CHECKING:
+    from quart import Quart
+
+    from rma_core.catalog import CatalogEntry
+    from rma_core.interfaces import ContainerRuntime
+    from rma_core.models.worker import ContainerStatus
+    from rma_core.settings import CoordinatorSettings
+
+#: Engines in the order they are looked for, when nobody names any.
+ENGINES = ("docker", "podman")
+#: Ports that are tried when 8080 is taken and nobody asked for it.
+MORE_PORTS = 20
+#: Seconds an engine gets to answer.
+PROBE_S = 10.0
+#: Seconds the worker gets to finish and return what it has.
+AGENT_STOP_S = 40.0
+#: Seconds between two starts of a worker that ends by itself: doubled each time, with jitter.
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
+#: How often the state of the local worker is looked at while it gets ready.
+LOOK_S = 0.1
+
+LOCAL = "127.0.0.1"
+EVERYWHERE = "0.0.0.0"  # noqa: S104 - `--lan` asks for exactly this
+
+
+class Choice(NamedTuple):
+    """Which runtimes the local worker uses, and the sentence that says why."""
+
+    runtimes: tuple[str, ...]
+    sentence: str
+
+
+class Up:
+    """One run of `rma up`."""
+
+    def __init__(
+        self,
+        settings: CoordinatorSettings,
+        *,
+        port: int | None,
+        lan: bool,
+        lan_port: int,
+        lan_host: str | None,
+        runtimes: tuple[str, ...],
+        no_agent: bool,
+        verbose: bool,
+    ) -> None:
+        self.home = settings.home_path
+        self.verbose = verbose
+        self.no_agent = no_agent
+        self.asked = runtimes
+        self.sources = service_sources()
+        self.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.plain = Listener(LOCAL, find_port(port, settings.port))
+        self.secure = self._secure(lan_host, lan_port) if lan else None
+        self.lan_url = self.secure.url.replace(EVERYWHERE, lan_host or lan_address()) if self.secure else ""
+        self.settings = msgspec.structs.replace(
+            settings, port=self.plain.port, public_url=self.lan_url or self.plain.url
+        )
+        self.pin = pin_of(self.secure.cert) if self.secure and self.secure.cert else ""
+        self.catalog = load_catalog(self.settings)
+        self.agent: asyncio.subprocess.Process | None = None
+        self.stopping = False
+
+    def _secure(self, lan_host: str | None, lan_port: int) -> Listener:
+        names = ["localhost", socket.gethostname(), lan_host or lan_address()]
+        pair = own_pair(self.home / "tls", names=names)
+        return Listener(EVERYWHERE, free_port(EVERYWHERE, lan_port), pair.cert, pair.key)
+
+    async def main(self) -> int:
+        """Run until Ctrl-C."""
+        common.say("Starting the coordinator …")
+        app = commands.make_app(self.settings, pin=self.pin)
+        config = make_config(self.plain, self.secure)
+        local: list[asyncio.Task[None]] = []
+
+        async def ready() -> None:
+            key = await commands.first_key(app, self.settings, url=self.plain.url)
+            local.append(asyncio.create_task(self._local(app, key), name="local worker"))
+
+        try:
+            await run_server(app, config, until=lambda: self._until(local), ready=ready)
+        finally:
+            for task in local:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+            common.say("Stopped.")
+        return 0
+
+    async def _until(self, local: list[asyncio.Task[None]]) -> None:
+        """Wait for Ctrl-C, or for the local part to fail; then stop the worker while the coordinator still answers."""
+        told = asyncio.create_task(commands.stopped())
+        while not told.done():
+            await asyncio.wait({told, *local}, timeout=LOOK_S * 5, return_when=asyncio.FIRST_COMPLETED)
+            for task in local:
+                if task.done() and task.exception() is not None:
+                    common.say(f"The worker cannot be run: {task.exception()}")
+                    told.cancel()
+                    return
+        self.stopping = True
+        common.say("Stopping: the worker finishes what it has …")
+        await self._stop_agent()
+
+    # -- the local worker --------------------------------------------------------------------------------------
+
+    async def _local(self, app: Quart, key: str) -> None:
+        """Start the worker on this machine, show how it gets ready, then keep it running."""
+        if self.no_agent:
+            await self._banner(app, key, ())
+            return
+        choice = await choose_runtimes(self.catalog, self.asked, self.home / "agent", self.sources)
+        common.say(choice.sentence)
+        token, _ = await pool_of(app).create_token(label="rma up", uses=1, ttl_s=3600)
+        pause_s = FIRST_PAUSE_S
+        shown = False
+        while True:
+            began = asyncio.get_running_loop().time()
+            self.agent = await self._spawn(choice, token)
+            if not shown:
+                services = await self._watch(app)
+                shown = services is not None
+                if services is not None:
+                    await self._banner(app, key, services)
+            code = await self.agent.wait()
+            if self.stopping:
+                return
+            if asyncio.get_running_loop().time() - began > LONGEST_PAUSE_S:
+                pause_s = FIRST_PAUSE_S
+            wait_s = pause_s * random.uniform(0.5, 1)  # noqa: S311 - jitter is no secret
+            common.say(
+                f"The worker ended by itself (exit code {code}) and is started again in {wait_s:.0f} s. "
+                f"Its log: {self._log}"
+            )
+            await asyncio.sleep(wait_s)
+            pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
+
+    @property
+    def _log(self) -> Path:
+        return self.home / "agent.log"
+
+    async def _spawn(self, choice: Choice, token: str) -> asyncio.subprocess.Process:
+        """Start `rma agent` with a state folder of its own, told everything by its environment."""
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("RMA_")}
+        environment |= {
+            "RMA_HOME": str(self.home / "agent"),
+            "RMA_COORDINATOR_URL": self.plain.url,
+            "RMA_JOIN_TOKEN": token,
+            "RMA_RUNTIMES": ",".join(choice.runtimes),
+            "RMA_SERVICE_SOURCES": ",".join(map(str, self.sources)),
+            "RMA_LOG_LEVEL": "info",
+        }
+        environment |= {
+            name: os.environ[name]
+            for name in ("RMA_FAKE_DEVICES", "RMA_BLOCK_PLUGINS", "RMA_TRACE_HOOKS")
+            if name in os.environ
+        }
+        log = None if self.verbose else self._log.open("ab")
+        try:
+            return await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "rma_core", "agent", "--until-stdin-ends",
+                stdin=asyncio.subprocess.PIPE, stdout=log, stderr=log, env=environment,
+                # Ctrl-C reaches the whole terminal; we tell the worker, once, while the coordinator answers.
+                start_new_session=True,
+            )  # fmt: skip
+        finally:
+            if log is not None:
+                log.close()
+
+    async def _stop_agent(self) -> None:
+        agent = self.agent
+        if agent is None or agent.returncode is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            agent.terminate()
+        try:
+            await asyncio.wait_for(agent.wait(), AGENT_STOP_S)
+        except TimeoutError:
+            common.say(f"The worker did not stop within {AGENT_STOP_S:.0f} s and is killed.")
+            agent.kill()
+            await agent.wait()
+
+    async def _watch(self, app: Quart) -> tuple[ContainerStatus, ...] | None:
+        """Tell how the worker and its services get ready; ``None`` when the agent ended before."""
+        fleet, said = pool_of(app).fleet, dict[str, str]()
+
+        def tell(name: str, words: str) -> None:
+            if said.get(name) != words:
+                said[name] = words
+                common.say(f"  {name}: {words}")
+
+        common.say("Detecting this machine's hardware …")
+        while self.agent is not None and self.agent.returncode is None:
+            worker = next((w for w in fleet.workers.values() if w.status != "offline"), None)
+            if worker is not None:
+                tell(worker.id, worker.record.tier_reason)
+                for status in worker.containers:
+                    tell(status.service, _words(status))
+                wanted = {assignment.name for assignment in worker.record.assignment}
+                settled = [s for s in worker.containers if s.state in ("healthy", "failed", "refused")]
+                if wanted <= {s.name for s in settled}:
+                    return worker.containers
+            await asyncio.sleep(LOOK_S)
+        return None
+
+    # -- what is printed ---------------------------------------------------------------------------------------
+
+    async def _banner(self, app: Quart, key: str, services: tuple[ContainerStatus, ...]) -> None:
+        """Print what a person needs next: the page, a key, a request that works, how to add a machine."""
+        lines = [
+            "",
+            f"Ready.  Status page  {self.plain.url}/#key={key}",
+            f"        Key          {key}   (all scopes; also in {self.home / common.CLIENT_FILE})",
+        ]
+        if any(s.service == "notes" and s.state == "healthy" for s in services):
+            lines += ["", "Try it:", f"  {self._curl(key)}", "  rma infer notes YOUR.pdf"]
+        lines += ["", *await self._join_lines(app), "Ctrl-C stops everything."]
+        common.say("\n".join(lines))
+
+    def _curl(self, key: str) -> str:
+        sample = self.home / "sample.pdf"
+        shutil.copyfile(str(files("rma_coordinator") / "static" / "sample.pdf"), sample)
+        return (
+            f"curl -s -H 'Authorization: Bearer {key}' -H 'Content-Type: application/pdf' "
+            f"--data-binary @{sample} {self.plain.url}/api/inference/notes"
+        )
+
+    async def _join_lines(self, app: Quart) -> list[str]:
+        if not self.lan_url:
+            return ["Add another machine: stop this and start it with  rma up --lan  (in a clone: make up ARGS=--lan)"]
+        secret, _ = await pool_of(app).create_token(label="rma up --lan", uses=1, ttl_s=3600)
+        return [
+            "Add another machine (once, within an hour; more with `rma tokens create`):",
+            f"  rma join {self.lan_url} {secret}{self.pin}",
+        ]
+
+
+def _words(status: ContainerStatus) -> str:
+    done = f" {status.progress:.0%}" if status.progress else ""
+    where = f" ({status.runtime}{'' if status.isolated else ', not isolated'})" if status.state == "healthy" else ""
+    return f"{status.state}{done}{where}" + (f": {status.reason}" if status.reason else "")
+
+
+def find_port(asked: int | None, usual: int) -> int:
+    """Return the asked port, else the usual or the next that is free. Raises SettingProblem for a taken asked one."""
+    if asked is not None:
+        return free_port(LOCAL, asked)
+    for port in range(usual, usual + MORE_PORTS):
+        with contextlib.suppress(SettingProblem):
+            return free_port(LOCAL, port)
+    return free_port(LOCAL, 0)
+
+
+def lan_address() -> str:
+    """Return this machine's address on its network; nothing is sent to find out."""
+    with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
+        try:
+            # Connecting a datagram socket only asks the routing table which address would be used.
+            probe.connect(("192.0.2.1", 9))
+        except OSError:
+            return socket.gethostname()
+        return str(probe.getsockname()[0])
+
+
+def service_sources() -> list[Path]:
+    """Return where the distributions of RMA's own services lie: beside the coordinator in a clone, else nowhere."""
+    spec = importlib.util.find_spec("rma_coordinator")
+    here = Path(spec.origin).resolve() if spec and spec.origin else Path(__file__).resolve()
+    folder = here.parents[2] / "containers"
+    return [folder] if folder.is_dir() else []
+
+
+async def choose_runtimes(
+    catalog: tuple[CatalogEntry, ...], asked: tuple[str, ...], home: Path, sources: list[Path]
+) -> Choice:
+    """Choose what the local worker runs services with: an engine that has the images, else plain processes."""
+    from rma_core.host import Plugins
+
+    if asked:
+        return Choice(asked, f"Services run with {', '.join(asked)}, as you said.")
+    tables: dict[str, dict[str, Any]] = {"process": {"home": str(home), "sources": [str(s) for s in sources]}}
+    runtimes = Plugins.discover(kinds=["runtime"]).runtimes(tables)
+    reasons = []
+    for name in ENGINES:
+        if name in runtimes:
+            missing = await _missing(runtimes[name], catalog)
+            if missing == "":
+                return Choice((name,), f"Services run in containers ({name}).")
+            reasons.append(f"{name}: {missing}")
+    why = "; ".join(reasons) or "no container engine is installed"
+    return Choice(("process",), f"Services run as plain processes of this user, which are not isolated ({why}).")
+
+
+async def _missing(runtime: ContainerRuntime, catalog: tuple[CatalogEntry, ...]) -> str:
+    """Say what keeps an engine from running the catalog's services; an empty string when nothing does."""
+    try:
+        health = await asyncio.wait_for(runtime.probe(), PROBE_S)
+        if health.state != "healthy":
+            return health.reason
+        absent = [
+            entry.service for entry in catalog if not await asyncio.wait_for(runtime.has_image(_spec(entry)), PROBE_S)
+        ]
+    except TimeoutError:
+        return f"no answer within {PROBE_S:.0f} s"
+    finally:
+        await runtime.aclose()
+    return f"works, but has no image for {', '.join(absent)}: `make images` builds them" if absent else ""
+
+
+def _spec(entry: CatalogEntry) -> ContainerSpec:
+    return ContainerSpec(
+        worker_id="worker-00000000",
+        name=entry.name,
+        service=entry.service,
+        image=entry.image,
+        image_digest=entry.image_digest,
+        port=entry.port,
+        env={},
+        limits=entry.limits,
+        spec_hash="",
+    )
