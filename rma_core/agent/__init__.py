@@ -1,0 +1,1 @@
+"""The agent: detect, register, reconcile, heartbeat, execute, report."""

@@ -1,0 +1,399 @@
+"""The agent's life: detect, register, reconcile, heartbeat, execute, report; drain at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from typing import TYPE_CHECKING, Any
+
+import rma_core
+from rma_core import http
+from rma_core.agent.attempts import Attempts, Stop
+from rma_core.agent.channel import Channel
+from rma_core.agent.client import CoordinatorClient
+from rma_core.agent.control import ControlServer
+from rma_core.agent.engines import in_order
+from rma_core.agent.heart import Heart
+from rma_core.agent.join import registration
+from rma_core.agent.load import Load
+from rma_core.agent.membership import Link, Membership
+from rma_core.agent.poll import Poller
+from rma_core.agent.reconcile import Reconciler
+from rma_core.agent.status import AgentStatus
+from rma_core.errors import CoordinatorError, RuntimeFailure
+from rma_core.models.worker import Heartbeat, HeartbeatAnswer, RegisterRequest, RegisterResponse
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+
+    from rma_core.agent.keeper import Keeper
+    from rma_core.agent.keys import DeviceKey
+    from rma_core.agent.state import StateFolder, WorkerRecord
+    from rma_core.agent.streams import ChannelStream
+    from rma_core.interfaces import ContainerRuntime
+    from rma_core.models.hardware import HardwareReport
+    from rma_core.models.worker import Assignment, PluginReport
+    from rma_core.settings import AgentSettings
+
+logger = logging.getLogger(__name__)
+
+#: Seconds to tell the coordinator goodbye.
+GOODBYE_S = 5.0
+#: Seconds to stop what the agent's runtimes hold, before it ends all the same.
+CLOSE_S = 30.0
+#: Messages of the coordinator that are remembered, so that each is said once.
+MAX_MESSAGES = 64
+
+DRAIN = Stop("owner", "the owner of this machine stops the agent", tell=True)
+
+
+class Agent:
+    """One machine's part in the pool, from `run` to `stop`. The folder is prepared, locked and enrolled.
+
+    ``report`` is what was detected; ``plugins`` are asked for with each registration. ``use_channel`` off means the
+    plain way from the start. ``clock`` and ``uniform`` are monotonic seconds and randomness.
+    """
+
+    def __init__(
+        self,
+        settings: AgentSettings,
+        folder: StateFolder,
+        record: WorkerRecord,
+        key: DeviceKey,
+        *,
+        report: HardwareReport,
+        runtimes: Mapping[str, ContainerRuntime],
+        plugins: Callable[[], Iterable[PluginReport]] = tuple,
+        use_channel: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+        uniform: Callable[[float, float], float] = random.uniform,
+    ) -> None:
+        self.settings, self.folder, self.record, self.report = settings, folder, record, report
+        self._plugins, self._use_channel, self._clock = plugins, use_channel, clock
+        self._started_at = clock()
+        self._runtimes = runtimes
+        context = http.tls_context(record.certificate) if record.coordinator_url.startswith("https:") else None
+        self.client = CoordinatorClient(
+            record.coordinator_url, key, worker_id=record.worker_id, context=context, clock=clock
+        )
+        self.engines = in_order(runtimes, settings.runtimes, clock=clock)
+        self.consent = record.consent.narrowed(settings.services)
+        self.reconciler = Reconciler(
+            self.engines,
+            worker_id=record.worker_id,
+            consent=self.consent,
+            gpus=report.gpus,
+            changed=self._changed,
+            freed=self._freed,
+            stop_attempts=self._withdraw_attempts,
+            clock=clock,
+            uniform=uniform,
+        )
+        self.attempts = Attempts(self.reconciler.place, clock=clock)
+        self.link = Link()
+        self.load = Load()
+        self.channel = Channel(self.client, self, agent_version=rma_core.__version__, clock=clock)
+        self.membership = Membership(
+            self.client,
+            self._registration,
+            self._registered,
+            link=self.link,
+            join_token=settings.join_token.partition(".")[0],
+        )
+        self.heart = Heart(
+            self.client,
+            self.channel,
+            make=self.heartbeat,
+            answered=self.assigned,
+            forgotten=self.forgotten,
+            link=self.link,
+            clock=clock,
+            uniform=uniform,
+        )
+        self.poller = Poller(
+            self.client,
+            self.attempts,
+            room=lambda: 0 if self.draining else self.reconciler.free(),
+            beat=self.heart.beat_by_http,
+            forgotten=self.forgotten,
+        )
+        self.tier: int | None = None
+        self.tier_reason = ""
+        self.draining = False
+        self._had_channel: bool | None = None
+        self._stopping = asyncio.Event()
+        self._hurried = asyncio.Event()
+        self._plain_way = asyncio.Event()
+        self._messages: dict[str, None] = {}
+        self._told: tuple[object, ...] = ()
+        self._telling: tuple[object, ...] = ()
+        self._minor: set[asyncio.Task[None]] = set()
+
+    # Its life.
+
+    async def run(self) -> None:
+        """Work until `stop`, then drain, leave and clear away.
+
+        Raises what a part of the agent failed with, if it was a bug: a part that is gone must not go unnoticed.
+        """
+        control = ControlServer(self.folder, {"status": self._on_status, "drain": self._on_drain})
+        await control.start()
+        try:
+            await asyncio.gather(*(engine.look(self.reconciler.worker_id) for engine in self.engines))
+            self.reconciler.start()
+            await self._work()
+        finally:
+            await control.aclose()
+            await self._clear_away()
+
+    def stop(self) -> None:
+        """Begin to drain; a second call ends the waiting."""
+        if self._stopping.is_set():
+            self._hurried.set()
+        self._stopping.set()
+
+    async def _work(self) -> None:
+        parts = [
+            self._part("membership", self.membership.run()),
+            self._part("load", self.load.run()),
+            self._part("heartbeats", self._when_registered(self.heart.run)),
+            self._part("plain way", self._poll_when_needed()),
+        ]
+        if self._use_channel:
+            parts.append(self._part("channel", self._when_registered(self.channel.run)))
+        else:
+            self._plain_way.set()
+        stopping = self._part("stop", self._wait_for_stop())
+        try:
+            done, _ = await asyncio.wait({stopping, *parts}, return_when=asyncio.FIRST_COMPLETED)
+            for task in done - {stopping}:
+                task.result()
+            await self._drain()
+        finally:
+            for task in (stopping, *parts, *self._minor):
+                task.cancel()
+            await asyncio.gather(stopping, *parts, *self._minor, return_exceptions=True)
+
+    def _part(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        return asyncio.create_task(work, name=name)
+
+    async def _wait_for_stop(self) -> None:
+        await self._stopping.wait()
+
+    async def _when_registered(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        await self.membership.registered.wait()
+        await work()
+
+    async def _poll_when_needed(self) -> None:
+        """Poll while there is no channel and none can be had."""
+        while True:
+            await self._plain_way.wait()
+            await self.membership.registered.wait()
+            polling = asyncio.create_task(self.poller.run())
+            try:
+                while self._plain_way.is_set() and not polling.done():
+                    await asyncio.wait({polling}, timeout=1.0)
+            finally:
+                polling.cancel()
+            if polling.done() and not polling.cancelled():
+                polling.result()
+
+    async def _drain(self) -> None:
+        """Take nothing new, finish what is there, give the rest back, and say goodbye."""
+        self.draining = True
+        self.attempts.closed_because = DRAIN.reason
+        running = len(self.attempts)
+        logger.info("stopping: %d tasks are finished first", running, extra={"action": "drain"})
+        self.heart.soon()
+        drain = asyncio.create_task(self.attempts.drain(self.settings.drain_s, DRAIN))
+        hurry = asyncio.create_task(self._hurried.wait())
+        await asyncio.wait({drain, hurry}, return_when=asyncio.FIRST_COMPLETED)
+        hurry.cancel()
+        if not drain.done():
+            drain.cancel()
+            await self.attempts.drain(0, DRAIN)
+        if self.membership.registered.is_set():
+            await self._goodbye()
+
+    async def _goodbye(self) -> None:
+        try:
+            async with asyncio.timeout(GOODBYE_S):
+                await self.client.unregister()
+        except (CoordinatorError, TimeoutError) as error:
+            logger.info("the coordinator was not told: %s", error)
+
+    async def _clear_away(self) -> None:
+        """Stop every container and let go of everything; what an engine cannot stop now, the next start finds."""
+        closing = (self.reconciler.close(stop=True), *(runtime.aclose() for runtime in self._runtimes.values()))
+        for work in closing:
+            try:
+                async with asyncio.timeout(CLOSE_S):
+                    await work
+            except (RuntimeFailure, TimeoutError) as error:
+                logger.info("not everything could be stopped: %s", str(error) or "no time left")
+        await self.client.aclose()
+
+    # Membership.
+
+    def _registration(self) -> RegisterRequest:
+        return registration(
+            self.report,
+            runtimes=[engine.report() for engine in self.engines],
+            plugins=self._plugins(),
+            services=self.consent.names,
+            labels=self.settings.labels,
+        )
+
+    def _registered(self, answer: RegisterResponse) -> None:
+        self.reconciler.worker_id = answer.worker_id
+        self._set_tier(answer.tier, answer.tier_reason)
+        self.heart.pace(answer.heartbeat_interval_s)
+        self._want(answer.generation, answer.containers)
+        self.channel.hurry()
+
+    def _set_tier(self, tier: int | None, reason: str) -> None:
+        if (tier, reason) != (self.tier, self.tier_reason) and reason:
+            logger.info("%s", reason, extra={"action": "tier", "tier": tier})
+        self.tier, self.tier_reason = tier, reason
+
+    # What the channel tells, its `Events`.
+
+    def slots(self) -> dict[str, int]:
+        """Return the slots of each service; none while draining."""
+        return {} if self.draining else self.reconciler.slots()
+
+    def offered(self, stream: ChannelStream) -> None:
+        """Begin a task."""
+        self.attempts.begin(stream.offer, stream.body, stream)
+
+    def withdrawn(self, stream: ChannelStream, reason: str) -> None:
+        """Stop an attempt that nobody wants any more."""
+        self.attempts.stop(stream.ref.lease_id, Stop("request", reason, tell=False))
+
+    def lost(self, stream: ChannelStream) -> None:
+        """Stop an attempt that can no longer be delivered."""
+        self.attempts.stop(stream.ref.lease_id, Stop("coordinator", "the channel broke", tell=False))
+
+    def connected(self) -> None:
+        """The channel is open: heartbeats go over it, and no poll is needed."""
+        self._plain_way.clear()
+        self._had_channel = True
+        self.link.up()
+        self.heart.soon()
+
+    def disconnected(self, reason: str) -> None:
+        """The channel is broken, or does not get through at all."""
+        logger.debug("the channel is down: %s", reason)
+        if self.channel.given_up and not self._plain_way.is_set():
+            logger.info("WebSocket does not get through (%s); polling instead", reason, extra={"action": "plain_way"})
+            self._plain_way.set()
+        if self._had_channel is not False:
+            # Not after every failed try: the interval's own heartbeats tell of a coordinator that is away.
+            self.heart.soon()
+        self._had_channel = False
+
+    def forgotten(self) -> None:
+        """The coordinator does not know this worker."""
+        self.membership.forgotten()
+
+    def assigned(self, answer: HeartbeatAnswer) -> None:
+        """Do what a heartbeat's answer says."""
+        if self.link.standing != "registered":
+            self.channel.hurry()
+        self.heart.heard()
+        self._told = self._telling
+        self.heart.pace(answer.heartbeat_interval_s)
+        self.client.keep_nonce(answer.nonce)
+        self._set_tier(answer.tier, answer.tier_reason)
+        for ref in answer.cancel:
+            self.attempts.stop(ref.lease_id, Stop("request", "the coordinator no longer wants it", tell=False))
+        if answer.containers is not None and answer.generation != self.reconciler.generation:
+            self._want(answer.generation, answer.containers)
+        for message in answer.messages:
+            self._say(message)
+        if answer.connect:
+            self.channel.wanted.set()
+        elif self.channel.wanted.is_set():
+            self._spawn(self.channel.park())
+
+    def _want(self, generation: int, containers: Iterable[Assignment]) -> None:
+        if not self.draining:
+            self.reconciler.want(generation, containers)
+
+    def _say(self, message: str) -> None:
+        """Show a message of the coordinator once."""
+        if message not in self._messages:
+            logger.info("the coordinator says: %s", message[:500])
+            self._messages[message] = None
+            if len(self._messages) > MAX_MESSAGES:
+                del self._messages[next(iter(self._messages))]
+
+    def _spawn(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._minor.add(task)
+        task.add_done_callback(self._minor.discard)
+
+    # What it says of itself.
+
+    def heartbeat(self) -> Heartbeat:
+        """Return the next heartbeat."""
+        engine_down = next((e.health.reason for e in self.engines if e.health.state == "unhealthy"), "")
+        broken = bool(engine_down) and not any(e.health.state == "healthy" for e in self.engines)
+        runtimes = tuple(engine.report() for engine in self.engines)
+        self._telling = runtimes
+        return Heartbeat(
+            worker_id=self.client.worker_id,
+            status="degraded" if broken else "healthy",
+            reason=engine_down[:2000] if broken else "",
+            current_load=round(max(self.reconciler.busy_share(), self.load.share), 3),
+            containers=self.reconciler.statuses(),
+            attempts=self.attempts.refs(),
+            generation=max(0, self.reconciler.generation),
+            draining=self.draining,
+            runtimes=runtimes if runtimes != self._told else None,
+        )
+
+    def status(self) -> AgentStatus:
+        """Return how the agent stands, as `rma status` shows it."""
+        return AgentStatus(
+            worker_id=self.client.worker_id,
+            coordinator=self.client.base_url,
+            connection="channel" if self.channel.up else "polling" if self._plain_way.is_set() else "none",
+            standing=self.link.standing,
+            standing_reason=self.link.reason,
+            tier=self.tier,
+            tier_reason=self.tier_reason,
+            generation=max(0, self.reconciler.generation),
+            containers=self.reconciler.statuses(),
+            attempts=self.attempts.refs(),
+            runtimes=tuple(engine.report() for engine in self.engines),
+            plugins=tuple(self._plugins()),
+            probes=self.report.probes,
+            current_load=round(max(self.reconciler.busy_share(), self.load.share), 3),
+            draining=self.draining,
+            uptime_s=round(self._clock() - self._started_at, 1),
+            tasks_succeeded=self.attempts.succeeded,
+            tasks_failed=self.attempts.failed,
+        )
+
+    async def _on_status(self, _: dict[str, Any]) -> AgentStatus:
+        return self.status()
+
+    async def _on_drain(self, _: dict[str, Any]) -> dict[str, int]:
+        self.stop()
+        return {"running": len(self.attempts)}
+
+    # What its parts tell each other.
+
+    def _changed(self) -> None:
+        self.heart.soon()
+        self.poller.changed.set()
+
+    def _freed(self) -> None:
+        self.poller.changed.set()
+
+    def _withdraw_attempts(self, keeper: Keeper) -> None:
+        """End the attempts at a container that must go; it is the pool that wants it so."""
+        self.attempts.stop_at(keeper, Stop("coordinator", f"{keeper.wanted.name} was withdrawn", tell=True))

@@ -1,0 +1,149 @@
+"""Where a container goes: the first of the owner's runtimes that can run it and has, or can pull, its image."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, NamedTuple
+
+from rma_core.agent.consent import ISOLATED_ONLY
+from rma_core.errors import (
+    ImageMissing,
+    ImagePullFailed,
+    NotSupported,
+    OutOfSpace,
+    RuntimeAbsent,
+    RuntimeFailure,
+)
+from rma_core.interfaces import ContainerSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rma_core.agent.engines import Engine
+    from rma_core.agent.keeper import Context
+    from rma_core.interfaces import ContainerHandle, PullProgress
+    from rma_core.models.worker import Assignment
+
+    Pulling = Callable[[Engine, "PullProgress | None"], None]
+
+
+#: What engines can say of an image, the most hopeful first.
+WEIGHT = (ImagePullFailed, OutOfSpace, RuntimeAbsent, ImageMissing, NotSupported)
+
+
+class Spot(NamedTuple):
+    """An engine and the spec as it is for that engine; ``adopted`` is what already runs there."""
+
+    engine: Engine
+    spec: ContainerSpec
+    adopted: ContainerHandle | None = None
+
+    @classmethod
+    def on(cls, engine: Engine, wanted: Assignment, spec_hash: str, context: Context) -> Spot | str:
+        """Return the spot on one engine, or why there is none."""
+        isolated = engine.runtime.isolated
+        if wanted.service in ISOLATED_ONLY and not isolated:
+            return f"{wanted.service} runs in containers only"
+        if not isolated and wanted.process is None:
+            return f"{wanted.service} cannot run as a process"
+        device = context.gpu_for(wanted.name, wanted) if wanted.requires_gpu else None
+        if wanted.requires_gpu and device is None:
+            return f"{wanted.service} needs a GPU, and none that fits is free"
+        if device is not None and isolated and device.access is None:
+            why = device.reason or "no way to hand it over was found"
+            return f"containers cannot be given {device.name}: {why}"
+        spec = ContainerSpec(
+            worker_id=context.worker_id,
+            name=wanted.name,
+            service=wanted.service,
+            image=wanted.image,
+            image_digest=wanted.image_digest,
+            port=wanted.port,
+            env=wanted.env,
+            limits=wanted.limits,
+            spec_hash=spec_hash,
+            access=device.access if device else None,
+            process=wanted.process,
+        )
+        return cls(engine, spec)
+
+
+async def find_spot(
+    wanted: Assignment, spec_hash: str, context: Context, *, last: Engine | None, pulling: Pulling
+) -> Spot:
+    """Return where to start a container, with its image there.
+
+    ``last`` is where it ran before: it waits for that engine to come back. Raises ImageMissing when nobody has the
+    image, RuntimeAbsent while no engine can be used, ImagePullFailed or OutOfSpace when a pull broke off: never is a
+    container replaced by a process because of that.
+    """
+    adopted = await _adopted(wanted, spec_hash, context)
+    if adopted is not None:
+        return adopted
+    failures: list[RuntimeFailure] = []
+    for engine in context.engines:
+        pull_broke = next((f for f in failures if isinstance(f, ImagePullFailed | OutOfSpace)), None)
+        if pull_broke is not None and not engine.runtime.isolated:
+            raise pull_broke
+        try:
+            return await _try(engine, wanted, spec_hash, context, pulling)
+        except RuntimeAbsent as error:
+            if engine is last and engine.health.state == "unhealthy":
+                raise
+            failures.append(error)
+        except (ImageMissing, NotSupported, ImagePullFailed, OutOfSpace) as error:
+            failures.append(error)
+    raise _weightiest(failures)
+
+
+async def _try(engine: Engine, wanted: Assignment, spec_hash: str, context: Context, pulling: Pulling) -> Spot:
+    """Return the spot on one engine with the image there; a failure names the engine."""
+    try:
+        spot = Spot.on(engine, wanted, spec_hash, context)
+        if isinstance(spot, str):
+            raise NotSupported(spot)
+        if not await engine.look(context.worker_id):
+            raise RuntimeAbsent(engine.health.reason or engine.health.state)
+        await _fetch(spot, pulling)
+    except (RuntimeAbsent, ImageMissing, NotSupported, ImagePullFailed, OutOfSpace) as error:
+        if isinstance(error, RuntimeAbsent) and engine.health.state == "healthy":
+            engine.doubt(error)
+        raise type(error)(f"{engine.name}: {error.message}", hints=error.hints) from None
+    return spot
+
+
+async def _fetch(spot: Spot, pulling: Pulling) -> None:
+    runtime = spot.engine.runtime
+    if not await runtime.has_image(spot.spec):
+        pulling(spot.engine, None)
+        # A runtime that wraps a blocking SDK may report from a thread of its own.
+        soon = asyncio.get_running_loop().call_soon_threadsafe
+
+        def report(progress: PullProgress) -> None:
+            soon(pulling, spot.engine, progress)
+
+        await runtime.pull(spot.spec, report)
+
+
+async def _adopted(wanted: Assignment, spec_hash: str, context: Context) -> Spot | None:
+    """Return the container that an earlier run of the agent left, when it is of this very version."""
+    for engine in context.engines:
+        if not await engine.look(context.worker_id):
+            continue
+        orphan = engine.orphans.get(wanted.name)
+        if orphan is None:
+            continue
+        spot = Spot.on(engine, wanted, spec_hash, context)
+        if orphan.spec_hash == spec_hash and isinstance(spot, Spot):
+            del engine.orphans[wanted.name]
+            return spot._replace(adopted=orphan)
+        await engine.runtime.stop(orphan)
+        engine.orphans.pop(wanted.name, None)
+    return None
+
+
+def _weightiest(failures: list[RuntimeFailure]) -> RuntimeFailure:
+    """Return the failure of all engines together: what may pass by itself outweighs what will not."""
+    words = "; ".join(failure.message for failure in failures) or "the owner of this machine lists no container runtime"
+    kinds = [kind for kind in WEIGHT if any(isinstance(failure, kind) for failure in failures)]
+    return (kinds[0] if kinds else NotSupported)(words)

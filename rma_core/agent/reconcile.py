@@ -1,0 +1,294 @@
+"""Reconciliation: what runs here is brought to what the coordinator wants, within what the owner agreed to."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import random
+import time
+from typing import TYPE_CHECKING
+
+from rma_core import http
+from rma_core.agent.keeper import ENGINE_WAIT_S, Keeper, Slot, spec_hash
+from rma_core.catalog import NOMINAL_SHARE
+from rma_core.errors import RuntimeFailure
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+
+    from rma_core.agent.consent import Consent
+    from rma_core.agent.engines import Engine
+    from rma_core.models.hardware import Device
+    from rma_core.models.worker import Assignment, ContainerStatus
+
+logger = logging.getLogger(__name__)
+
+#: Seconds a service has to answer its health check.
+HEALTH_TIMEOUT_S = 5.0
+#: Seconds a container that is no longer wanted may finish what it has.
+WITHDRAW_DRAIN_S = 30.0
+#: Tries to take a container down before it is left to the next start of the agent.
+TAKE_DOWN_TRIES = 5
+TAKE_DOWN_PAUSE_S = 3.0
+#: Containers of one machine; more is a broken coordinator, and a heartbeat could not list them.
+MAX_CONTAINERS = 256
+#: Name of the task of a container that must go.
+LEAVING = "leaving"
+
+
+async def ask_health(client: http.AsyncClient, path: str) -> str:
+    """Ask a service for its health; an empty string is good, anything else the reason."""
+    try:
+        async with asyncio.timeout(HEALTH_TIMEOUT_S):
+            response = await client.send(http.endpoint_request(client, "GET", path), stream=True)
+            await response.aclose()
+    except TimeoutError:
+        return f"no answer to GET {path} within {HEALTH_TIMEOUT_S:g} s"
+    except http.HTTPError as error:
+        return f"no answer to GET {path}: {str(error) or type(error).__name__}"
+    return "" if response.is_success else f"GET {path} answered {response.status_code}"
+
+
+class Reconciler:
+    """Desired state in, containers out; the `Context` of its keepers.
+
+    With `start` every container has a task of its own; without, `round` does what is due, for tests and one-shot use.
+    ``stop_attempts`` is asked to end the attempts at a container that must go.
+    """
+
+    def __init__(
+        self,
+        engines: Sequence[Engine],
+        *,
+        worker_id: str = "",
+        consent: Consent,
+        gpus: Iterable[Device] = (),
+        changed: Callable[[], None] = lambda: None,
+        freed: Callable[[], None] = lambda: None,
+        stop_attempts: Callable[[Keeper], None] = lambda _: None,
+        check: Callable[[http.AsyncClient, str], Awaitable[str]] = ask_health,
+        clock: Callable[[], float] = time.monotonic,
+        uniform: Callable[[float, float], float] = random.uniform,
+    ) -> None:
+        self.engines, self.worker_id, self.consent = engines, worker_id, consent
+        self.gpus = tuple(gpus)
+        self.clock, self.uniform, self.changed, self.check = clock, uniform, changed, check
+        self._stop_attempts, self._freed = stop_attempts, freed
+        self._keepers: dict[str, Keeper] = {}
+        self._leaving: list[Keeper] = []
+        self._tasks: dict[Keeper, asyncio.Task[None]] = {}
+        self._given: dict[str, Device] = {}
+        self._watch: asyncio.Task[None] | None = None
+        #: The desired state that is worked on; -1 before there is one.
+        self.generation = -1
+
+    # The desired state.
+
+    def want(self, generation: int, assignments: Iterable[Assignment]) -> None:
+        """Take a new desired state; what it no longer has is drained and removed."""
+        wanted = {one.name: one for one in itertools.islice(assignments, MAX_CONTAINERS)}
+        for name, keeper in list(self._keepers.items()):
+            if name not in wanted or spec_hash(wanted[name]) != keeper.hash:
+                self._leave(self._keepers.pop(name))
+            elif generation != self.generation:
+                keeper.nudge()
+        for name, one in wanted.items():
+            if name not in self._keepers:
+                self._keepers[name] = Keeper(one, self)
+        if generation != self.generation:
+            names = ", ".join(sorted(wanted)) or "nothing"
+            logger.info("generation %d: this machine is to run %s", generation, names, extra={"action": "desired"})
+        self.generation = generation
+        if self._watch is not None:
+            self._spawn()
+        self.changed()
+
+    def refusal(self, wanted: Assignment) -> str:
+        """Say why the owner's consent does not cover it, or nothing."""
+        return self.consent.refusal(wanted)
+
+    def gpu_for(self, name: str, wanted: Assignment) -> Device | None:
+        """Return the GPU for a container: the one it has, else the smallest free one that is enough."""
+        held = {owner: device.id for owner, device in self._given.items()}
+        needs = wanted.needs
+        fits = [
+            gpu
+            for gpu in sorted(self.gpus, key=lambda gpu: gpu.memory_bytes or 0)
+            if (not needs.gpu_api or gpu.api in needs.gpu_api)
+            and (gpu.memory_bytes or 0) >= needs.gpu_memory_bytes * NOMINAL_SHARE
+            and gpu.id not in {device for owner, device in held.items() if owner != name}
+        ]
+        own = next((gpu for gpu in fits if gpu.id == held.get(name)), None)
+        chosen = own or (fits[0] if fits else None)
+        if chosen is not None:
+            self._given[name] = chosen
+        return chosen
+
+    # What others ask.
+
+    def statuses(self) -> tuple[ContainerStatus, ...]:
+        """Return every container as a heartbeat carries it."""
+        # What leaves comes first, so that of two with one name the wanted one is what a reader by name is left with.
+        return tuple(keeper.status() for keeper in [*self._leaving, *self._keepers.values()])
+
+    def slots(self) -> dict[str, int]:
+        """Return the slots of each service's healthy containers, free and busy ones."""
+        slots: dict[str, int] = {}
+        for keeper in self._keepers.values():
+            if keeper.state == "healthy" and not keeper.leaving:
+                slots[keeper.wanted.service] = slots.get(keeper.wanted.service, 0) + keeper.wanted.slots
+        return slots
+
+    def free(self) -> int:
+        """Return how many more requests all containers take together."""
+        return sum(keeper.free for keeper in self._keepers.values())
+
+    def busy_share(self) -> float:
+        """Return how busy the busiest service is, from 0 to 1."""
+        slots = self.slots()
+        busy = dict.fromkeys(slots, 0)
+        for keeper in self._keepers.values():
+            if keeper.wanted.service in busy:
+                busy[keeper.wanted.service] += keeper.busy
+        return max((min(1.0, busy[name] / count) for name, count in slots.items() if count), default=0.0)
+
+    def place(self, service: str) -> Slot | str:
+        """Take a slot of the least busy healthy container of a service, or say why there is none."""
+        keepers = [keeper for keeper in self._keepers.values() if keeper.wanted.service == service]
+        best = max(keepers, key=lambda keeper: keeper.free, default=None)
+        if best is not None and best.free and best.client is not None:
+            return Slot(best, best.client, self._freed)
+        if not keepers:
+            return f"this machine does not run {service}"
+        return next((f"{k.wanted.name} is {k.state}" for k in keepers if k.state != "healthy"), f"{service} is busy")
+
+    # Its work.
+
+    def start(self) -> None:
+        """Work on the desired state from now on, in tasks."""
+        self._watch = asyncio.create_task(self._watch_engines())
+        self._watch.add_done_callback(_never_silent)
+        self._spawn()
+
+    async def round(self) -> None:
+        """Do everything that is due now, once."""
+        for keeper in list(self._leaving):
+            await self._take_down(keeper, tries=1)
+        for keeper in list(self._keepers.values()):
+            await keeper.step()
+        await self._look_round()
+
+    async def close(self, *, stop: bool) -> None:
+        """End all work; with ``stop`` every container is stopped, without it engines keep theirs for the next start."""
+        tasks = [*self._tasks.values(), *([self._watch] if self._watch else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._watch = None
+        keepers = [*self._keepers.values(), *self._leaving]
+        self._keepers.clear()
+        if stop:
+            self._leaving = list(keepers)
+            await asyncio.gather(*(self._take_down(keeper, tries=2) for keeper in keepers))
+            await self._clear_orphans()
+        else:
+            await asyncio.gather(*(keeper.let_go() for keeper in keepers))
+
+    def _leave(self, keeper: Keeper) -> None:
+        keeper.leaving = True
+        self._leaving.append(keeper)
+
+    def _spawn(self) -> None:
+        """Give every keeper the task it needs now."""
+        for keeper in [*self._keepers.values(), *self._leaving]:
+            task = self._tasks.get(keeper)
+            if keeper.leaving and (task is None or task.get_name() != LEAVING):
+                self._task(keeper, self._withdraw(keeper, task), LEAVING)
+            elif task is None:
+                self._task(keeper, self._keep(keeper), keeper.wanted.name)
+
+    def _task(self, keeper: Keeper, work: Coroutine[None, None, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._tasks[keeper] = task
+        task.add_done_callback(lambda done: self._done(keeper, done))
+
+    def _done(self, keeper: Keeper, task: asyncio.Task[None]) -> None:
+        if self._tasks.get(keeper) is task:
+            del self._tasks[keeper]
+        if not task.cancelled() and task.exception() is not None:
+            logger.error("%s is no longer looked after", keeper.wanted.name, exc_info=task.exception())
+
+    async def _keep(self, keeper: Keeper) -> None:
+        for former in [k for k in self._leaving if k.wanted.name == keeper.wanted.name]:
+            await former.gone.wait()
+        while True:
+            keeper.nudged.clear()
+            wait_s = await keeper.step()
+            try:
+                async with asyncio.timeout(wait_s):
+                    await keeper.nudged.wait()
+            except TimeoutError:
+                continue
+
+    async def _withdraw(self, keeper: Keeper, work: asyncio.Task[None] | None) -> None:
+        """Let a container finish what it has, then take it down."""
+        if work is not None:
+            # Its end is awaited: a start that is on its way must leave its handle first.
+            work.cancel()
+            await asyncio.wait({work})
+        try:
+            async with asyncio.timeout(WITHDRAW_DRAIN_S):
+                await keeper.idle.wait()
+        except TimeoutError:
+            self._stop_attempts(keeper)
+        await self._take_down(keeper, tries=TAKE_DOWN_TRIES)
+        self.changed()
+
+    async def _take_down(self, keeper: Keeper, *, tries: int) -> None:
+        for left in reversed(range(tries)):
+            try:
+                await keeper.take_down()
+                break
+            except RuntimeFailure as error:
+                logger.info("%s could not be stopped: %s", keeper.wanted.name, error)
+                if left:
+                    await asyncio.sleep(TAKE_DOWN_PAUSE_S)
+        else:
+            keeper.orphan()
+        keeper.gone.set()
+        if keeper in self._leaving:
+            self._leaving.remove(keeper)
+        if keeper.wanted.name not in self._keepers:
+            self._given.pop(keeper.wanted.name, None)
+
+    async def _watch_engines(self) -> None:
+        """Keep an eye on the engines, and clear away what an earlier run left and nobody wants."""
+        while True:
+            await self._look_round()
+            await asyncio.sleep(ENGINE_WAIT_S)
+
+    async def _look_round(self) -> None:
+        for engine in self.engines:
+            await engine.look(self.worker_id)
+        await self._clear_orphans()
+
+    async def _clear_orphans(self) -> None:
+        if self.generation < 0:
+            return
+        for engine in self.engines:
+            for name, handle in list(engine.orphans.items()):
+                keeper = self._keepers.get(name)
+                if keeper is not None and (keeper.handle is None or keeper.engine is engine):
+                    continue
+                try:
+                    await engine.runtime.stop(handle)
+                except RuntimeFailure as error:
+                    logger.debug("%s of an earlier run could not be stopped: %s", name, error)
+                else:
+                    engine.orphans.pop(name, None)
+
+
+def _never_silent(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        logger.error("the engines are no longer watched", exc_info=task.exception())

@@ -1,0 +1,174 @@
+"""Starting the agent: settings and state folder in, a running agent out, signals turned into a drain."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from rma_core import http
+from rma_core.agent.consent import Consent
+from rma_core.agent.join import enrol, invited, registration
+from rma_core.agent.lifecycle import Agent
+from rma_core.agent.state import StateFolder
+from rma_core.errors import UsageProblem
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+
+    from rma_core.agent.keys import DeviceKey
+    from rma_core.agent.state import WorkerRecord
+    from rma_core.host import Plugins, PluginTables
+    from rma_core.models.hardware import HardwareReport
+    from rma_core.settings import AgentSettings
+
+logger = logging.getLogger(__name__)
+
+#: What an unattended start or `rma up` agrees to: the owner's own words, in a setting or on the command line.
+EVERYTHING = Consent(everything=True)
+
+
+async def run_agent(
+    settings: AgentSettings,
+    *,
+    plugins: Plugins | None = None,
+    consent: Consent | None = None,
+    handle_signals: bool = True,
+    use_channel: bool = True,
+    ready: Callable[[Agent], None] = lambda _: None,
+) -> None:
+    """Run the agent until it is stopped by a signal, `Agent.stop` or ``rma drain``.
+
+    A machine that is not enrolled yet enrols with ``settings.join_token``, agreeing to ``consent`` (by default to what
+    ``settings.services`` lists, or to whatever the pool chooses). ``ready`` is given the agent before it works.
+    Raises UsageProblem when there is no coordinator to work for, SettingProblem for an unusable state folder.
+    """
+    os.umask(0o077)
+    plugins = plugins or discover(settings)
+    runtimes = plugins.runtimes(plugin_tables(settings))
+    async with opened(settings, lambda: look(settings, plugins), consent=consent) as (folder, record, key, report):
+        agent = Agent(
+            settings,
+            folder,
+            record,
+            key,
+            report=report,
+            runtimes=runtimes,
+            plugins=plugins.reports,
+            use_channel=use_channel,
+        )
+        ready(agent)
+        with _signals(agent) if handle_signals else contextlib.nullcontext():
+            await agent.run()
+
+
+def discover(settings: AgentSettings) -> Plugins:
+    """Find the detectors and runtimes of this machine, as its settings allow."""
+    from rma_core.host import Plugins
+
+    return Plugins.discover(
+        kinds=("detector", "runtime"),
+        blocked=frozenset(settings.block_plugins),
+        only=frozenset(settings.only_plugins) or None,
+        approved=frozenset(settings.approve_plugins),
+        approval_required=True,
+        strict=settings.strict_plugins,
+        trace=settings.trace_hooks,
+    )
+
+
+def plugin_tables(settings: AgentSettings) -> PluginTables:
+    """Return the plugins' tables, the process runtime's completed by what the agent itself was told."""
+    process: dict[str, object] = {"home": str(settings.home_path), "sources": settings.service_sources}
+    return {**settings.plugins, "process": process | settings.plugins.get("process", {})}
+
+
+async def look(settings: AgentSettings, plugins: Plugins) -> HardwareReport:
+    """Detect this machine's hardware, or take the recording that stands in for it."""
+    if settings.fake_devices:
+        from rma_core.record import load_report
+
+        return await asyncio.to_thread(load_report, Path(settings.fake_devices))
+    from rma_core.detection import detect
+
+    return await detect(plugins, config=settings.plugins, deadline_s=settings.detect_deadline_s)
+
+
+@contextlib.asynccontextmanager
+async def opened(
+    settings: AgentSettings,
+    detect: Callable[[], Awaitable[HardwareReport]],
+    *,
+    consent: Consent | None = None,
+) -> AsyncIterator[tuple[StateFolder, WorkerRecord, DeviceKey, HardwareReport]]:
+    """Open the state folder for one agent, with a record and a key in it; enrol first where there are none."""
+    folder = StateFolder(settings.home_path)
+    folder.prepare()
+    folder.lock()
+    try:
+        enrolled = folder.load_record() is not None and folder.load_key() is not None
+        if not enrolled and not (settings.coordinator_url and settings.join_token):
+            raise UsageProblem(
+                "this machine has not joined a pool yet",
+                hints=("rma join URL TOKEN", "or set RMA_COORDINATOR_URL and RMA_JOIN_TOKEN for an unattended start"),
+            )
+        report = await detect()
+        if not enrolled:
+            await _enrol(settings, folder, report, consent)
+        record, key = _moved(folder, settings, consent), folder.load_key()
+        assert key is not None  # noqa: S101 - just enrolled
+        yield folder, record, key, report
+    finally:
+        folder.unlock()
+
+
+async def _enrol(settings: AgentSettings, folder: StateFolder, report: HardwareReport, consent: Consent | None) -> None:
+    invitation = await invited(settings.coordinator_url, settings.join_token, insecure_http=settings.insecure_http)
+    agreed = consent or EVERYTHING.narrowed(settings.services)
+    request = registration(report, services=agreed.names, labels=settings.labels)
+    answer = await enrol(invitation, request, folder, consent=agreed)
+    logger.info("enrolled as %s at %s", answer.worker_id, invitation.url, extra={"action": "enrolled"})
+
+
+def _moved(folder: StateFolder, settings: AgentSettings, consent: Consent | None) -> WorkerRecord:
+    """Return the record, with the address and consent that the owner gives now."""
+    record = folder.load_record()
+    assert record is not None  # noqa: S101 - enrolled
+    url = settings.coordinator_url or record.coordinator_url
+    insecure = settings.insecure_http or record.insecure_http
+    url = http.check_url(url, insecure_http=insecure)
+    changed = msgspec.structs.replace(record, coordinator_url=url, consent=consent or record.consent)
+    if changed != record:
+        folder.save_record(changed)
+    return changed
+
+
+@contextlib.contextmanager
+def _signals(agent: Agent) -> Iterator[None]:
+    """Drain on SIGTERM and SIGINT; the second one ends the waiting."""
+    loop = asyncio.get_running_loop()
+    wanted = [signal.SIGTERM, signal.SIGINT]
+    if sys.platform == "win32":
+        # No signal handlers in the loop there: Python's own run between two of its steps.
+        wanted.append(signal.SIGBREAK)
+        before = {number: signal.signal(number, lambda *_: loop.call_soon_threadsafe(agent.stop)) for number in wanted}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    else:
+        for number in wanted:
+            loop.add_signal_handler(number, agent.stop)
+        try:
+            yield
+        finally:
+            for number in wanted:
+                loop.remove_signal_handler(number)

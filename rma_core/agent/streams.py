@@ -1,0 +1,162 @@
+"""One attempt on the channel: its request body coming down, its answer going up, each within a window."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING
+
+from rma_core.agent.flow import Pipe, Window
+from rma_core.agent.uplink import LARGE_ANSWER_BYTES, LinkLostError, Upload
+from rma_core.models import channel as frames
+from rma_core.models.worker import AttemptRef, TaskComplete
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Mapping, Sequence
+
+    from rma_core.agent.channel import Channel
+    from rma_core.agent.client import CoordinatorClient
+    from rma_core.models.worker import Fault, TaskOffer
+
+#: Taken bytes of a request body are given back in portions, so that credit does not cost a frame for each frame.
+CREDIT_BYTES = frames.WINDOW_BYTES // 4
+#: A reason is cut here; the contract takes no longer one.
+MAX_REASON = 2000
+
+
+class ChannelStream:
+    """One attempt on the channel; an `Uplink`."""
+
+    def __init__(self, channel: Channel, client: CoordinatorClient, number: int, offer: TaskOffer) -> None:
+        self.number, self.offer = number, offer
+        self.ref = AttemptRef(task_id=offer.task_id, attempt=offer.attempt, lease_id=offer.lease_id)
+        #: Set while frames may be sent, and once the attempt must do without the channel.
+        self.go = asyncio.Event()
+        self.go.set()
+        #: The channel stayed away for too long: the answer goes by HTTP.
+        self.detached = False
+        #: Something of the answer may have been sent.
+        self.begun = False
+        self._channel, self._client = channel, client
+        self._window = Window()
+        self._upload: Upload | None = None
+        self._body = Pipe(frames.WINDOW_BYTES)
+        self._body_left = offer.body_bytes
+        self._body_due = 0
+        self._body_ended = offer.body_url is not None or not offer.body_bytes or offer.body is not None
+
+    @property
+    def resumable(self) -> bool:
+        """Whether a break of the channel has cost nothing: the request is here, and no answer was on the way."""
+        return self._upload is not None or (self._body_ended and not self.begun)
+
+    def body(self) -> AsyncGenerator[bytes, None] | None:
+        """Return the request's body as it comes, or ``None`` when there is none."""
+        if self.offer.body_url is not None:
+            return self._client.body(self.offer)
+        return self._read_body() if self.offer.body_bytes or self.offer.body else None
+
+    async def _read_body(self) -> AsyncGenerator[bytes, None]:
+        if self.offer.body is not None:
+            yield self.offer.body
+            return
+        while chunk := await self._body.take(frames.MAX_DATA_BYTES):
+            yield chunk
+            self._body_due += len(chunk)
+            if self._body_due >= CREDIT_BYTES:
+                due, self._body_due = self._body_due, 0
+                # Without a channel nothing more comes: what is here already is all there will be.
+                with contextlib.suppress(LinkLostError):
+                    await self._send(frames.Credit(stream=self.number, bytes=due))
+
+    def take_body(self, data: bytes, *, end: bool) -> bool:
+        """Take a BODY frame; say whether it kept to the window and the announced size."""
+        if len(data) > self._body_left or len(self._body) + len(data) > frames.WINDOW_BYTES:
+            return False
+        self._body_left -= len(data)
+        self._body.feed(data)
+        if end and self._body_left:
+            self._body.fail(LinkLostError("the request's body ended early"))
+        elif end or not self._body_left:
+            self._body_ended = True
+            self._body.end()
+        return True
+
+    def credit(self, count: int) -> None:
+        """Take a CREDIT frame."""
+        self._window.give(count)
+
+    async def accept(self) -> None:
+        """Say that the attempt runs; when the channel breaks, HELLO says it instead."""
+        with contextlib.suppress(LinkLostError):
+            await self._send(frames.Accept(stream=self.number))
+
+    async def head(self, status: int, headers: Sequence[tuple[str, str]], length: int | None) -> None:
+        """Send status and headers; a large or late answer opens an HTTP request of its own instead."""
+        await self.go.wait()
+        if self.detached or (length or 0) > LARGE_ANSWER_BYTES:
+            self._upload = Upload(self._client, self.ref, status, headers)
+            return
+        self.begun = True
+        await self._send(frames.Head(stream=self.number, status=status, headers=tuple(headers)))
+
+    async def data(self, chunk: bytes) -> None:
+        """Send a part of the answer as the window allows."""
+        if self._upload is not None:
+            await self._upload.write(chunk)
+            return
+        while chunk:
+            count = await self._window.take(min(len(chunk), frames.MAX_DATA_BYTES))
+            await self.go.wait()
+            await self._channel.send(frames.pack_data(self.number, chunk[:count]))
+            chunk = chunk[count:]
+
+    async def progress(self) -> bool:
+        """Say that the attempt lives; a heartbeat says it for an attempt without a channel."""
+        try:
+            await self._send(frames.Progress(stream=self.number))
+        except LinkLostError:
+            return False
+        return True
+
+    async def end(self, usage: Mapping[str, float], timings: Mapping[str, float]) -> None:
+        """Say that the answer is whole, once it all has arrived where it takes a request of its own."""
+        frame = frames.End(stream=self.number, usage=dict(usage), timings=dict(timings))
+        if self._upload is None:
+            await self.go.wait()
+            await self._send(frame)
+        else:
+            await self._upload.finish()
+            # The upload has closed the attempt; this only closes its stream, where there still is one.
+            with contextlib.suppress(LinkLostError):
+                await self._send(frame)
+        self._channel.drop(self)
+
+    async def error(self, fault: Fault, reason: str) -> None:
+        """Say that there is no whole answer."""
+        await self.abandon()
+        if self.detached:
+            await self._client.complete(closing(self.ref, fault, reason))
+        else:
+            await self._send(frames.Error(stream=self.number, fault=fault, reason=reason[:MAX_REASON]))
+
+    async def abandon(self) -> None:
+        """Break an upload off and forget the stream."""
+        self._channel.drop(self)
+        if self._upload is not None:
+            await self._upload.abort()
+
+    async def _send(self, frame: frames.Frame) -> None:
+        await self._channel.send(frames.pack(frame))
+
+
+def closing(ref: AttemptRef, fault: Fault, reason: str) -> TaskComplete:
+    """Return the record that closes an attempt without an answer; what the owner stops is returned, not failed."""
+    return TaskComplete(
+        task_id=ref.task_id,
+        attempt=ref.attempt,
+        lease_id=ref.lease_id,
+        status="returned" if fault == "owner" else "failed",
+        fault=fault,
+        reason=reason[:MAX_REASON],
+    )

@@ -1,0 +1,241 @@
+"""HTTP, outgoing: the one module that imports the client library.
+
+Clients for a coordinator (TLS, pinned where asked for) and for services on this machine (loopback or Unix sockets);
+problem documents become the exceptions of `rma_core.errors`, with their hints.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import ssl
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import httpx2
+import msgspec
+from httpx2 import AsyncClient, Client, Headers, HTTPError, Request, Response, StreamError, TimeoutException
+
+from rma_core.errors import (
+    CoordinatorError,
+    CoordinatorUnreachable,
+    Forbidden,
+    NotAuthenticated,
+    NotFound,
+    Refused,
+    TryLater,
+    UsageProblem,
+)
+from rma_core.tls import pinned_context
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterable, Mapping
+
+__all__ = [
+    "AsyncClient",
+    "Client",
+    "HTTPError",
+    "Headers",
+    "Response",
+    "StreamError",
+    "TimeoutException",
+    "check_url",
+    "endpoint_client",
+    "endpoint_request",
+    "error_of",
+    "open_client",
+    "open_sync_client",
+    "problem_of",
+    "raise_for",
+    "tls_context",
+    "unreachable",
+]
+
+#: Seconds to reach a coordinator.
+CONNECT_TIMEOUT_S = 10.0
+#: Seconds between two reads or writes of an ordinary call.
+CALL_TIMEOUT_S = 30.0
+#: Seconds to reach a service on this machine.
+ENDPOINT_CONNECT_S = 5.0
+#: Connections a client keeps for the next call.
+KEPT_CONNECTIONS = 8
+#: Seconds a connection to a service is kept: less than the 5 s after which common servers close it, so that no
+#: request is sent into a connection that is just being closed.
+ENDPOINT_KEEP_S = 2.0
+#: A problem document is never read further.
+MAX_PROBLEM_BYTES = 64 * 1024
+
+_BY_STATUS: dict[int, type[CoordinatorError]] = {401: NotAuthenticated, 403: Forbidden, 404: NotFound}
+_LATER = frozenset({408, 425, 429, 500, 502, 503, 504})
+
+
+def is_loopback(host: str) -> bool:
+    """Say whether a host name or address can only mean this machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
+def check_url(url: str, *, insecure_http: bool = False) -> str:
+    """Return a coordinator's address without a trailing slash.
+
+    Plain http is refused unless it stays on this machine or ``insecure_http`` says otherwise. Raises UsageProblem.
+    """
+    parts = urlsplit(url.strip())
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query or parts.fragment:
+        raise UsageProblem(
+            f"{url!r} is not the address of a coordinator", hints=("it looks like https://pool.example:8080",)
+        )
+    if parts.scheme == "http" and not insecure_http and not is_loopback(parts.hostname):
+        raise UsageProblem(
+            f"{url} would send credentials in the clear",
+            hints=(
+                "use the coordinator's https:// address",
+                "--insecure-http accepts the risk, on a network you trust",
+            ),
+        )
+    return url.strip().rstrip("/")
+
+
+def tls_context(certificate: str = "") -> ssl.SSLContext:
+    """Return what to trust: the pinned ``certificate`` (PEM) alone, or what this machine trusts."""
+    return pinned_context(certificate) if certificate else httpx2.create_ssl_context()
+
+
+def open_client(
+    base_url: str,
+    *,
+    context: ssl.SSLContext | None = None,
+    token: str = "",
+    timeout_s: float = CALL_TIMEOUT_S,
+) -> AsyncClient:
+    """Return a client for a coordinator; close it with ``aclose``."""
+    return AsyncClient(**_options(base_url, context, token, timeout_s))
+
+
+def open_sync_client(
+    base_url: str,
+    *,
+    context: ssl.SSLContext | None = None,
+    token: str = "",
+    timeout_s: float = CALL_TIMEOUT_S,
+) -> Client:
+    """Return a blocking client for a coordinator; close it with ``close``."""
+    return Client(**_options(base_url, context, token, timeout_s))
+
+
+def _options(base_url: str, context: ssl.SSLContext | None, token: str, timeout_s: float) -> dict[str, Any]:
+    host = urlsplit(base_url).hostname or ""
+    secure = base_url.startswith("https:")
+    return {
+        "base_url": base_url,
+        "verify": (context or tls_context()) if secure else _trusts_nobody(),
+        "headers": {"Authorization": f"Bearer {token}"} if token else {},
+        "timeout": httpx2.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S),
+        # Many results may stream up at once beside the calls, so connections are not capped; each task bounds its own.
+        "limits": httpx2.Limits(max_connections=None, max_keepalive_connections=KEPT_CONNECTIONS),
+        # A proxy from the environment is for the way out of this network, never for this machine.
+        "trust_env": not is_loopback(host),
+        "follow_redirects": False,
+    }
+
+
+def _trusts_nobody() -> ssl.SSLContext:
+    """Return a context for clients that speak no TLS: making a real one would cost 20 ms and some MB."""
+    return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+
+
+def endpoint_client(endpoint: str) -> AsyncClient:
+    """Return a client for a runtime's endpoint, ``http://127.0.0.1:PORT`` or ``unix:/path``.
+
+    Raises UsageProblem for an endpoint that is not on this machine.
+    """
+    limits = httpx2.Limits(
+        max_connections=None, max_keepalive_connections=KEPT_CONNECTIONS, keepalive_expiry=ENDPOINT_KEEP_S
+    )
+    if endpoint.startswith("unix:/"):
+        transport = httpx2.AsyncHTTPTransport(
+            uds=endpoint.removeprefix("unix:"), verify=_trusts_nobody(), limits=limits, trust_env=False
+        )
+        return AsyncClient(transport=transport, base_url="http://localhost", trust_env=False)
+    parts = urlsplit(endpoint)
+    if parts.scheme != "http" or not is_loopback(parts.hostname or ""):
+        raise UsageProblem(f"a service's endpoint is on this machine; {endpoint!r} is not")
+    return AsyncClient(base_url=endpoint, verify=_trusts_nobody(), limits=limits, trust_env=False)
+
+
+def endpoint_request(
+    client: AsyncClient,
+    method: str,
+    path: str,
+    *,
+    headers: Iterable[tuple[str, str]] = (),
+    content: AsyncIterator[bytes] | bytes | None = None,
+    write_s: float | None = None,
+) -> Request:
+    """Return a request with exactly these headers (and Host); ``path`` may have a query.
+
+    Its time limits are those to connect and, in ``write_s``, for the service to take more of the body; whoever sends
+    it limits the answer. Raises UsageProblem for a path that would leave the endpoint.
+    """
+    if not path.startswith("/") or not path.isascii() or not path.isprintable() or " " in path:
+        raise UsageProblem("a task's path begins with / and has no spaces or unprintable characters")
+    # Only the path is replaced, never the text joined: "@elsewhere/" behind the port would change the host.
+    url = client.base_url.copy_with(raw_path=path.encode())
+    timeout = httpx2.Timeout(None, connect=ENDPOINT_CONNECT_S, write=write_s).as_dict()
+    return Request(method, url, headers=list(headers), content=content, extensions={"timeout": timeout})
+
+
+def problem_of(content: bytes) -> Mapping[str, Any]:
+    """Return a problem document's members; an empty mapping when it is none."""
+    try:
+        value = msgspec.json.decode(content[:MAX_PROBLEM_BYTES])
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def error_of(status: int, headers: Mapping[str, str], content: bytes) -> CoordinatorError:
+    """Return the exception that an answer with an error status means."""
+    problem = problem_of(content)
+    text = problem.get("detail") or problem.get("title") or f"the coordinator answered {status}"
+    message, hints = _line(text), [_line(hint) for hint in _list(problem.get("hints"))]
+    if status in _BY_STATUS:
+        return _BY_STATUS[status](message, hints=hints)
+    if status in _LATER:
+        return TryLater(message, retry_after_s=_seconds(headers.get("retry-after")), hints=hints)
+    return Refused(message, hints=hints)
+
+
+async def raise_for(response: Response) -> Response:
+    """Return a good answer as it is; read a bad one and raise the exception that it means."""
+    if response.is_success:
+        return response
+    content = await response.aread()
+    raise error_of(response.status_code, response.headers, content)
+
+
+def unreachable(url: str, error: Exception) -> CoordinatorUnreachable:
+    """Return the exception for a call that got no answer at all."""
+    words = _line(error) or type(error).__name__
+    if isinstance(error, TimeoutException):
+        words = f"no answer in time ({type(error).__name__})"
+    hints = ("check the address and the network, and whether the coordinator is running",)
+    return CoordinatorUnreachable(f"the coordinator at {url} cannot be reached: {words}", hints=hints)
+
+
+def _seconds(text: str | None) -> float | None:
+    """Return a Retry-After in seconds; the date form is not used between RMA's programs."""
+    try:
+        return min(max(float(text or ""), 0.0), 86_400.0)
+    except ValueError:
+        return None
+
+
+def _list(value: object) -> list[object]:
+    return value[:8] if isinstance(value, list) else []
+
+
+def _line(value: object) -> str:
+    """Return text from outside as one printable line, cut at 500 characters."""
+    return "".join(c if c.isprintable() else " " for c in str(value))[:500].strip()
