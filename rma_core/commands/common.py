@@ -1,0 +1,221 @@
+"""What commands share: JSON or a table, the pool they talk to, and how long things were ago."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+import time
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import click
+import msgspec
+
+from rma_core.errors import NotAuthenticated, UsageProblem
+from rma_core.models.strict import encode
+from rma_core.settings import ALIASES, default_home
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
+    from pathlib import Path
+
+    from rich.console import Console
+
+T = TypeVar("T")
+F = TypeVar("F", bound="Callable[..., Any]")
+
+#: Columns of a table that is not read on a terminal.
+PIPE_WIDTH = 250
+#: What `rma up` leaves for other commands on the same machine: where it answers, and a key.
+CLIENT_FILE = "client.json"
+
+
+class ClientFile(msgspec.Struct, frozen=True, kw_only=True):
+    """The pool that commands on this machine talk to when nobody names one."""
+
+    url: str
+    key: str = ""
+    certificate: str = ""
+
+
+class Target(NamedTuple):
+    """A coordinator and the key to talk to it with."""
+
+    url: str
+    key: str
+    certificate: str
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, errors too.")
+home_option = click.option("--home", envvar="RMA_HOME", metavar="FOLDER", help="State folder (default ~/.rma).")
+
+
+def pool_options(command: F) -> F:
+    """Add the options that say which pool, and with which key."""
+    for option in (
+        click.option("--insecure-http", is_flag=True, help="Speak plain http to another machine."),
+        click.option("--key", metavar="KEY", help="Key to use (RMA_KEY; after `rma up`, its own)."),
+        click.option("--coordinator", "url", metavar="URL", help="The pool's address (RMA_COORDINATOR_URL)."),
+        home_option,
+    ):
+        command = option(command)
+    return command
+
+
+def folder(home: str | None) -> Path:
+    """Return the state folder."""
+    from pathlib import Path
+
+    return Path(home or os.environ.get("RMA_HOME") or default_home()).expanduser()
+
+
+def target(options: Mapping[str, Any]) -> Target:
+    """Return the pool and key that options, environment, or `rma up` on this machine name.
+
+    Raises UsageProblem without a pool, NotAuthenticated without a key.
+    """
+    from rma_core.http import check_url
+
+    saved = read_client(folder(options.get("home")))
+    named = options.get("url") or os.environ.get("RMA_COORDINATOR_URL") or os.environ.get(ALIASES["coordinator_url"])
+    url = named or (saved.url if saved else "")
+    if not url:
+        raise UsageProblem(
+            "which pool?", hints=("--coordinator URL, or set RMA_COORDINATOR_URL", "or start one here: rma up")
+        )
+    ours = saved if saved and saved.url.rstrip("/") == url.rstrip("/") else None
+    key = options.get("key") or os.environ.get("RMA_KEY") or (ours.key if ours else "")
+    if not key:
+        raise NotAuthenticated(
+            "a key is needed", hints=("--key KEY, or set RMA_KEY", "an admin makes one: rma keys create")
+        )
+    address = check_url(url, insecure_http=bool(options.get("insecure_http")))
+    return Target(address, key, ours.certificate if ours else "")
+
+
+def read_client(home: Path) -> ClientFile | None:
+    """Return what `rma up` left in its folder, if anything."""
+    try:
+        return msgspec.json.decode((home / CLIENT_FILE).read_bytes(), type=ClientFile)
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+def write_client(home: Path, client: ClientFile) -> None:
+    """Leave the pool's address and a key for other commands of the same user."""
+    path = home / CLIENT_FILE
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(handle, "wb") as file:
+        file.write(encode(client))
+
+
+def call(
+    options: Mapping[str, Any],
+    method: str,
+    path: str,
+    *,
+    body: object = None,
+    query: Mapping[str, str] | None = None,
+) -> Any:
+    """Make one call to the pool and return its JSON. Raises CoordinatorError."""
+    from rma_core import http
+
+    to = target(options)
+    context = http.tls_context(to.certificate) if to.certificate else None
+    with http.open_sync_client(to.url, context=context, token=to.key) as client:
+        try:
+            response = client.request(method, path, json=body, params=dict(query or {}))
+        except http.HTTPError as error:
+            raise http.unreachable(to.url, error) from None
+    if not response.is_success:
+        raise http.error_of(response.status_code, response.headers, response.content)
+    return response.json()
+
+
+def pages(options: Mapping[str, Any], path: str, name: str) -> list[dict[str, Any]]:
+    """Return every entry of a paged list."""
+    items: list[dict[str, Any]] = []
+    after = ""
+    while True:
+        query = {"limit": "1000", **({"after": after} if after else {})}
+        page = call(options, "GET", path, query=query)
+        items += page[name]
+        after = page["next"]
+        if not after:
+            return items
+
+
+def console() -> Console:
+    """Return where people read data: stdout, in colour only on a terminal."""
+    from rich.console import Console
+
+    # A pipe has no width: folding there would break what grep and awk look for.
+    return Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+
+
+def say(message: str) -> None:
+    """Tell the person something that is not data."""
+    click.echo(message, err=True)
+
+
+def show(value: object, as_json: bool, human: Callable[[Console], None]) -> None:
+    """Print data: as JSON for programs, else the way ``human`` prints it."""
+    if as_json:
+        click.echo(msgspec.json.format(encode(value), indent=2).decode())
+    else:
+        human(console())
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, empty: str) -> Callable[[Console], None]:
+    """Return what prints rows under columns, or one sentence when there are none."""
+
+    def human(out: Console) -> None:
+        from rich import box
+        from rich.table import Table
+
+        if not rows:
+            out.print(empty)
+            return
+        made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for name in columns:
+            made.add_column(name, overflow="fold")
+        for row in rows:
+            made.add_row(*("" if cell is None else _safe(str(cell)) for cell in row))
+        out.print(made)
+
+    return human
+
+
+def _safe(text: str) -> str:
+    """Return text from outside without rich's markup and without control characters a terminal would obey."""
+    from rich.markup import escape
+
+    return escape("".join(c if c.isprintable() or c == "\n" else "�" for c in text))
+
+
+def ago(when: str | None) -> str:
+    """Return how long ago a time of CONTRACT's form was: ``3 s``, ``2 h``."""
+    if not when:
+        return "never"
+    seconds = max(0.0, time.time() - datetime.strptime(when, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC).timestamp())
+    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def run_async(main: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine to its end."""
+    return asyncio.run(main)
+
+
+def set_up_logging(level: str) -> None:
+    """Send log lines to stderr, for a person."""
+    logging.basicConfig(
+        level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S"
+    )
+    # These say on INFO what each request did; that is ours to say.
+    for name in ("httpx2", "httpcore2", "httpx", "httpcore", "websockets", "hypercorn.error", "docker", "urllib3"):
+        logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))

@@ -1,0 +1,27 @@
+"""The commands that come with rma-core: of volunteers, plugin authors, admins and clients."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rma_core.commands import volunteer
+from rma_core.commands.infer import infer
+from rma_core.commands.machine import detect, doctor, plugins
+from rma_core.commands.pool import keys, policies, services, tasks, tokens, workers
+
+if TYPE_CHECKING:
+    import click
+
+COMMANDS: list[click.Command] = [
+    *volunteer.COMMANDS,
+    detect,
+    doctor,
+    infer,
+    keys,
+    plugins,
+    policies,
+    services,
+    tasks,
+    tokens,
+    workers,
+]

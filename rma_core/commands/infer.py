@@ -1,0 +1,101 @@
+"""`rma infer`: a request from the shell; the answer is written as it comes."""
+
+from __future__ import annotations
+
+import json
+import mimetypes
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import click
+
+from rma_core.commands import common
+from rma_core.errors import UsageProblem
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rma_core.http import Response
+
+#: Longest wait between two pieces of an answer.
+GAP_S = 600.0
+PIECE_BYTES = 64 * 1024
+
+
+@click.command()
+@click.argument("service")
+@click.argument("source", required=False, metavar="[FILE | TEXT | -]")
+@click.option(
+    "-o", "--option", "extras", multiple=True, metavar="NAME=VALUE", help="An option of the service; repeatable."
+)
+@click.option("--type", "content_type", metavar="TYPE", help="Media type of the file, where its name does not tell.")
+@common.pool_options
+@common.json_option
+def infer(
+    service: str, source: str | None, extras: tuple[str, ...], content_type: str | None, as_json: bool, **options: Any
+) -> None:
+    """Send a request to SERVICE and print its answer.
+
+    The request is a file's content, stdin (`-`), or a text. `rma infer notes paper.pdf`
+    """
+    from rma_core import http
+
+    to = common.target(options)
+    service, _, rest = service.partition("/")
+    path = f"/api/inference/{service}" + (f"/{rest}" if rest else "")
+    body, kind = _body(source, content_type)
+    context = http.tls_context(to.certificate) if to.certificate else None
+    with http.open_sync_client(to.url, context=context, token=to.key, timeout_s=GAP_S) as client:
+        try:
+            with client.stream(
+                "POST", path, params=_query(extras), content=body, headers={"content-type": kind}
+            ) as answer:
+                if not answer.is_success:
+                    raise http.error_of(answer.status_code, answer.headers, answer.read())
+                _print(answer, as_json=as_json)
+        except http.HTTPError as error:
+            raise http.unreachable(to.url, error) from None
+
+
+def _query(extras: tuple[str, ...]) -> dict[str, str]:
+    wrong = [extra for extra in extras if "=" not in extra]
+    if wrong:
+        raise UsageProblem(f"{wrong[0]!r} is not NAME=VALUE")
+    return dict(extra.split("=", 1) for extra in extras)
+
+
+def _body(source: str | None, content_type: str | None) -> tuple[bytes | Iterator[bytes], str]:
+    """Return the request's body and its media type: a file when there is one of that name, else the text itself."""
+    if source in (None, "-"):
+        if sys.stdin.isatty():
+            raise UsageProblem(
+                "what should be sent?", hints=("rma infer SERVICE FILE, a text in quotes, or - for stdin",)
+            )
+        return sys.stdin.buffer.read(), content_type or "text/plain"
+    path = Path(str(source))
+    if path.is_file():
+        guessed = content_type or mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+        return _pieces(path.open("rb")), guessed
+    if path.suffix and " " not in str(source):
+        raise UsageProblem(f"there is no file {source}", hints=("a text that is no file name is sent as it is",))
+    return str(source).encode(), content_type or "text/plain; charset=utf-8"
+
+
+def _pieces(file: BinaryIO) -> Iterator[bytes]:
+    with file:
+        while piece := file.read(PIECE_BYTES):
+            yield piece
+
+
+def _print(answer: Response, *, as_json: bool) -> None:
+    """Write the answer as it comes; JSON on a terminal is indented for people."""
+    is_json = answer.headers.get("content-type", "").startswith("application/json")
+    if is_json and (sys.stdout.isatty() or as_json):
+        click.echo(json.dumps(json.loads(answer.read()), indent=2, ensure_ascii=False))
+        return
+    for piece in answer.iter_bytes():
+        sys.stdout.buffer.write(piece)
+        sys.stdout.buffer.flush()
+    if is_json:
+        click.echo()

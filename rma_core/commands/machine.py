@@ -1,0 +1,166 @@
+"""Commands about this machine: detect, plugins, doctor."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+
+from rma_core.commands import common
+from rma_core.errors import UsageProblem
+from rma_core.models.sizes import human
+from rma_core.settings import AgentSettings, CoordinatorSettings, load_settings
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from rma_core.detection import Observation
+    from rma_core.host import Plugins
+    from rma_core.models.hardware import Device, HardwareReport
+
+STATES = {"healthy": "● healthy", "undetected": "○ nothing there", "unhealthy": "▲ unhealthy"}
+
+
+def settings_of(home: str | None, **flags: Any) -> AgentSettings:
+    """Return the agent's settings for a command."""
+    return load_settings(AgentSettings, flags={"home": home, **flags}, known=(CoordinatorSettings,))
+
+
+def discover(settings: AgentSettings, *kinds: Any) -> Plugins:
+    """Return the installed plugins, decided by the owner's settings."""
+    from rma_core.host import KINDS, Plugins
+
+    return Plugins.discover(
+        kinds=kinds or tuple(KINDS),
+        blocked=frozenset(settings.block_plugins),
+        only=frozenset(settings.only_plugins) or None,
+        approved=frozenset(settings.approve_plugins),
+        approval_required="*" not in settings.approve_plugins,
+        strict=settings.strict_plugins,
+        trace=settings.trace_hooks,
+    )
+
+
+async def _observe(settings: AgentSettings) -> tuple[Observation, ...]:
+    from rma_core.detection import observe
+
+    return await observe(discover(settings, "detector"), config=settings.plugins, deadline_s=settings.detect_deadline_s)
+
+
+@click.command()
+@click.option("--record", metavar="FILE", help="Write what the detectors saw, for a test or a bug report.")
+@click.option("--replay", metavar="FILE", help="Show a recording instead of this machine.")
+@common.home_option
+@common.json_option
+def detect(record: str | None, replay: str | None, home: str | None, as_json: bool) -> None:
+    """Find out what this machine's hardware can do."""
+    from rma_core import record as records
+
+    if record and replay:
+        raise UsageProblem("--record and --replay exclude each other")
+    settings = settings_of(home)
+    if replay or settings.fake_devices:
+        report = records.load_report(Path(replay or settings.fake_devices))
+    else:
+        seen = common.run_async(_observe(settings))
+        made = records.recording(seen, at=datetime.now(UTC))
+        report = made.report
+        if record:
+            records.save(Path(record), made)
+            common.say(f"written to {record}")
+    common.show(report, as_json, lambda out: print_report(out, report))
+
+
+def print_report(out: Console, report: HardwareReport) -> None:
+    """Print a machine: the short form, its devices, and how each detector went."""
+    short = report.capabilities
+    gpu = f", {short.gpu_type} with {short.gpu_memory}" if short.gpu_type else ", no GPU"
+    out.print(f"{short.cpu_cores} cores, {short.ram} memory, {short.storage} free storage{gpu}")
+    rows = [(d.kind, d.name, human(d.memory_bytes) if d.memory_bytes else "", _facts(d)) for d in report.devices]
+    common.table(("device", "name", "size", "facts"), rows, empty="No devices.")(out)
+    probes = [(p.detector, STATES[p.state], f"{p.seconds:.2f} s", p.reason) for p in report.probes]
+    common.table(("detector", "state", "took", "why"), probes, empty="No detectors ran.")(out)
+
+
+def _facts(device: Device) -> str:
+    sick = [f"UNHEALTHY: {device.reason}"] if device.health == "unhealthy" else []
+    return ", ".join(
+        sick + [f"{name} {_value(value)}" for name, value in device.attributes.items() if value not in (None, "")]
+    )
+
+
+def _value(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+@click.group(invoke_without_command=True)
+@common.home_option
+@common.json_option
+@click.pass_context
+def plugins(ctx: click.Context, home: str | None, as_json: bool) -> None:
+    """List installed plugins: in which state, and why."""
+    ctx.obj = {"home": home, "as_json": as_json}
+    if ctx.invoked_subcommand is None:
+        _list_plugins(home, as_json=as_json)
+
+
+@plugins.command("list")
+@common.home_option
+@common.json_option
+def plugins_list(home: str | None, as_json: bool) -> None:
+    """List installed plugins: in which state, and why."""
+    outer = click.get_current_context().obj or {}
+    _list_plugins(home or outer.get("home"), as_json=as_json or bool(outer.get("as_json")))
+
+
+def _list_plugins(home: str | None, *, as_json: bool) -> None:
+    found = _checked_plugins(settings_of(home))
+    reports = [msgspec.to_builtins(report) for report in found.reports()]
+    rows = [
+        (
+            p["name"],
+            p["kind"],
+            p["state"],
+            f"{p['distribution']} {p['version']}",
+            "" if p["import_seconds"] is None else f"{p['import_seconds'] * 1000:.0f} ms",
+            p["reason"],
+        )
+        for p in reports
+    ]
+    columns = ("plugin", "kind", "state", "from", "import", "why")
+    common.show({"plugins": reports}, as_json, common.table(columns, rows, empty="No plugins are installed."))
+
+
+def _checked_plugins(settings: AgentSettings) -> Plugins:
+    """Return all plugins after each was really used once: detectors in their children, the others asked for objects."""
+    from rma_core.detection import observe
+
+    found = discover(settings)
+    found.runtimes(settings.plugins)
+    found.policies(settings.plugins)
+    common.run_async(observe(found, config=settings.plugins, deadline_s=settings.detect_deadline_s))
+    return found
+
+
+@click.command()
+@common.home_option
+@common.json_option
+@click.pass_context
+def doctor(ctx: click.Context, home: str | None, as_json: bool) -> None:
+    """Look for everything that would keep this machine from working, each with what to do."""
+    from rma_core.diagnosis import examine
+
+    settings = settings_of(home)
+    findings = common.run_async(examine(settings, discover(settings)))
+    marks = {"ok": "✓", "note": "·", "warning": "!", "problem": "✗"}
+    rows = [(marks[f.level], f.subject, f.message, f.advice) for f in findings]
+    bad = sum(f.level == "problem" for f in findings)
+    common.show(
+        {"findings": [msgspec.to_builtins(f) for f in findings], "problems": bad},
+        as_json,
+        common.table(("", "about", "finding", "what to do"), rows, empty="Nothing to say."),
+    )
+    ctx.exit(1 if bad else 0)

@@ -1,0 +1,267 @@
+"""Commands of admins: workers, tasks, services, keys, tokens, policies."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rma_core.commands import common
+from rma_core.errors import Problem, UsageProblem, ValidationProblem
+
+#: What `rma keys create` gives when no scope is named.
+DEFAULT_SCOPES = {"admin": ("admin:read", "tasks:read"), "client": ("infer:*",)}
+
+MARKS = {"healthy": "●", "degraded": "▲", "offline": "■"}
+
+
+@click.command()
+@click.argument("worker_id", required=False)
+@common.pool_options
+@common.json_option
+def workers(worker_id: str | None, as_json: bool, **options: Any) -> None:
+    """List the pool's workers, or show one with its devices, plugins and the reasons for what it runs."""
+    if worker_id:
+        one = common.call(options, "GET", f"/api/admin/workers/{worker_id}")
+        common.show(one, as_json, lambda out: _worker(out, one))
+        return
+    found = common.pages(options, "/api/admin/workers", "workers")
+    rows = [
+        (
+            w["worker_id"],
+            f"{MARKS[w['status']]} {w['status']}" + (" (drains)" if w["draining"] else ""),
+            w["tier"] or "-",
+            w["capabilities"]["cpu_cores"],
+            w["capabilities"]["ram"],
+            w["capabilities"]["gpu_type"] or "-",
+            ", ".join(f"{c['service']} {c['state']}" for c in w["containers"]) or "-",
+            f"{w['current_load']:.0%}",
+            w["tasks_completed"],
+            common.ago(w["last_heartbeat"]),
+        )
+        for w in found
+    ]
+    columns = ("worker", "status", "tier", "cores", "memory", "GPU", "runs", "load", "tasks", "seen ago")
+    empty = (
+        "No workers yet. On a machine that should join: rma join URL TOKEN (make the token with `rma tokens create`)"
+    )
+    common.show({"workers": found, "total": len(found)}, as_json, common.table(columns, rows, empty=empty))
+
+
+def _worker(out: Any, one: dict[str, Any]) -> None:
+    short = one["capabilities"]
+    gpu = f", {short['gpu_type']} {short['gpu_memory']}" if short["gpu_type"] else ""
+    status = f"{MARKS[one['status']]} {one['status']}" + (f": {one['status_reason']}" if one["status_reason"] else "")
+    out.print(f"{one['worker_id']}  {status}")
+    out.print(f"  {one['tier_reason']}")
+    out.print(f"  {short['cpu_cores']} cores, {short['ram']} memory, {short['storage']} free{gpu}")
+    rows = [(c["service"], c["state"], c.get("runtime", ""), c.get("reason", "")) for c in one["containers"]]
+    rows += [(service, "not here", "", reason) for service, reason in sorted(one["placement"].items())]
+    common.table(("service", "state", "runtime", "why"), rows, empty="  No services.")(out)
+    ill = [(p["detector"], p["state"], p["reason"]) for p in one["hardware"]["probes"]]
+    common.table(("detector", "state", "why"), ill, empty="  No detectors reported.")(out)
+    plugins = [(p["name"], p["kind"], p["state"], p["reason"]) for p in one["plugins"] if p["state"] != "active"]
+    if plugins:
+        common.table(("plugin", "kind", "state", "why"), plugins, empty="")(out)
+
+
+@click.command()
+@common.pool_options
+@common.json_option
+def tasks(as_json: bool, **options: Any) -> None:
+    """List tasks that run, wait, or ended lately."""
+    found = common.pages(options, "/api/admin/tasks", "tasks")
+    rows = [
+        (
+            t["task_id"],
+            t["service"],
+            t["status"],
+            t["attempts"][-1]["worker_id"] if t["attempts"] else "-",
+            len(t["attempts"]),
+            f"{t['seconds']:.2f} s",
+            common.ago(t["created_at"]),
+            "; ".join(t["reasons"]),
+        )
+        for t in found
+    ]
+    columns = ("task", "service", "status", "worker", "attempts", "took", "ago", "why")
+    common.show({"tasks": found}, as_json, common.table(columns, rows, empty="No tasks yet. Try: rma infer notes FILE"))
+
+
+@click.command()
+@common.pool_options
+@common.json_option
+def services(as_json: bool, **options: Any) -> None:
+    """List the pool's services: wanted, assigned, healthy."""
+    found = common.call(options, "GET", "/api/admin/services")
+    rows = [(s["service"], s["wanted"], s["assigned"], s["healthy"]) for s in found["services"]]
+    common.show(
+        found, as_json, common.table(("service", "wanted", "assigned", "healthy"), rows, empty="An empty catalog.")
+    )
+
+
+@click.group(invoke_without_command=True)
+@common.pool_options
+@common.json_option
+@click.pass_context
+def keys(ctx: click.Context, /, as_json: bool, **options: Any) -> None:
+    """List keys; `create` and `revoke` change them."""
+    ctx.obj = options
+    if ctx.invoked_subcommand is None:
+        found = common.call(options, "GET", "/api/admin/keys")
+        rows = [
+            (
+                k["key_id"],
+                k["kind"],
+                k["label"],
+                " ".join(k["scopes"]),
+                "revoked" if k["revoked_at"] else k["expires_at"] or "never",
+            )
+            for k in found["keys"]
+        ]
+        common.show(found, as_json, common.table(("key", "kind", "label", "scopes", "ends"), rows, empty="No keys."))
+
+
+@keys.command("create")
+@click.option("--client", "client", is_flag=True, help="A client key (rmac_…) instead of an admin key.")
+@click.option("--scope", "scopes", multiple=True, help="What it opens; repeatable. `infer:notes`, `admin:read` …")
+@click.option("--label", default="", help="What it is for.")
+@click.option(
+    "--ttl", type=click.FloatRange(min=60), default=90 * 86_400.0, show_default=True, help="Seconds it lasts."
+)
+@common.json_option
+@common.pool_options
+def keys_create(client: bool, scopes: tuple[str, ...], label: str, ttl: float, as_json: bool, **options: Any) -> None:
+    """Make a key. It is shown this once."""
+    kind = "client" if client else "admin"
+    body = {"kind": kind, "label": label, "scopes": list(scopes or DEFAULT_SCOPES[kind]), "ttl_s": ttl}
+    made = common.call(_outer(options), "POST", "/api/admin/keys", body=body)
+    common.show(made, as_json, lambda out: out.print(made["key"]))
+
+
+@keys.command("revoke")
+@click.argument("key_id")
+@common.json_option
+@common.pool_options
+def keys_revoke(key_id: str, as_json: bool, **options: Any) -> None:
+    """End a key at once."""
+    done = common.call(_outer(options), "DELETE", f"/api/admin/keys/{key_id}")
+    common.show(done, as_json, lambda out: out.print(f"{key_id} is revoked"))
+
+
+@click.group(invoke_without_command=True)
+@common.pool_options
+@common.json_option
+@click.pass_context
+def tokens(ctx: click.Context, /, as_json: bool, **options: Any) -> None:
+    """List join tokens; `create` and `revoke` change them."""
+    ctx.obj = options
+    if ctx.invoked_subcommand is None:
+        found = common.call(options, "GET", "/api/admin/tokens")
+        rows = [
+            (t["token_id"], t["label"], t["uses_left"], "revoked" if t["revoked_at"] else t["expires_at"])
+            for t in found["tokens"]
+        ]
+        common.show(
+            found, as_json, common.table(("token", "label", "uses left", "ends"), rows, empty="No join tokens.")
+        )
+
+
+@tokens.command("create")
+@click.option(
+    "--uses", type=click.IntRange(1, 1000), default=1, show_default=True, help="Machines that may join with it."
+)
+@click.option("--ttl", type=click.FloatRange(60, 604_800), default=3600.0, show_default=True, help="Seconds it lasts.")
+@click.option("--label", default="", help="Whom it is for.")
+@common.json_option
+@common.pool_options
+def tokens_create(uses: int, ttl: float, label: str, as_json: bool, **options: Any) -> None:
+    """Make a join token. It is shown this once."""
+    body = {"uses": uses, "ttl_s": ttl, "label": label}
+    options = _outer(options)
+    made = common.call(options, "POST", "/api/admin/tokens", body=body)
+    common.show(made, as_json, lambda out: out.print(made["token"]))
+    if not as_json:
+        common.say(f"On the machine that joins:  rma join {made['url'] or common.target(options).url} {made['token']}")
+
+
+@tokens.command("revoke")
+@click.argument("token_id")
+@common.json_option
+@common.pool_options
+def tokens_revoke(token_id: str, as_json: bool, **options: Any) -> None:
+    """End a join token at once."""
+    done = common.call(_outer(options), "DELETE", f"/api/admin/tokens/{token_id}")
+    common.show(done, as_json, lambda out: out.print(f"{token_id} is revoked"))
+
+
+def _outer(options: dict[str, Any]) -> dict[str, Any]:
+    """Return a subcommand's options, with those given before its name where it has none itself."""
+    outer = click.get_current_context().obj or {}
+    return {name: value or outer.get(name) for name, value in options.items()}
+
+
+@click.group(invoke_without_command=True)
+@common.pool_options
+@common.json_option
+@click.pass_context
+def policies(ctx: click.Context, /, as_json: bool, **options: Any) -> None:
+    """List tier policies; `preview` shows what one would do."""
+    ctx.obj = options
+    if ctx.invoked_subcommand is None:
+        found = common.call(options, "GET", "/api/admin/policies")
+        rows = [(p["name"], "active" if p["active"] else "", p["summary"]) for p in found["policies"]]
+        common.show(found, as_json, common.table(("policy", "", "what it does"), rows, empty="No policies."))
+
+
+@policies.command("preview")
+@click.argument("name", required=False, default="threshold")
+@click.option(
+    "--report", "report", metavar="FILE", help="Machines to ask about: reports or capabilities (JSON; - reads stdin)."
+)
+@common.json_option
+@common.pool_options
+def policies_preview(name: str, report: str | None, as_json: bool, **options: Any) -> None:
+    """Show which tier a policy gives, and why: to the live fleet, or to machines in a file (then no pool is needed)."""
+    if report is None:
+        answer = common.call(_outer(options), "POST", "/api/admin/policies/preview", body={"policy": name})
+        changed = [
+            (w["worker_id"], w["from"] or "-", w["to"] or "-", w["reason"]) for w in answer["workers"] if w["changes"]
+        ]
+        empty = f"{name} would change none of {len(answer['workers'])} workers."
+        common.show(answer, as_json, common.table(("worker", "from", "to", "why"), changed, empty=empty))
+        return
+    machines = [_decide(name, data, index) for index, data in enumerate(_machines(report))]
+    rows = [(m["name"], m["tier"] or "-", m["reason"]) for m in machines]
+    common.show(
+        {"policy": name, "machines": machines},
+        as_json,
+        common.table(("machine", "tier", "why"), rows, empty="No machines."),
+    )
+
+
+def _machines(report: str) -> list[Any]:
+    try:
+        text = sys.stdin.read() if report == "-" else Path(report).read_text(encoding="utf-8")
+        data = json.loads(text)
+    except OSError as error:
+        raise UsageProblem(f"{report} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ValidationProblem(report, [Problem("$", f"not JSON: {error}")]) from None
+    return data if isinstance(data, list) else [data]
+
+
+def _decide(name: str, data: Any, index: int) -> dict[str, Any]:
+    from rma_core.host import Plugins
+    from rma_core.interfaces import PolicyInput
+    from rma_core.record import read_report
+
+    found = Plugins.discover(kinds=["policy"]).policies()
+    if name not in found:
+        raise UsageProblem(f"there is no tier policy {name!r}", hints=(f"installed: {', '.join(sorted(found))}",))
+    label = str(data.get("name", f"#{index + 1}")) if isinstance(data, dict) else f"#{index + 1}"
+    decision = found[name].decide(PolicyInput(report=read_report(data, subject=f"machine {label}")))
+    return {"name": label, "tier": decision.tier, "reason": decision.reason}

@@ -1,0 +1,239 @@
+"""Commands of volunteers: join, agent, status, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import threading
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+
+from rma_core.commands import common
+from rma_core.commands.machine import print_report, settings_of
+from rma_core.errors import SettingProblem, UsageProblem
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rich.console import Console
+
+    from rma_core.agent.join import Invitation
+    from rma_core.agent.lifecycle import Agent
+    from rma_core.models.hardware import HardwareReport
+    from rma_core.models.worker import RegisterRequest, RegisterResponse, RuntimeReport
+    from rma_core.settings import AgentSettings
+
+
+def _no_attach(attach: tuple[str, ...]) -> None:
+    if attach:
+        raise SettingProblem(
+            "--attach comes with the llm service, which is not there yet", hints=("leave it out for now",)
+        )
+
+
+@click.command()
+@click.argument("url")
+@click.argument("token")
+@click.option("--yes", is_flag=True, help="Agree to what is shown, without being asked.")
+@click.option("--enrol-only", is_flag=True, help="Enrol, but do not run the agent yet.")
+@click.option("--runtime", "runtimes", multiple=True, metavar="NAME", help="docker, podman or process, in your order.")
+@click.option("--insecure-http", is_flag=True, help="Speak plain http to a coordinator that is not this machine.")
+@click.option("--attach", multiple=True, metavar="URL", help="A model server that already runs here (not served yet).")
+@common.home_option
+def join(
+    url: str,
+    token: str,
+    yes: bool,
+    enrol_only: bool,
+    runtimes: tuple[str, ...],
+    insecure_http: bool,
+    attach: tuple[str, ...],
+    home: str | None,
+) -> None:
+    """Give this machine to the pool at URL.
+
+    Shows what was detected, the tier the machine would get and what it would run, and asks before anything is kept.
+    """
+    _no_attach(attach)
+    flags = {"runtimes": list(runtimes) or None, "insecure_http": insecure_http or None}
+    settings = settings_of(home, coordinator_url=url, **flags)
+    common.run_async(_join(settings, token, yes=yes))
+    if enrol_only:
+        common.say("Enrolled. Start working with:  rma agent")
+        return
+    common.set_up_logging(settings.log_level)
+    _run_agent(settings)
+
+
+async def _join(settings: AgentSettings, token: str, *, yes: bool) -> None:
+    from rma_core.agent import start
+    from rma_core.agent.consent import Consent
+    from rma_core.agent.join import enrol, invited, registration
+    from rma_core.agent.state import StateFolder
+
+    folder = StateFolder(settings.home_path)
+    known = folder.load_record() if settings.home_path.exists() else None
+    if known is not None and known.coordinator_url.rstrip("/") != settings.coordinator_url.rstrip("/"):
+        raise UsageProblem(
+            f"this machine already works for {known.coordinator_url}",
+            hints=("give this pool a state folder of its own: --home FOLDER", f"or remove {settings.home_path}"),
+        )
+    invitation = await invited(settings.coordinator_url, token, insecure_http=settings.insecure_http)
+    common.say("Detecting this machine's hardware …")
+    plugins = start.discover(settings)
+    report, engines = await asyncio.gather(start.look(settings, plugins), _probe(settings, plugins))
+    services = tuple(settings.services) or None
+    request = registration(
+        report, runtimes=engines, plugins=plugins.reports(), services=services, labels=settings.labels
+    )
+    offered = await _shown(invitation, request, report, engines)
+    if not yes:
+        _ask()
+    folder.prepare()
+    folder.lock()
+    try:
+        agreed = Consent.to(offered.containers)
+        named = msgspec.structs.replace(request, services=agreed.names)
+        answer = await enrol(invitation, named, folder, consent=agreed)
+    finally:
+        folder.unlock()
+    common.say(f"This machine is {answer.worker_id} in the pool.")
+
+
+async def _probe(settings: AgentSettings, plugins: Any) -> tuple[RuntimeReport, ...]:
+    """Return how the owner's runtimes stand."""
+    from rma_core.agent.engines import in_order
+    from rma_core.agent.start import plugin_tables
+
+    engines = in_order(plugins.runtimes(plugin_tables(settings)), settings.runtimes)
+    await asyncio.gather(*(engine.look("worker-00000000") for engine in engines))
+    reports = tuple(engine.report() for engine in engines)
+    await asyncio.gather(*(engine.runtime.aclose() for engine in engines))
+    return reports
+
+
+async def _shown(
+    invitation: Invitation, request: RegisterRequest, report: HardwareReport, engines: tuple[RuntimeReport, ...]
+) -> RegisterResponse:
+    """Ask the pool what it would make of this machine, and show that to the owner."""
+    from rma_core.agent.join import preview
+
+    offered = await preview(invitation, request)
+    out = common.console()
+    print_report(out, report)
+    rows = [(e.name, e.state, "yes" if e.isolated else "NO", e.reason or e.version) for e in engines]
+    common.table(("runtime", "state", "isolated", "why"), rows, empty="No runtimes.")(out)
+    out.print(f"In the pool at {invitation.url}: {offered.tier_reason}")
+    if not offered.signed_catalog:
+        out.print("The pool's catalog is not signed: it is a development pool.")
+    runs = [
+        (a.service, a.image, f"{a.limits.memory}, {a.limits.cpus:g} CPUs", a.limits.pids) for a in offered.containers
+    ]
+    common.table(("it would run", "image", "at most", "processes"), runs, empty="It would run nothing.")(out)
+    absent = sorted(offered.placement.items())
+    if absent:
+        common.table(("it would not run", "why"), absent, empty="")(out)
+    return offered
+
+
+def _ask() -> None:
+    if not sys.stdin.isatty():
+        raise UsageProblem("nobody can be asked here", hints=("--yes agrees to what is shown",))
+    if not click.confirm("Do you agree to run this?", default=False, err=True):
+        common.say("Nothing was kept.")
+        raise click.exceptions.Exit(1)
+
+
+@click.command()
+@click.option("--coordinator", "coordinator_url", metavar="URL", help="Address of the coordinator.")
+@click.option("--insecure-http", is_flag=True, help="Speak plain http to a coordinator that is not this machine.")
+@click.option("--runtime", "runtimes", multiple=True, metavar="NAME", help="docker, podman or process, in your order.")
+@click.option("--attach", multiple=True, metavar="URL", help="A model server that already runs here (not served yet).")
+@click.option("--until-stdin-ends", is_flag=True, hidden=True, help="Stop when whoever started it is gone.")
+@common.home_option
+def agent(
+    coordinator_url: str | None,
+    insecure_http: bool,
+    runtimes: tuple[str, ...],
+    attach: tuple[str, ...],
+    until_stdin_ends: bool,
+    home: str | None,
+) -> None:
+    """Run the agent in the foreground: work for the pool that this machine has joined."""
+    _no_attach(attach)
+    flags = {"coordinator_url": coordinator_url, "insecure_http": insecure_http or None}
+    settings = settings_of(home, runtimes=list(runtimes) or None, **flags)
+    common.set_up_logging(settings.log_level)
+    _run_agent(settings, ready=_tied_to_stdin if until_stdin_ends else _untied)
+
+
+def _run_agent(settings: AgentSettings, *, ready: Callable[[Agent], None] | None = None) -> None:
+    from rma_core.agent.start import run_agent
+
+    common.run_async(run_agent(settings, ready=ready or _untied))
+
+
+def _untied(_: Agent) -> None:
+    """Run until a signal."""
+
+
+def _tied_to_stdin(running: Agent) -> None:
+    """Stop the agent when its stdin ends: however its parent dies, nothing is left behind."""
+    loop = asyncio.get_running_loop()
+
+    def wait() -> None:
+        while os.read(0, 4096):
+            pass
+        loop.call_soon_threadsafe(running.stop)
+
+    threading.Thread(target=wait, name="stdin", daemon=True).start()
+
+
+@click.command()
+@common.home_option
+@common.json_option
+def status(home: str | None, as_json: bool) -> None:
+    """Show the agent that runs on this machine: what it does, and why not more."""
+    from rma_core.agent.control import ask
+
+    settings = settings_of(home)
+    now = common.run_async(ask(_agent_home(settings), "status"))
+    common.show(now, as_json, lambda out: _print_status(out, now))
+
+
+def _agent_home(settings: AgentSettings) -> Any:
+    """Return the folder of the agent: the state folder itself, or the one `rma up` keeps inside it."""
+    inner = settings.home_path / "agent"
+    return inner if (inner / "control.json").exists() else settings.home_path
+
+
+def _print_status(out: Console, now: dict[str, Any]) -> None:
+    why = f" ({now['standing_reason']})" if now["standing_reason"] else ""
+    out.print(f"{now['worker_id']} at {now['coordinator']}: {now['standing']}{why}, connection: {now['connection']}")
+    out.print(f"  {now['tier_reason']}")
+    state = "draining" if now["draining"] else f"paused: {now['paused']}" if now["paused"] else "working"
+    done = f"{now['tasks_succeeded']} requests answered, {now['tasks_failed']} failed"
+    out.print(f"  {state}, load {now['current_load']:.0%}, {len(now['attempts'])} running, {done}")
+    rows = [(c["service"], c["state"], c.get("runtime", ""), c.get("reason", "")) for c in now["containers"]]
+    common.table(("service", "state", "runtime", "why"), rows, empty="  No services.")(out)
+    engines = [(r["name"], r["state"], r["reason"] or r["version"]) for r in now["runtimes"]]
+    common.table(("runtime", "state", "why"), engines, empty="  No runtimes.")(out)
+    ill = [(p["detector"], p["state"], p["reason"]) for p in now["probes"] if p["state"] == "unhealthy"]
+    if ill:
+        common.table(("detector", "state", "why"), ill, empty="")(out)
+
+
+@click.command()
+@common.home_option
+def drain(home: str | None) -> None:
+    """Let the agent on this machine finish what it has, return the rest, and stop."""
+    from rma_core.agent.control import ask
+
+    common.run_async(ask(_agent_home(settings_of(home)), "drain"))
+    common.say("The agent finishes what it has and stops.")
+
+
+COMMANDS: list[click.Command] = [agent, drain, join, status]
