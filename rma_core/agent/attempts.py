@@ -30,6 +30,9 @@ SIGNS_PER_LEASE = 3
 #: Seconds to tell the coordinator that an attempt was stopped.
 TELL_TIMEOUT_S = 5.0
 
+#: Attempts whose end is being told at one time; a coordinator that offers more than fits and does not read hears less.
+MAX_TELLING = 256
+
 
 class Place(Protocol):
     """A healthy container with a free slot; the slot is taken until `release`."""
@@ -194,6 +197,8 @@ class Attempts:
 
     def _tell(self, uplink: Uplink, stop: Stop) -> None:
         """Say why there is no answer, beside everything else; when that fails, the lease's end says it."""
+        if len(self._telling) >= MAX_TELLING:
+            stop = stop._replace(tell=False)
         task = asyncio.create_task(_tell(uplink, stop))
         self._telling.add(task)
         task.add_done_callback(self._telling.discard)

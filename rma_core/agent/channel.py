@@ -237,8 +237,9 @@ class Channel:
             user_agent_header=None,
             proxy=None if self._client.local else True,
         ) as connection:
-            await self._open(connection)
+            self._opened = True
             try:
+                await self._open(connection)
                 await self._read(connection)
             finally:
                 self._broken()
@@ -253,10 +254,10 @@ class Channel:
             attempts=running,
         )
         await connection.send(frames.pack(hello))
+        self._connection = connection
         if self._resume is not None:
             self._resume.cancel()
-        self._connection = connection
-        self._opened = True
+            self._resume = None
         for stream in list(self._streams.values()):
             stream.go.set()
             # The first one may have been lost, and the coordinator waits for it only for some seconds.
@@ -315,10 +316,13 @@ class Channel:
                 stream.go.clear()
             else:
                 self._lose(stream)
-        self._resume = asyncio.get_running_loop().call_later(frames.RESUME_WITHIN_S, self._too_late)
+        if self._resume is None:
+            # Counted from the first break, however many tries to mend it break off as well.
+            self._resume = asyncio.get_running_loop().call_later(frames.RESUME_WITHIN_S, self._too_late)
 
     def _too_late(self) -> None:
         """Let attempts that waited for the channel deliver by HTTP, when they still can."""
+        self._resume = None
         for stream in list(self._streams.values()):
             if stream.begun:
                 self._lose(stream)
