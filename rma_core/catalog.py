@@ -17,6 +17,7 @@ from rma_core.models.sizes import GB, GIB, human, parse_size
 from rma_core.models.strict import convert
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     from rma_core.models.hardware import Capabilities, HardwareReport
@@ -197,25 +198,14 @@ class Room(msgspec.Struct, kw_only=True):
         self.memory_bytes -= self._memory(needs, gpu)
         self.storage_bytes -= needs.storage_bytes
         if gpu is not None:
-            taken = needs.gpu_memory_bytes or gpu.memory_bytes or 0
-            self.gpu_taken = {**self.gpu_taken, gpu.id: self.gpu_taken.get(gpu.id, 0) + max(1, taken)}
+            taken = self.gpu_taken.get(gpu.id, 0) + gpu_share(gpu, needs)
+            self.gpu_taken = {**self.gpu_taken, gpu.id: taken}
         return gpu
 
     def gpu_for(self, needs: Needs, *, contained: bool = True) -> Device | None:
-        """Return the GPU that ``needs`` get: one of their own rather than a shared one, a small rather than a large."""
-        if not needs.gpu:
-            return None
-        fits = [gpu for gpu in self.gpus if (not contained or _reachable(gpu)) and self._gpu_fits(gpu, needs)]
-        return min(fits, key=lambda gpu: (gpu.id in self.gpu_taken, gpu.memory_bytes or 0, gpu.id), default=None)
-
-    def _gpu_fits(self, gpu: Device, needs: Needs) -> bool:
-        """Whether a GPU does: sizes are nominal for a whole one, exact for a share; who names no size takes all."""
-        if needs.gpu_api and gpu.api not in needs.gpu_api:
-            return False
-        memory, taken, wanted = gpu.memory_bytes or 0, self.gpu_taken.get(gpu.id), needs.gpu_memory_bytes
-        if taken is None:
-            return memory >= wanted * NOMINAL_SHARE
-        return 0 < wanted <= memory - taken
+        """Return the GPU that ``needs`` get of what is left, see `choose_gpu`."""
+        gpus = [gpu for gpu in self.gpus if not contained or _reachable(gpu)]
+        return choose_gpu(gpus, self.gpu_taken, needs)
 
     def _memory(self, needs: Needs, gpu: Device | None) -> int:
         """Return the bytes of main memory that ``needs`` take: where memory is unified, the GPU's share too."""
@@ -236,6 +226,30 @@ class Room(msgspec.Struct, kw_only=True):
     def _gpu_left(self, gpu: Device) -> str:
         left = max(0, (gpu.memory_bytes or 0) - self.gpu_taken.get(gpu.id, 0))
         return f"{gpu.name} ({gpu.api or 'no API'}, {human(left)} free)"
+
+
+def choose_gpu(gpus: Iterable[Device], taken: Mapping[str, float], needs: Needs) -> Device | None:
+    """Return the GPU that ``needs`` get: one of their own rather than a shared one, a small rather than a large.
+
+    ``taken`` are the bytes given away of each GPU, by its id. Coordinator and agent choose by this same function.
+    """
+    fits = [gpu for gpu in gpus if needs.gpu and _gpu_fits(gpu, taken.get(gpu.id), needs)]
+    return min(fits, key=lambda gpu: (gpu.id in taken, gpu.memory_bytes or 0, gpu.id), default=None)
+
+
+def gpu_share(gpu: Device, needs: Needs) -> int:
+    """Return the bytes of a GPU that ``needs`` take; who names no size takes all."""
+    return needs.gpu_memory_bytes or gpu.memory_bytes or 1
+
+
+def _gpu_fits(gpu: Device, taken: float | None, needs: Needs) -> bool:
+    """Whether a GPU does: sizes are nominal for a whole one, exact for a share."""
+    if needs.gpu_api and gpu.api not in needs.gpu_api:
+        return False
+    memory, wanted = gpu.memory_bytes or 0, needs.gpu_memory_bytes
+    if taken is None:
+        return memory >= wanted * NOMINAL_SHARE
+    return 0 < wanted <= memory - taken
 
 
 def _claimed(short: Capabilities) -> list[Device]:

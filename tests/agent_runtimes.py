@@ -30,7 +30,9 @@ class MemoryRuntime(ContainerRuntime):
         isolated: bool = True,
         endpoint: str = "http://127.0.0.1:9",
         images: tuple[str, ...] = (),
+        features: tuple[str, ...] = (),
     ) -> None:
+        self.features = features
         self.name, self.isolated, self._endpoint = name, isolated, endpoint
         self.images = set(images)
         self.registry = {"ghcr.io/rma/notes-worker:latest", "ghcr.io/rma/ner-worker:latest"}
@@ -50,7 +52,7 @@ class MemoryRuntime(ContainerRuntime):
         return (
             RuntimeHealth(state="unhealthy", reason=self.down)
             if self.down
-            else RuntimeHealth(state="healthy", version="1")
+            else RuntimeHealth(state="healthy", version="1", features=self.features)
         )
 
     async def has_image(self, spec: ContainerSpec) -> bool:

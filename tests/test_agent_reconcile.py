@@ -7,6 +7,8 @@ import itertools
 import logging
 from typing import TYPE_CHECKING
 
+import msgspec
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -29,8 +31,6 @@ from tests.agent_runtimes import (
 from tests.agent_service import eventually
 
 if TYPE_CHECKING:
-    import pytest
-
     from rma_core import http
 
 WORKER = "worker-0123abcd"
@@ -345,7 +345,7 @@ def gpu(name: str, gib: int, *, access: bool = True) -> Device:
 
 async def test_each_container_gets_the_smallest_gpu_that_is_enough_for_it_alone() -> None:
     machine = Machine(runtime := MemoryRuntime(), gpus=(gpu("big", 80), gpu("small", 12)))
-    needs = Needs(gpu_api=("cuda",), gpu_memory="8GB")
+    needs = Needs(gpu_api=("cuda",))
     one, two, three = (wanted("notes", name=f"rma-{n}", requires_gpu=True, needs=needs) for n in "abc")
     machine.reconciler.want(1, [one, two, three])
     await machine.rounds()
@@ -354,9 +354,36 @@ async def test_each_container_gets_the_smallest_gpu_that_is_enough_for_it_alone(
     assert machine.states()["rma-c"] == "failed"
 
 
+async def test_containers_share_a_gpu_as_the_coordinator_counted_it_and_not_beyond() -> None:
+    machine = Machine(runtime := MemoryRuntime(), gpus=(gpu("a", 24),))
+    needs = Needs(gpu_api=("cuda",), gpu_memory="10GB")
+    machine.reconciler.want(
+        1, [wanted("notes", name=f"rma-{n}", requires_gpu=True, needs=needs) for n in ("one", "two", "three")]
+    )
+    await machine.rounds()
+    given = {spec.name: spec.access.cdi[0] for spec in runtime.specs.values() if spec.access}
+    assert given == {"rma-one": "nvidia.com/gpu=a", "rma-two": "nvidia.com/gpu=a"}
+    assert machine.states()["rma-three"] == "failed"
+
+
+@pytest.mark.parametrize(("features", "state"), [(("gpu:nvidia",), "healthy"), ((), "failed")])
+async def test_a_gpu_behind_the_toolkit_alone_is_given_by_its_uuid_to_an_engine_that_has_it(
+    features: tuple[str, ...], state: str
+) -> None:
+    device = msgspec.structs.replace(
+        gpu("GPU-8c2f", 12, access=False), attributes={"container_access": "nvidia-container-toolkit"}
+    )
+    machine = Machine(runtime := MemoryRuntime(features=features), gpus=(device,))
+    machine.reconciler.want(1, [wanted(requires_gpu=True, needs=Needs(gpu_api=("cuda",)))])
+    await machine.rounds()
+    assert machine.states() == {"rma-notes": state}
+    given = [spec.access.cdi for spec in runtime.specs.values() if spec.access]
+    assert given == ([("nvidia.com/gpu=GPU-8c2f",)] if features else [])
+
+
 async def test_a_gpu_that_containers_cannot_be_given_is_a_reason_not_a_crash() -> None:
     machine = Machine(MemoryRuntime(), gpus=(gpu("a", 12, access=False),))
-    machine.reconciler.want(1, [wanted(requires_gpu=True)])
+    machine.reconciler.want(1, [wanted(requires_gpu=True, needs=Needs(gpu_api=("cuda",)))])
     await machine.rounds()
     assert machine.states() == {"rma-notes": "failed"}
     assert "containers cannot be given a: no toolkit" in machine.reason()

@@ -11,9 +11,6 @@ if TYPE_CHECKING:
 
     from rma_core.models.worker import Assignment
 
-#: Services whose code is a stranger's: never outside a container, whatever the owner's runtimes are.
-ISOLATED_ONLY = frozenset({"compute"})
-
 
 def repository(image: str) -> str:
     """Return an image's name without tag and digest: new versions of an agreed image need no new consent."""

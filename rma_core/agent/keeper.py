@@ -53,6 +53,8 @@ LOCAL_LOOK_S = 60.0
 ENGINE_WAIT_S = 15.0
 #: Part of a pull after which its progress is told anew.
 PROGRESS_STEP = 0.05
+#: Seconds after which it is told anew even where no total is known.
+PROGRESS_EVERY_S = 1.0
 #: Seconds a container has to stop politely.
 STOP_GRACE_S = 10.0
 
@@ -111,6 +113,7 @@ class Keeper:
         self._given_up_for: type[RuntimeFailure] | None = None
         self._engine_was_down = False
         self._progress: float | None = None
+        self._told_progress = float("-inf")
         self._before = ""
 
     # What others read.
@@ -350,15 +353,17 @@ class Keeper:
             await client.aclose()
 
     def _pulling(self, engine: Engine, progress: PullProgress | None) -> None:
-        """Show that a pull begins, or how far it is; the coordinator is told of every twentieth part."""
+        """Show that a pull begins, or how far it is; the coordinator is told of every step and every second."""
         if progress is None:
             self._progress = None
             self._become("pulling", f"from {engine.name}")
         elif self.state == "pulling":
             self.reason = f"from {engine.name}" + (f": {progress.note}" if progress.note else "")
             share = min(1.0, progress.done_bytes / progress.total_bytes) if progress.total_bytes else None
-            if share is not None and share - (self._progress or 0.0) >= PROGRESS_STEP:
-                self._progress = share
+            further = share is not None and share - (self._progress or 0.0) >= PROGRESS_STEP
+            now = self._context.clock()
+            if further or now - self._told_progress >= PROGRESS_EVERY_S:
+                self._progress, self._told_progress = share, now
                 self._context.changed()
 
     def _become(self, state: ContainerState, reason: str = "") -> None:

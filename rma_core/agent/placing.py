@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, NamedTuple
 
-from rma_core.agent.consent import ISOLATED_ONLY
+from rma_core.catalog import ISOLATED_ONLY
 from rma_core.errors import (
     ImageMissing,
     ImagePullFailed,
@@ -15,6 +15,7 @@ from rma_core.errors import (
     RuntimeFailure,
 )
 from rma_core.interfaces import ContainerSpec
+from rma_core.models.hardware import ContainerAccess
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,11 +23,14 @@ if TYPE_CHECKING:
     from rma_core.agent.engines import Engine
     from rma_core.agent.keeper import Context
     from rma_core.interfaces import ContainerHandle, PullProgress
+    from rma_core.models.hardware import Device
     from rma_core.models.worker import Assignment
 
     Pulling = Callable[[Engine, "PullProgress | None"], None]
 
 
+#: What `container_access` says where the toolkit is installed and no CDI specification was made.
+NVIDIA_TOOLKIT = "nvidia-container-toolkit"
 #: What engines can say of an image, the most hopeful first.
 WEIGHT = (ImagePullFailed, OutOfSpace, RuntimeAbsent, ImageMissing, NotSupported)
 
@@ -49,7 +53,8 @@ class Spot(NamedTuple):
         device = context.gpu_for(wanted.name, wanted) if wanted.requires_gpu else None
         if wanted.requires_gpu and device is None:
             return f"{wanted.service} needs a GPU, and none that fits is free"
-        if device is not None and isolated and device.access is None:
+        access = _access(device, engine) if device is not None else None
+        if device is not None and isolated and access is None:
             why = device.reason or "no way to hand it over was found"
             return f"containers cannot be given {device.name}: {why}"
         spec = ContainerSpec(
@@ -62,10 +67,22 @@ class Spot(NamedTuple):
             env=wanted.env,
             limits=wanted.limits,
             spec_hash=spec_hash,
-            access=device.access if device else None,
+            access=access,
             process=wanted.process,
         )
         return cls(engine, spec)
+
+
+def _access(device: Device, engine: Engine) -> ContainerAccess | None:
+    """Return how a container gets a GPU: as its detector says, or by its UUID where only NVIDIA's toolkit is there.
+
+    A detector cannot know which engine will run the container; an engine with the toolkit takes the name that CDI
+    would have, and hands the GPU over its own way.
+    """
+    toolkit = device.attributes.get("container_access") == NVIDIA_TOOLKIT and "gpu:nvidia" in engine.health.features
+    if device.access is None and toolkit:
+        return ContainerAccess(cdi=(f"nvidia.com/gpu={device.id.removeprefix('gpu:')}",))
+    return device.access
 
 
 async def find_spot(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from rma_core import http
 from rma_core.agent.keeper import ENGINE_WAIT_S, Keeper, Slot, spec_hash
-from rma_core.catalog import NOMINAL_SHARE
+from rma_core.catalog import choose_gpu, gpu_share
 from rma_core.errors import RuntimeFailure
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Reconciler:
         self._keepers: dict[str, Keeper] = {}
         self._leaving: list[Keeper] = []
         self._tasks: dict[Keeper, asyncio.Task[None]] = {}
-        self._given: dict[str, Device] = {}
+        self._given: dict[str, tuple[Device, int]] = {}
         self._watch: asyncio.Task[None] | None = None
         #: The desired state that is worked on; -1 before there is one.
         self.generation = -1
@@ -109,20 +109,15 @@ class Reconciler:
         return self.consent.refusal(wanted)
 
     def gpu_for(self, name: str, wanted: Assignment) -> Device | None:
-        """Return the GPU for a container: the one it has, else the smallest free one that is enough."""
-        held = {owner: device.id for owner, device in self._given.items()}
-        needs = wanted.needs
-        fits = [
-            gpu
-            for gpu in sorted(self.gpus, key=lambda gpu: gpu.memory_bytes or 0)
-            if (not needs.gpu_api or gpu.api in needs.gpu_api)
-            and (gpu.memory_bytes or 0) >= needs.gpu_memory_bytes * NOMINAL_SHARE
-            and gpu.id not in {device for owner, device in held.items() if owner != name}
-        ]
-        own = next((gpu for gpu in fits if gpu.id == held.get(name)), None)
-        chosen = own or (fits[0] if fits else None)
+        """Return the GPU for a container: the one it has, else what the coordinator's own rule gives it."""
+        if name in self._given:
+            return self._given[name][0]
+        taken: dict[str, int] = {}
+        for gpu, share in self._given.values():
+            taken[gpu.id] = taken.get(gpu.id, 0) + share
+        chosen = choose_gpu(self.gpus, taken, wanted.needs)
         if chosen is not None:
-            self._given[name] = chosen
+            self._given[name] = (chosen, gpu_share(chosen, wanted.needs))
         return chosen
 
     # What others ask.
