@@ -1,7 +1,8 @@
 """Settings: one flat table per program, each setting with a type, a default and a sentence.
 
-Precedence: flag, environment (``RMA_`` + the name in capitals), TOML file, default. A plugin's own table stands under
-``[plugins.NAME]``. The reference in docs/ is generated from the records that use this module.
+Precedence: flag, environment (``RMA_`` + the name in capitals), TOML file, default. The file is ``rma.toml`` in the
+state folder unless ``RMA_CONFIG`` names another; a plugin's own table stands there under ``[plugins.NAME]``. The
+reference in docs/ is generated from the records that use this module.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ S = TypeVar("S", bound="Settings")
 ALIASES = {"coordinator_url": "COORDINATOR_URL"}
 #: The settings file inside the state folder.
 FILE_NAME = "rma.toml"
+#: Names another settings file.
+FILE_VARIABLE = "RMA_CONFIG"
 
 
 def default_home() -> str:
@@ -101,7 +104,7 @@ def load_settings(
     given: dict[str, object] = {}
     sources: dict[str, str] = {}
     home = str(flags.get("home") or environment.get("RMA_HOME") or default_home())
-    path = file or Path(home).expanduser() / FILE_NAME
+    path = file or Path(environment.get(FILE_VARIABLE) or Path(home) / FILE_NAME).expanduser()
     for name, value in _read(path, {*names, *(i.name for k in known for i in describe(k))}).items():
         if name in names:
             given[name], sources[name] = value, f"{name} in {path}"

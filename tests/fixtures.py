@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
+import sys
 import tempfile
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 #: Where engines of a run are kept; CI names a folder, to find those of a run that was killed.
+NOTES = Path(__file__).resolve().parents[1] / "containers" / "notes"
 ENGINES = os.environ.get("RMA_TEST_ENGINES")
 
 
@@ -98,3 +102,14 @@ def _engine() -> Iterator[engines.Engine]:
             yield engine
         finally:
             engine.close()
+
+
+@pytest.fixture(scope="session")
+def notes_image(docker_engine: str, python_image: str) -> str:
+    """The image of the service `notes` in ``docker_engine``, built as `make images` does unless it is there already."""
+    version = tomllib.loads((NOTES / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    name = f"ghcr.io/rma/notes-worker:{version}"
+    if subprocess.run([*_client(docker_engine), "image", "inspect", name], capture_output=True, check=False).returncode:
+        build = [sys.executable, str(NOTES.parent / "build.py"), "--base", python_image]
+        subprocess.run(build, env={**os.environ, "DOCKER_HOST": docker_engine or ""}, check=True, timeout=600)
+    return name

@@ -23,6 +23,7 @@ from rma_coordinator.server import Listener, free_port, make_config, run_server
 from rma_core.commands import common
 from rma_core.errors import SettingProblem
 from rma_core.interfaces import ContainerSpec
+from rma_core.settings import FILE_NAME
 
 if TYPE_CHECKING:
     from quart import Quart
@@ -45,6 +46,8 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 #: How often the state of the local worker is looked at while it gets ready.
 LOOK_S = 0.1
 
+#: Of our own environment, what the local worker must not see or be confused by.
+NOT_FOR_THE_AGENT = ("RMA_KEY", "COORDINATOR_URL", "RMA_INSECURE_HTTP")
 LOCAL = "127.0.0.1"
 EVERYWHERE = "0.0.0.0"  # noqa: S104 - `--lan` asks for exactly this
 
@@ -167,19 +170,15 @@ class Up:
 
     async def _spawn(self, choice: Choice, token: str) -> asyncio.subprocess.Process:
         """Start `rma agent` with a state folder of its own, told everything by its environment."""
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("RMA_")}
+        environment = {name: value for name, value in os.environ.items() if name not in NOT_FOR_THE_AGENT}
         environment |= {
+            "RMA_CONFIG": str(self.home / FILE_NAME),
             "RMA_HOME": str(self.home / "agent"),
             "RMA_COORDINATOR_URL": self.plain.url,
             "RMA_JOIN_TOKEN": token,
             "RMA_RUNTIMES": ",".join(choice.runtimes),
             "RMA_SERVICE_SOURCES": ",".join(map(str, self.sources)),
             "RMA_LOG_LEVEL": "info",
-        }
-        environment |= {
-            name: os.environ[name]
-            for name in ("RMA_FAKE_DEVICES", "RMA_BLOCK_PLUGINS", "RMA_TRACE_HOOKS")
-            if name in os.environ
         }
         log = None if self.verbose else self._log.open("ab")
         try:

@@ -1,0 +1,81 @@
+"""Detectors that do their worst in a real pool: each costs its own devices only, and everyone is told which and why."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.plugin_files import distribute
+from tests.pools import NO_ENGINE, pool
+
+if TYPE_CHECKING:
+    from tests.pools import Pool
+
+BAD = Path(__file__).with_name("data") / "bad_detectors"
+#: Detector, the state its probe must have, and words its reason must contain.
+WORST = {
+    "raises": ("unhealthy", "ZeroDivisionError: no such luck"),
+    "hangs": ("unhealthy", "did not answer within"),
+    "exits_three": ("unhealthy", "exit code 3"),
+    "segfaults": ("unhealthy", "SIGSEGV"),
+    "prints_megabytes": ("healthy", ""),
+    "returns_objects": ("unhealthy", ""),
+    "returns_nothing": ("unhealthy", "returned nothing"),
+    "breaks_on_import": ("unhealthy", ""),
+}
+
+
+@pytest.fixture
+def env(tmp_path: Path) -> dict[str, str]:
+    """An environment in which a distribution full of bad detectors is installed, and no service is offered."""
+    site = distribute(tmp_path / "site", "rma-detect-worst", {"rma.detectors": {name: name for name in WORST}})
+    catalog = tmp_path / "catalog"
+    catalog.mkdir()
+    path = os.pathsep.join([str(site), str(BAD)])
+    return {**NO_ENGINE, "PYTHONPATH": path, "RMA_CATALOG": str(catalog), "RMA_DETECT_DEADLINE_S": "2"}
+
+
+def test_the_pool_starts_with_what_works_and_everyone_learns_what_does_not(
+    tmp_path_factory: pytest.TempPathFactory, env: dict[str, str]
+) -> None:
+    with pool(tmp_path_factory.mktemp("worst"), "--port", "0", env=env) as made:
+        check_the_admin_sees_it(made)
+        check_the_owner_sees_it(made)
+
+
+def check_the_admin_sees_it(made: Pool) -> None:
+    [listed] = made.workers()
+    assert listed["tier"] is not None or "tier" in listed["tier_reason"]
+    shown = made.json("workers", listed["worker_id"])
+    probes = {probe["detector"]: probe for probe in shown["hardware"]["probes"]}
+    assert probes["host"]["state"] == "healthy"
+    for name, (state, words) in WORST.items():
+        assert (name, probes[name]["state"]) == (name, state)
+        assert words in probes[name]["reason"]
+        assert state == "healthy" or probes[name]["reason"]
+    # What everybody may learn at once, without asking for each worker: who is not well, and why.
+    [unwell] = made.get("/api/admin/plugins")["workers"]
+    named = {probe["detector"] for probe in unwell["probes"]}
+    assert named == {name for name, (state, _) in WORST.items() if state == "unhealthy"}
+
+
+def check_the_owner_sees_it(made: Pool) -> None:
+    plugins = {plugin["name"]: plugin for plugin in made.json("plugins")["plugins"]}
+    assert plugins["host"]["state"] == "active"
+    assert (plugins["breaks_on_import"]["state"], plugins["breaks_on_import"]["distribution"]) == (
+        "failed",
+        "rma-detect-worst",
+    )
+    assert plugins["breaks_on_import"]["reason"]
+    done = made.ask("doctor", "--json", check=False)
+    assert done.returncode == 1
+    findings: list[dict[str, Any]] = json.loads(done.stdout)["findings"]
+    for name, (state, words) in WORST.items():
+        [about] = [f for f in findings if f["subject"] == f"detector {name}"]
+        assert (about["level"] == "problem") == (state == "unhealthy")
+        assert words in about["message"]
+    assert "Traceback" not in done.stdout + done.stderr
