@@ -1,0 +1,143 @@
+"""Everything a request can fail with, as one tree; each becomes an RFC 9457 problem document.
+
+NotesProblem
+├── BadRequest            400  the request itself cannot be read
+├── BadOptions            422  options that do not fit, every one of them named
+├── NotFound              404  there is nothing at that path
+├── MethodNotAllowed      405  the path is right, the method is not
+├── TooSlow               408  the body came too slowly
+├── TooLarge              413  the body is over the limit
+├── UnsupportedMediaType  415  a kind of document, or an encoding, that is not read here
+├── EmptyDocument         422  there is nothing in it
+├── EncryptedDocument     422  it opens with a password only
+├── CorruptDocument       422  it is not what it says it is, or it is broken
+├── TooComplex            422  it needs more time, memory or space than a document may take
+└── Busy                  503  all slots are taken
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import msgspec
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+#: Problem types are names, not addresses: nothing has to be reachable for them to mean something.
+TYPE_PREFIX = "urn:rma:problem:"
+
+
+class NotesProblem(Exception):
+    """A failure the client can act on; ``detail`` is the sentence that says how, ``members`` stand beside it."""
+
+    status: ClassVar[int] = 422
+    code: ClassVar[str] = "unprocessable"
+    title: ClassVar[str] = "The document cannot be processed"
+
+    def __init__(self, detail: str, *, members: Mapping[str, object] | None = None) -> None:
+        """Keep the sentence and further members of the problem document."""
+        super().__init__(detail)
+        self.detail = detail
+        self.members = dict(members or {})
+
+    def body(self) -> bytes:
+        """Return the problem document as JSON."""
+        document = {"type": TYPE_PREFIX + self.code, "title": self.title, "status": self.status, "detail": self.detail}
+        return msgspec.json.encode(document | self.members)
+
+
+class BadRequest(NotesProblem):
+    """The request itself cannot be read."""
+
+    status = 400
+    code = "bad-request"
+    title = "The request cannot be read"
+
+
+class BadOptions(NotesProblem):
+    """Options that do not fit; ``errors`` names every one of them with what is wrong."""
+
+    code = "bad-options"
+    title = "Some options do not fit"
+
+    def __init__(self, errors: Mapping[str, str]) -> None:
+        """Take the reason for each option's name."""
+        named = [{"name": name, "reason": reason} for name, reason in errors.items()]
+        super().__init__("; ".join(f"{name}: {reason}" for name, reason in errors.items()), members={"errors": named})
+
+
+class NotFound(NotesProblem):
+    """There is nothing at that path."""
+
+    status = 404
+    code = "not-found"
+    title = "There is nothing here"
+
+
+class MethodNotAllowed(NotesProblem):
+    """The path is right, the method is not."""
+
+    status = 405
+    code = "method-not-allowed"
+    title = "This method does not work here"
+
+
+class TooSlow(NotesProblem):
+    """The body came too slowly."""
+
+    status = 408
+    code = "too-slow"
+    title = "The request took too long to arrive"
+
+
+class TooLarge(NotesProblem):
+    """The body is over the limit."""
+
+    status = 413
+    code = "too-large"
+    title = "The document is too large"
+
+
+class UnsupportedMediaType(NotesProblem):
+    """A kind of document, or an encoding of the body, that is not read here."""
+
+    status = 415
+    code = "unsupported-media-type"
+    title = "This kind of document is not supported"
+
+
+class EmptyDocument(NotesProblem):
+    """There is nothing in the document."""
+
+    code = "empty-document"
+    title = "The document is empty"
+
+
+class EncryptedDocument(NotesProblem):
+    """The document opens with a password only."""
+
+    code = "encrypted-document"
+    title = "The document is encrypted"
+
+
+class CorruptDocument(NotesProblem):
+    """The document is broken, or is not what it says it is."""
+
+    code = "corrupt-document"
+    title = "The document is damaged"
+
+
+class TooComplex(NotesProblem):
+    """The document needs more time, memory or space than one may take here."""
+
+    code = "too-complex"
+    title = "The document takes too much to process"
+
+
+class Busy(NotesProblem):
+    """All slots are taken and the queue is full."""
+
+    status = 503
+    code = "busy"
+    title = "The service is busy"

@@ -1,0 +1,89 @@
+"""The service `notes` as the tests use it: the real process, asked over HTTP."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import socket
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import psutil
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+#: Seconds until a started server answers, and until anything else that is waited for has happened.
+PATIENCE_S = 30.0
+
+
+class Reply(NamedTuple):
+    """A response with its JSON."""
+
+    status: int
+    headers: dict[str, str]
+    json: Any
+
+
+class Server(NamedTuple):
+    """A running service."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+
+    def request(self, method: str, path: str, body: bytes | Iterator[bytes] | None = None, **headers: str) -> Reply:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_S)
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        with contextlib.closing(connection):
+            connection.request(method, path, body=body, headers=named)
+            response = connection.getresponse()
+            return Reply(response.status, {k.lower(): v for k, v in response.headers.items()}, json.load(response))
+
+    def notes(self, body: bytes, content_type: str = "", query: str = "") -> Reply:
+        return self.request("POST", f"/notes?{query}", body, content_type=content_type)
+
+    def health(self) -> Any:
+        return self.request("GET", "/health").json
+
+    def parsers(self) -> list[psutil.Process]:
+        found = psutil.Process(self.process.pid).children(recursive=True)
+        return [child for child in found if "rma_notes.child" in " ".join(child.cmdline())]
+
+
+def until(condition: Callable[[], object], *, what: str) -> None:
+    """Wait until the condition holds; fails when it does not within PATIENCE_S."""
+    end = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < end, f"waited in vain: {what}"
+        time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def running(*options: str) -> Iterator[Server]:
+    """Start the service on a free port, and end it with all that it started."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "rma_notes", "--port", str(port), *options]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    server = Server(process, port)
+    try:
+        until(lambda: process.poll() is not None or answers(server), what="the service answers")
+        assert process.poll() is None, "the service ended at its start"
+        yield server
+    finally:
+        process.terminate()
+        try:
+            process.wait(PATIENCE_S)
+        finally:
+            process.kill()
+
+
+def answers(server: Server) -> bool:
+    """Whether anything listens on the server's port."""
+    with contextlib.suppress(OSError):
+        return bool(server.health()["status"] == "ok")
+    return False
