@@ -21,7 +21,7 @@ soak: .venv/.made-dev ## the tests that take minutes to hours
 	$(PYTHON) -m pytest -m soak --timeout=7200 $(ARGS)
 
 bench: .venv/.made-dev ## every measurement in bench/
-	@set -e; for script in bench/[!_]*.py; do echo "== $$script"; $(PYTHON) "$$script" $(ARGS); done
+	@set -e; for script in bench/[!_]*.py; do echo "== $$script"; $(PYTHON) -m "bench.$$(basename "$$script" .py)" $(ARGS); done
 
 images: .venv/.made ## container images of containers/* (ENGINE=docker|podman, BASE=image, PUSH=registry/prefix)
 	$(PYTHON) containers/build.py --engine "$(ENGINE)" --base "$(BASE)" --push "$(PUSH)" $(ARGS)
@@ -33,8 +33,9 @@ lint: .venv/.made-dev ## ruff and mypy, the latter for macOS and Windows too
 	$(PYTHON) -m mypy --platform darwin --cache-dir .mypy_cache/darwin rma_core
 	$(PYTHON) -m mypy --platform win32 --cache-dir .mypy_cache/win32 rma_core
 
-docs: .venv/.made-dev ## run every snippet of docs/ and check the reference against the code
-	$(PYTHON) -m pytest -k docs $(ARGS)
+docs: .venv/.made-dev ## write the reference from the code, then run every snippet of README.md and docs/
+	$(PYTHON) docs/generate.py
+	$(PYTHON) -m pytest tests/test_docs.py $(ARGS)
 
 .venv/.made: requirements.txt $(PROJECTS) | $(PYTHON)
 	$(PIP) -r requirements.txt

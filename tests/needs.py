@@ -129,12 +129,26 @@ def _chromium() -> str | None:
     return _advised(_run(found, "--version"), "apt-get install chromium")
 
 
+def _nginx() -> str | None:
+    return _advised(_run("nginx", "-v"), "apt-get install nginx-light")
+
+
 def _redis() -> str | None:
     return _advised(_run("redis-server", "--version"), "apt-get install redis-server")
 
 
 def _gcc() -> str | None:
     return _advised(_run("gcc", "--version"), "apt-get install gcc libc6-dev")
+
+
+def _mount() -> str | None:
+    if not hasattr(os, "geteuid") or os.geteuid() != 0:
+        return "mounting a small file system needs root on Linux"
+    with tempfile.TemporaryDirectory(prefix="rma-need-") as folder:
+        reason = _run("mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder)
+        if reason is None:
+            _run("umount", folder)
+    return _advised(reason, "this needs CAP_SYS_ADMIN (in a container: --privileged)")
 
 
 def _cgroup_v1() -> str | None:
@@ -161,7 +175,9 @@ CHECKS: dict[str, Callable[[], str | None]] = {
     "debootstrap": _debootstrap,
     "docker": _docker,
     "gcc": _gcc,
+    "mount": _mount,
     "netns": _netns,
+    "nginx": _nginx,
     "own-engine": _own_engine,
     "podman": _podman,
     "pypi": _pypi,

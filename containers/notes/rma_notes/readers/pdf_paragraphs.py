@@ -152,8 +152,17 @@ def _belongs(group: Sequence[Line], line: Line, following: Line | None, leading:
     if heading != is_heading(last, body):
         return False
     if heading:
-        return line.bold == last.bold and len(group) < MAX_HEADING_LINES and not _NUMBERED.match(line.text)
+        more = line.bold == last.bold and len(group) < MAX_HEADING_LINES and not _NUMBERED.match(line.text)
+        return more and _aligned(group, line)
     return line.mono or not _begins(group, line, following)
+
+
+def _aligned(group: Sequence[Line], line: Line) -> bool:
+    """Whether a heading's next line is set like it: a centred title is not gone on with by a heading at the margin."""
+    last, near = group[-1], INDENT * line.size
+    hangs = bool(_NUMBERED.match(group[0].text)) and line.x0 > group[0].x0
+    centred = abs((line.x0 + line.x1) - (last.x0 + last.x1)) / 2 < near
+    return hangs or centred or abs(line.x0 - last.x0) < near or abs(line.x1 - last.x1) < near
 
 
 def _is_next(last: Line, line: Line, leading: float) -> bool:

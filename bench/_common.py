@@ -1,0 +1,202 @@
+"""What the measurements share: options, cores, a coordinator of their own, percentiles, and how results are shown."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+import psutil
+
+from rma_core.commands.common import read_client
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+#: A process that has not answered by then will not.
+READY_WITHIN_S = 30.0
+#: A process that was told to stop and has not by then is killed.
+STOP_WITHIN_S = 15.0
+MIB = 1024 * 1024
+
+
+class Options(NamedTuple):
+    """What every script takes; those that have no use for one ignore it, so that `make bench ARGS=…` suits all."""
+
+    workers: int
+    seconds: float
+    as_json: bool
+    check: bool
+
+
+def options(about: str | None) -> Options:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--workers", type=int, default=1000, help="workers in the pool (default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=20.0, help="length of the main phase (default %(default)g)")
+    parser.add_argument("--json", dest="as_json", action="store_true", help="print JSON")
+    parser.add_argument("--check", action="store_true", help="exit with 1 when a stated target is missed")
+    given = parser.parse_args()
+    return Options(max(1, given.workers), max(0.1, given.seconds), given.as_json, given.check)
+
+
+class Target(NamedTuple):
+    """A stated bar and what was measured; ``value`` must stay below ``limit``."""
+
+    name: str
+    value: float
+    limit: float
+
+    @property
+    def met(self) -> bool:
+        """Whether it holds; nothing measured (NaN) is not met."""
+        return self.value < self.limit
+
+
+def show(result: Mapping[str, Any], lines: Iterable[str], targets: Sequence[Target], asked: Options) -> int:
+    """Print the result as asked, and return the exit code."""
+    checked = [{"target": t.name, "value": t.value, "limit": t.limit, "met": t.met} for t in targets]
+    if asked.as_json:
+        # It writes NaN, which is not JSON, as null.
+        print(msgspec.json.format(msgspec.json.encode({**result, "targets": checked})).decode())
+    else:
+        print("\n".join(lines))
+        for target in targets:
+            print(f"{'met   ' if target.met else 'MISSED'}  {target.name}: {target.value:.1f} of {target.limit:g}")
+    return 1 if asked.check and not all(target.met for target in targets) else 0
+
+
+def percentiles(seconds: Sequence[float]) -> dict[str, float]:
+    """Return count, p50, p95, p99 and max in milliseconds; a percentile is a value that was measured, never between."""
+    ranked = sorted(seconds)
+    if not ranked:
+        return {"count": 0, "p50_ms": math.nan, "p95_ms": math.nan, "p99_ms": math.nan, "max_ms": math.nan}
+    points = {f"p{share}_ms": ranked[math.ceil(len(ranked) * share / 100) - 1] for share in (50, 95, 99)}
+    return {
+        "count": len(ranked),
+        **{name: round(value * 1000, 2) for name, value in {**points, "max_ms": ranked[-1]}.items()},
+    }
+
+
+def median(values: Iterable[float], digits: int = 3) -> float:
+    """Return the median, rounded."""
+    return round(statistics.median(values), digits)
+
+
+# -- cores -------------------------------------------------------------------------------------------------------
+
+
+def split_cores() -> tuple[set[int], set[int]]:
+    """Return the core for what is measured and the cores for the load; both empty where cores cannot be chosen."""
+    if not hasattr(os, "sched_getaffinity"):
+        return set(), set()
+    allowed = sorted(os.sched_getaffinity(0))
+    return {allowed[-1]}, set(allowed[:-1]) or set(allowed)
+
+
+def pin(cores: set[int]) -> None:
+    """Keep this process, and what it starts from now on, on these cores."""
+    if cores:
+        os.sched_setaffinity(0, cores)
+
+
+# -- processes ---------------------------------------------------------------------------------------------------
+
+
+class Server(NamedTuple):
+    """A server under measurement; ``key`` opens the coordinator's admin API."""
+
+    url: str
+    key: str
+    process: psutil.Process
+
+
+@contextlib.contextmanager
+def started(command: Sequence[str], *, home: Path, cores: set[int]) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a command on ``cores`` with ``home`` as its state folder and log; it is gone when this ends."""
+    settings = {name: value for name, value in os.environ.items() if not name.startswith("RMA_")}
+    home.mkdir(parents=True, exist_ok=True)
+    own = os.sched_getaffinity(0) if cores else set[int]()
+    with (home / "log").open("ab") as log:
+        pin(cores)
+        try:
+            process = subprocess.Popen(
+                [sys.executable, *command], env={**settings, "RMA_HOME": str(home)}, stdout=log, stderr=log
+            )
+        finally:
+            pin(own)
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(STOP_WITHIN_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@contextlib.contextmanager
+def coordinator(home: Path, *, cores: set[int], arguments: Sequence[str] = ()) -> Iterator[Server]:
+    """Run a real coordinator on a free port of loopback, with its state in ``home``."""
+    port = free_port()
+    command = ["-m", "rma_core", "coordinator", "--port", str(port), *arguments]
+    with started(command, home=home, cores=cores) as process:
+        url = f"http://127.0.0.1:{port}"
+        wait_until_answered(f"{url}/health", process, home)
+        client = read_client(home)
+        yield Server(url, client.key if client else "", psutil.Process(process.pid))
+
+
+def free_port() -> int:
+    """Return a port of loopback that is free now."""
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until_answered(url: str, process: subprocess.Popen[bytes], home: Path) -> None:
+    """Return as soon as ``url`` answers; end the measurement with the log when it never will."""
+    # A proxy from the environment is for the way out of this machine.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    deadline = time.monotonic() + READY_WITHIN_S
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with opener.open(url, timeout=READY_WITHIN_S):
+                return
+        except (OSError, urllib.error.URLError):
+            time.sleep(0.005)
+    sys.exit(f"{url} does not answer:\n{(home / 'log').read_text(encoding='utf-8')[-2000:]}")
+
+
+def memory(process: psutil.Process) -> dict[str, float]:
+    """Return the MiB a process holds: ``rss``, and ``pss`` (shared pages divided) where the system can tell."""
+    whole = process.memory_full_info()
+    return {"rss_mib": round(whole.rss / MIB, 2), "pss_mib": round(getattr(whole, "pss", whole.uss) / MIB, 2)}
+
+
+def waited_s(process: psutil.Process) -> float:
+    """Return the seconds a process was ready and had no core, because of others; NaN where nobody counts them."""
+    tasks = Path("/proc", str(process.pid), "task")
+    try:
+        return sum(int(task.joinpath("schedstat").read_text("ascii").split()[1]) for task in tasks.iterdir()) / 1e9
+    except OSError:
+        return math.nan
+
+
+def cpu_s(process: psutil.Process) -> float:
+    """Return the CPU seconds a process has used."""
+    used = process.cpu_times()
+    return float(used.user + used.system)

@@ -1,0 +1,586 @@
+"""Every call of the coordinator's HTTP API: who may, what it answers, and what it says to input that is wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import socket
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+import pytest
+from openapi_spec_validator import validate
+
+from rma_core.agent.keys import DeviceKey
+from rma_core.models.worker import RegisterRequest
+from rma_coordinator.api.asgi import CONTROL_BYTES, client_address, header_value
+from rma_coordinator.api.routes import ROUTES, Route, document
+from rma_coordinator.domain.credentials import SCOPES, make_secret
+from tests.coordinator_fixtures import MACHINE, Running, running, soon, until
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from httpx2 import Response
+
+TASK = "task-" + "0" * 20
+LEASE = "0" * 32
+
+
+class Case(NamedTuple):
+    """How one route is called: a path with names that nobody has, and a body that would be right."""
+
+    path: str
+    body: Any = None
+    #: What a caller who may gets; 404 where the path names somebody who is not there.
+    status: int = 200
+
+
+#: One for each route of the table; a route without one fails a test.
+CASES: dict[tuple[str, str], Case] = {
+    ("GET", "/health"): Case("/health"),
+    ("GET", "/openapi.json"): Case("/openapi.json"),
+    ("GET", "/docs"): Case("/docs"),
+    ("GET", "/"): Case("/"),
+    ("GET", "/static/{name}"): Case("/static/nothing.js", status=404),
+    ("GET", "/api/worker/nonce"): Case("/api/worker/nonce"),
+    ("POST", "/api/worker/register"): Case("/api/worker/register", {"capabilities": {"cpu_cores": 4, "ram": "8GB"}}, 401),
+    ("POST", "/api/worker/token"): Case("/api/worker/token", {"assertion": "a.b.c"}, 401),
+    ("GET", "/api/worker/channel"): Case("/api/worker/channel", status=426),
+    ("POST", "/api/worker/heartbeat"): Case("/api/worker/heartbeat", {"worker_id": "worker-00000000"}, 403),
+    ("DELETE", "/api/worker/unregister/{worker_id}"): Case("/api/worker/unregister/worker-00000000", status=403),
+    ("GET", "/api/worker/tasks"): Case("/api/worker/tasks?wait=0", status=204),
+    ("GET", "/api/worker/tasks/{task_id}/body"): Case(f"/api/worker/tasks/{TASK}/body?attempt=1", status=404),
+    ("POST", "/api/worker/tasks/{task_id}/result"): Case(f"/api/worker/tasks/{TASK}/result?attempt=1", status=404),
+    ("POST", "/api/worker/task-complete"): Case(
+        "/api/worker/task-complete", {"task_id": TASK, "attempt": 1, "lease_id": LEASE, "status": "failed"}, 404
+    ),
+    ("GET", "/api/admin/workers"): Case("/api/admin/workers"),
+    ("GET", "/api/admin/workers/{worker_id}"): Case("/api/admin/workers/worker-00000000", status=404),
+    ("POST", "/api/admin/workers/{worker_id}/disable"): Case("/api/admin/workers/worker-00000000/disable", status=404),
+    ("POST", "/api/admin/workers/{worker_id}/enable"): Case("/api/admin/workers/worker-00000000/enable", status=404),
+    ("GET", "/api/admin/stats"): Case("/api/admin/stats"),
+    ("GET", "/api/admin/health"): Case("/api/admin/health"),
+    ("GET", "/api/admin/tasks"): Case("/api/admin/tasks"),
+    ("GET", "/api/admin/plugins"): Case("/api/admin/plugins"),
+    ("GET", "/api/admin/services"): Case("/api/admin/services"),
+    ("GET", "/api/admin/policies"): Case("/api/admin/policies"),
+    ("POST", "/api/admin/policies/preview"): Case("/api/admin/policies/preview", {}),
+    ("GET", "/api/admin/keys"): Case("/api/admin/keys"),
+    ("POST", "/api/admin/keys"): Case("/api/admin/keys", {"label": "laptop"}, 201),
+    ("DELETE", "/api/admin/keys/{key_id}"): Case("/api/admin/keys/00000000", status=404),
+    ("GET", "/api/admin/tokens"): Case("/api/admin/tokens"),
+    ("POST", "/api/admin/tokens"): Case("/api/admin/tokens", {}, 201),
+    ("DELETE", "/api/admin/tokens/{key_id}"): Case("/api/admin/tokens/00000000", status=404),
+    ("POST", "/api/inference/{service}"): Case("/api/inference/nothing", status=404),
+    ("POST", "/api/inference/{service}/{rest}"): Case("/api/inference/nothing/at/all", status=404),
+}
+
+
+def name_of(route: Route) -> tuple[str, str]:
+    return route.method, route.path
+
+
+def takes_json(route: Route) -> bool:
+    return isinstance(route.takes, type)
+
+
+async def call(
+    pool: Running, route: Route, secret: str | None, *, content: bytes | None = None, method: str = "", **headers: str
+) -> Response:
+    case = CASES[name_of(route)]
+    if content is None and case.body is not None:
+        content = json.dumps(case.body).encode()
+    sent = {name.replace("_", "-"): value for name, value in headers.items()}
+    sent["authorization"] = f"Bearer {secret}" if secret is not None else ""
+    return await pool.client.request(method or route.method, case.path, content=content, headers=sent)
+
+
+def check_problem(answer: Response, status: int, code: str | None = None) -> dict[str, Any]:
+    """Assert that an answer is a problem as RFC 9457 and our contract write it, and return it."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    body: dict[str, Any] = answer.json()
+    assert body["status"] == status
+    assert body["type"] == f"urn:rma:problem:{body['code']}"
+    assert body["title"] and body["detail"]
+    assert code is None or body["code"] == code
+    return body
+
+
+def test_every_route_of_the_table_has_a_case() -> None:
+    assert {name_of(route) for route in ROUTES} == set(CASES)
+
+
+async def test_without_a_credential_only_the_open_calls_answer(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool:
+        for route in ROUTES:
+            answer = await call(pool, route, None)
+            if route.access == "open":
+                assert answer.status_code == CASES[name_of(route)].status, (route, answer.text)
+            else:
+                check_problem(answer, 401, "not_authenticated")
+                assert answer.headers["www-authenticate"].startswith("Bearer")
+
+
+async def test_a_credential_that_does_not_open_the_call_is_refused(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool:
+        client = await pool.make_key("infer:notes")
+        for route in ROUTES:
+            if route.access == "open":
+                continue
+            answer = await call(pool, route, client)
+            if route.access == "infer":
+                check_problem(answer, 404)
+            elif route.access == "worker":
+                check_problem(answer, 401)
+            else:
+                assert "notes" not in answer.text or "holds" in answer.text
+                check_problem(answer, 403, "forbidden")
+        assert (await pool.client.post("/api/inference/ner", headers=pool.bearer(client))).status_code == 403
+
+
+async def test_each_scope_opens_its_own_calls_and_no_others(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool:
+        for scope in SCOPES:
+            secret = await pool.make_key(scope, kind="admin")
+            for route in ROUTES:
+                if ":" in route.access:
+                    allowed = (await call(pool, route, secret)).status_code != 403
+                    assert allowed == (route.access == scope), (scope, route)
+
+
+async def test_who_may_gets_an_answer_from_every_call(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool:
+        machine = await pool.enrol()
+        for route in ROUTES:
+            secret = machine.token if route.access == "worker" else pool.key
+            secret = make_secret("rmaj_") if route.access == "join" else secret
+            answer = await call(pool, route, secret)
+            assert answer.status_code == CASES[name_of(route)].status, (route, answer.text)
+            if answer.status_code >= 400:
+                check_problem(answer, answer.status_code)
+
+
+async def test_bad_json_is_refused_and_every_problem_in_it_is_named(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool:
+        machine = await pool.enrol()
+        for route in [route for route in ROUTES if takes_json(route)]:
+            secret = machine.token if route.access in ("worker", "join") else pool.key
+            for content in (b"", b"{", b"[1]", b"NaN", b"\xff", b'"\\ud800"', b"[" * 100_000, b'{"a": 1e400}'):
+                body = check_problem(await call(pool, route, secret, content=content), 400, "invalid")
+                assert body["errors"]
+        wrong = b'{"kind": "root", "label": 5, "scopes": "all", "ttl_s": 1}'
+        answer = await pool.client.post("/api/admin/keys", content=wrong)
+        assert {error["where"] for error in check_problem(answer, 400)["errors"]} == {
+            "$.kind",
+            "$.label",
+            "$.scopes",
+            "$.ttl_s",
+        }
+
+
+async def test_a_method_that_the_address_does_not_take_is_refused_with_those_it_takes(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool:
+        machine = await pool.enrol()
+        for route in ROUTES:
+            answer = await call(pool, route, machine.token, method="PATCH")
+            check_problem(answer, 405, "method")
+            assert route.method in answer.headers["allow"]
+
+
+async def test_a_body_that_is_too_large_or_encoded_is_refused(tmp_path: Path) -> None:
+    async with running(tmp_path, max_body_bytes=2000) as pool, pool.worker() as line:
+        machine = line.machine
+        for route in [route for route in ROUTES if route.takes]:
+            secret = machine.token if route.access in ("worker", "join") else pool.key
+            answer = await call(pool, route, secret, content_encoding="gzip")
+            if answer.status_code != 404:
+                check_problem(answer, 415, "encoding")
+            if takes_json(route):
+                answer = await call(pool, route, secret, content=b" " * (CONTROL_BYTES + 1))
+                check_problem(answer, 413, "too_large")
+        check_problem(await pool.infer(b"x" * 2001), 413, "too_large")
+        check_problem(await pool.infer(b"x", headers={"Content-Encoding": "br"}), 415, "encoding")
+
+        async def endless() -> Any:
+            for _ in range(50):
+                yield b"x" * 100
+
+        check_problem(await pool.client.post("/api/inference/notes", content=endless()), 413, "too_large")
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/api/inference/", 404),
+        ("/api/inference//notes", 404),
+        ("/api/inference/notes/", 404),
+        ("/api/inference/notes//", 404),
+        ("/api/inference/notes/..", 404),
+        ("/api/inference/notes/%2e%2e/ner", 404),
+        ("/api/inference/%6eotes", 503),
+        ("/api/inference/notes%00", 404),
+        ("/api/inference/notes%ff", 404),
+        ("/api/inference/notes%", 404),
+        ("/api/inference/notes%zz", 404),
+        ("/api/inference/notes%0d%0aX-Y:%20z", 404),
+        ("/api/inference/notes?" + "q" * 5000, 414),
+        ("/api/inference/" + "n" * 3000, 404),
+        ("//health", 404),
+        ("/health/", 404),
+        ("/health/../health", 404),
+        ("/static/..%2f..%2fpool.py", 404),
+        ("/static/%2e%2e", 404),
+        ("/%", 404),
+        ("*", 404),
+    ],
+)
+async def test_odd_addresses_are_answered_and_never_with_a_500(tmp_path: Path, path: str, status: int) -> None:
+    async with running(tmp_path) as pool:
+        method = "POST" if "inference" in path else "GET"
+        head, body = await raw(pool, f"{method} {path} HTTP/1.1\r\nAuthorization: Bearer {pool.key}\r\n")
+        assert int(head.split()[1]) == status, head
+        assert json.loads(body)["code"] in ("not_found", "try_later", "too_long")
+
+
+async def raw(pool: Running, request: str) -> tuple[str, bytes]:
+    """Send a request exactly as it is written, with no library to mend it; return head and body of the answer."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(pool.url.rpartition(":")[2]))
+    writer.write(f"{request}Host: x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode("latin-1"))
+    try:
+        answer = await soon(reader.read(-1))
+    finally:
+        writer.close()
+        await writer.wait_closed()
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return head.decode("latin-1"), body
+
+
+@pytest.mark.parametrize(
+    ("header", "status"),
+    [
+        ("User-Agent: " + "u" * 9000, 400),
+        ("Accept: caf\xe9", 400),
+        ("X-Other: " + "o" * 20_000, 503),
+        ("X-Huge: " + "o" * 70_000, 431),
+        ("Authorization: Basic eDp5", 401),
+        ("Authorization: Bearer \xe4\xf6\xfc", 401),
+        ("X-Forwarded-For: <script>, ::1", 503),
+    ],
+)
+async def test_odd_headers_are_answered_and_never_with_a_500(tmp_path: Path, header: str, status: int) -> None:
+    async with running(tmp_path) as pool:
+        own = "" if header.startswith("Authorization") else f"Authorization: Bearer {pool.key}\r\n"
+        head, _ = await raw(pool, f"POST /api/inference/notes HTTP/1.1\r\n{own}{header}\r\n")
+        # The last one is refused by the server before any of ours is asked; 400 says it as well.
+        assert int(head.split()[1]) in ((status, 400) if status == 431 else (status,)), head
+
+
+@pytest.mark.parametrize("query", ["wait=-1", "wait=51", "wait=x", "wait=nan", "wait=inf", "max=0", "max=65", "max=%ff"])
+async def test_odd_numbers_in_a_query_are_bad_input(tmp_path: Path, query: str) -> None:
+    async with running(tmp_path) as pool:
+        machine = await pool.enrol()
+        answer = await pool.client.get(f"/api/worker/tasks?{query}", headers=machine.headers)
+        check_problem(answer, 400, "query")
+        answer = await pool.client.get(
+            f"/api/worker/tasks/{TASK}/body?attempt=1&lease_id=%C3%A4%ff", headers=machine.headers
+        )
+        check_problem(answer, 404, "not_found")
+
+
+async def test_a_client_that_leaves_in_the_middle_of_its_request_leaves_nothing(tmp_path: Path) -> None:
+    async with running(tmp_path, memory_body_bytes=0) as pool, pool.worker():
+        _, writer = await asyncio.open_connection("127.0.0.1", int(pool.url.rpartition(":")[2]))
+        head = f"POST /api/inference/notes HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {pool.key}\r\n"
+        writer.write(f"{head}Content-Length: 1000\r\n\r\n".encode() + b"x" * 100)
+        await writer.drain()
+        lanes = pool.app.extensions["rma_lanes"]
+        await until(lambda: len(lanes._open) == 2)
+        writer.transport.abort()
+        await until(lambda: len(lanes._open) == 1)
+        assert pool.pool.dispatcher.tasks == {}
+
+
+# -- enrolment -----------------------------------------------------------------------------------------------------
+
+
+async def test_a_machine_is_new_once_and_known_after_that(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool:
+        key, token = DeviceKey.generate(), await pool.join_token()
+        first = await pool.register(key, token)
+        assert first.status_code == 201
+        answer = first.json()
+        assert re.fullmatch(r"worker-[0-9a-f]{8}", answer["worker_id"])
+        assert answer["tier"] == 2
+        assert {box["service"] for box in answer["containers"]} == {"notes", "ner"}
+        assert answer["expires_in"] == 900
+        again = await pool.register(key, token)
+        assert (again.status_code, again.json()["worker_id"]) == (200, answer["worker_id"])
+        assert again.json()["generation"] == answer["generation"]
+        check_problem(await pool.register(DeviceKey.generate(), token), 403, "forbidden")
+
+
+async def test_two_machines_at_once_do_not_share_one_use(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool:
+        token = await pool.join_token()
+        answers = await asyncio.gather(*(pool.register(DeviceKey.generate(), token) for _ in range(5)))
+        assert sorted(answer.status_code for answer in answers) == [201, 403, 403, 403, 403]
+        assert len(pool.pool.fleet.workers) == 1
+
+
+async def test_a_registration_needs_its_own_fresh_proof(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool:
+        key, other, token = DeviceKey.generate(), DeviceKey.generate(), await pool.join_token(uses=5)
+        good = await pool.registration(key, token)
+        stolen = await pool.registration(other, token)
+        wrong = [
+            msgspec.structs.replace(good, proof=None),
+            msgspec.structs.replace(good, public_key=None),
+            msgspec.structs.replace(good, proof=stolen.proof),
+            msgspec.structs.replace(good, proof="x.y.z"),
+            await pool.registration(key, await pool.join_token()),
+        ]
+        for request in wrong:
+            answer = await pool.client.post(
+                "/api/worker/register", content=msgspec.json.encode(request), headers=pool.bearer(token)
+            )
+            check_problem(answer, 401, "not_authenticated")
+        sent = {"content": msgspec.json.encode(good), "headers": pool.bearer(token)}
+        assert (await pool.client.post("/api/worker/register", **sent)).status_code == 201
+        replayed = await pool.client.post("/api/worker/register", **sent)
+        assert "nonce" in check_problem(replayed, 401)["detail"]
+
+
+async def test_a_preview_answers_the_same_and_keeps_nothing(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool:
+        token = await pool.join_token()
+        content = msgspec.json.encode(RegisterRequest(capabilities=MACHINE))
+        for secret in (token, token, pool.key):
+            answer = await pool.client.post(
+                "/api/worker/register?preview=1", content=content, headers=pool.bearer(secret)
+            )
+            assert answer.status_code == 200
+            assert (answer.json()["tier"], answer.json()["access_token"]) == (2, "")
+        assert pool.pool.fleet.workers == {}
+        registered = await pool.register(DeviceKey.generate(), token)
+        assert registered.status_code == 201, "the token was not spent"
+        worker_token = registered.json()["access_token"]
+        answer = await pool.client.post(
+            "/api/worker/register?preview=1", content=content, headers=pool.bearer(worker_token)
+        )
+        assert answer.status_code == 200
+        client = await pool.make_key("infer:*")
+        answer = await pool.client.post("/api/worker/register?preview=1", content=content, headers=pool.bearer(client))
+        check_problem(answer, 403)
+
+
+async def test_a_known_worker_brings_new_facts_with_its_token_alone(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool:
+        machine = await pool.enrol()
+        request = RegisterRequest(capabilities=MACHINE, services=("ner",), agent_version="2")
+        answer = await pool.client.post(
+            "/api/worker/register", content=msgspec.json.encode(request), headers=machine.headers
+        )
+        assert answer.status_code == 200
+        assert [box["service"] for box in answer.json()["containers"]] == ["ner"]
+        assert answer.json()["generation"] > machine.answer["generation"]
+
+
+async def test_a_change_of_tier_places_the_machine_anew(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool:
+        machine = await pool.enrol()
+        small = msgspec.json.encode(RegisterRequest(capabilities=msgspec.structs.replace(MACHINE, cpu_cores=1)))
+        answer = (await pool.client.post("/api/worker/register", content=small, headers=machine.headers)).json()
+        assert (answer["tier"], answer["containers"]) == (None, [])
+        assert "core" in answer["tier_reason"]
+
+
+async def exchange(pool: Running, key: DeviceKey, worker_id: str, *, nonce: str = "") -> Response:
+    found = (await pool.client.get("/api/worker/nonce")).json()
+    assertion = key.assertion(issuer=found["issuer"], nonce=nonce or found["nonce"], worker_id=worker_id)
+    return await pool.client.post("/api/worker/token", json={"assertion": assertion}, headers={"Authorization": ""})
+
+
+async def test_a_signed_assertion_is_exchanged_for_a_token_once(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool:
+        machine, other = await pool.enrol(), await pool.enrol()
+        answer = await exchange(pool, machine.key, machine.id)
+        assert answer.status_code == 200
+        machine.token = answer.json()["access_token"]
+        beat = await machine.beat()
+        assert beat.status_code == 200
+        nonce = beat.json()["nonce"]
+        assert (await exchange(pool, machine.key, machine.id, nonce=nonce)).status_code == 200
+        check_problem(await exchange(pool, machine.key, machine.id, nonce=nonce), 401)
+        check_problem(await exchange(pool, other.key, machine.id), 401)
+        check_problem(await exchange(pool, machine.key, "worker-00000000"), 404, "not_found")
+        check_problem(await exchange(pool, machine.key, machine.id, nonce="1.2.ä"), 401)
+
+
+async def test_a_forgotten_worker_is_told_so_and_may_join_again(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool:
+        machine = await pool.enrol()
+        del pool.pool.fleet.workers[machine.id]
+        check_problem(await machine.beat(), 401)
+        check_problem(await exchange(pool, machine.key, machine.id), 404)
+        answer = await pool.register(machine.key, await pool.join_token())
+        assert (answer.status_code, answer.json()["worker_id"]) == (201, machine.id)
+
+
+async def test_disabling_ends_a_workers_tokens_at_once(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool:
+        machine = await pool.enrol()
+        assert (await machine.beat()).status_code == 200
+        await pool.client.post(f"/api/admin/workers/{machine.id}/disable")
+        check_problem(await machine.beat(), 401)
+        check_problem(await exchange(pool, machine.key, machine.id), 409, "refused")
+        check_problem(await pool.register(machine.key, await pool.join_token()), 409, "refused")
+        await pool.client.post(f"/api/admin/workers/{machine.id}/enable")
+        machine.token = (await exchange(pool, machine.key, machine.id)).json()["access_token"]
+        assert (await machine.beat()).status_code == 200
+
+
+async def test_what_was_acknowledged_is_known_after_a_restart(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool:
+        machine = await pool.enrol()
+        left = await pool.enrol()
+        await pool.client.delete(f"/api/worker/unregister/{left.id}", headers=left.headers)
+        nonce = (await pool.client.get("/api/worker/nonce")).json()["nonce"]
+        key = pool.key
+    async with running(tmp_path) as pool:
+        workers = (await pool.client.get("/api/admin/workers", headers=pool.bearer(key))).json()["workers"]
+        assert {row["worker_id"]: row["status"] for row in workers} == {machine.id: "degraded", left.id: "offline"}
+        machine.running = pool
+        assert (await machine.beat()).status_code == 200, "a worker token outlives the coordinator"
+        check_problem(await exchange(pool, machine.key, machine.id, nonce=nonce), 401)
+
+
+# -- what admins see -----------------------------------------------------------------------------------------------
+
+
+async def test_lists_come_in_pages(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool:
+        ids = sorted([(await pool.enrol()).id for _ in range(5)])
+        seen, after = [], ""
+        for _ in range(3):
+            page = (await pool.client.get(f"/api/admin/workers?limit=2{after}")).json()
+            seen += [row["worker_id"] for row in page["workers"]]
+            assert page["total"] == 5
+            after = f"&after={page['next']}"
+        assert (seen, page["next"]) == (ids, None)
+        for query in ("limit=0", "limit=1001", "limit=x", "limit=²", "limit=" + "9" * 5000, "after=worker-00000000"):
+            check_problem(await pool.client.get(f"/api/admin/workers?{query}"), 400, "query")
+
+
+async def test_stats_have_the_contracts_shape(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool:
+        healthy, _ = await pool.enrol(), await pool.enrol()
+        await healthy.beat(current_load=0.5)
+        stats = (await pool.client.get("/api/admin/stats")).json()
+        assert (stats["total_workers"], stats["healthy_workers"], stats["degraded_workers"]) == (2, 2, 0)
+        assert stats["by_tier"] == {"2": {"workers": 2, "healthy": 2, "average_load": 0.25}}
+        assert stats["tasks"] == {"queued": 0, "running": 0, "succeeded": 0, "failed": 0}
+        assert stats["uptime_s"] >= 0
+        assert stats["services"]["notes"] == {"wanted": 8, "assigned": 2, "healthy": 1}
+
+
+async def test_keys_can_be_made_used_and_revoked_but_never_wider_than_their_maker(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool:
+        made = (await pool.client.post("/api/admin/keys", json={"kind": "admin", "scopes": ["admin:keys"]})).json()
+        headers = pool.bearer(made["key"])
+        listed = (await pool.client.get("/api/admin/keys", headers=headers)).json()["keys"]
+        assert made["key"] not in json.dumps(listed)
+        wide = await pool.client.post("/api/admin/keys", json={"scopes": ["admin:write"]}, headers=headers)
+        check_problem(wide, 403, "forbidden")
+        check_problem(await pool.client.post("/api/admin/keys", json={"scopes": ["no:such"]}), 400, "invalid")
+        assert (await pool.client.delete(f"/api/admin/keys/{made['key_id']}")).status_code == 200
+        check_problem(await pool.client.get("/api/admin/keys", headers=headers), 401)
+
+
+async def test_a_policy_is_previewed_for_machines_and_for_the_fleet(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool:
+        machine = await pool.enrol()
+        bare = {"cpu_cores": 1, "ram": "1GB"}
+        full = {"capabilities": {"cpu_cores": 16, "ram": "64GB", "storage": "1TB"}}
+        answer = (await pool.client.post("/api/admin/policies/preview", json={"reports": [bare, full]})).json()
+        assert [row["tier"] for row in answer["machines"]] == [None, 2]
+        answer = (await pool.client.post("/api/admin/policies/preview", json={"policy": "threshold"})).json()
+        assert (answer["changes"], answer["workers"][0]["worker_id"]) == (0, machine.id)
+        bad = await pool.client.post("/api/admin/policies/preview", json={"reports": [bare, {"cpu_cores": -1}]})
+        assert "reports[1]" in check_problem(bad, 400)["detail"]
+        check_problem(await pool.client.post("/api/admin/policies/preview", json={"policy": "none"}), 404)
+
+
+@pytest.mark.parametrize("answer", [ValueError("broken"), None, {"tier": "gold", "reason": ""}, {"tier": 1.5, "reason": 3}])
+async def test_a_policy_that_fails_or_lies_costs_a_tier_and_nothing_else(tmp_path: Path, answer: object) -> None:
+    class Broken:
+        name, summary = "threshold", "fails"
+
+        def decide(self, _: object) -> object:
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+    async with running(tmp_path) as pool:
+        pool.pool.policies = {"threshold": Broken()}  # type: ignore[dict-item]
+        machine = await pool.enrol()
+        assert machine.answer["tier"] is None
+        assert "the tier policy 'threshold' failed" in machine.answer["tier_reason"]
+    async with running(tmp_path) as pool:
+        assert machine.id in pool.pool.fleet.workers, "what was kept can be read again"
+
+
+async def test_a_full_queue_is_said_with_a_time_to_try_again(tmp_path: Path) -> None:
+    async with running(tmp_path, max_queued_tasks=1) as pool, pool.worker(slots=1) as line:
+        asking = [asyncio.create_task(pool.infer()) for _ in range(2)]
+        await until(lambda: pool.pool.dispatcher.queued == 1)
+        refused = await pool.infer()
+        check_problem(refused, 429, "queue_full")
+        assert refused.headers["retry-after"] == "5"
+        for _ in range(2):
+            await line.serve(b"done")
+        assert [(await soon(one)).text for one in asking] == ["done", "done"]
+
+
+async def test_a_service_that_nobody_serves_is_said_with_the_reason(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool:
+        body = check_problem(await pool.infer(), 503, "try_later")
+        assert "no worker offers it" in body["detail"]
+        assert check_problem(await pool.infer(path="llm"), 404)["hints"] == ["it has: ner, notes"]
+        assert check_problem(await pool.infer(path="notes/nowhere"), 404)["hints"]
+
+
+# -- the document, and small parts ---------------------------------------------------------------------------------
+
+
+def test_the_openapi_document_is_valid_and_lists_every_route() -> None:
+    found = json.loads(json.dumps(document("0.1.0", "rma-test")))
+    validate(found)
+    listed = {(method.upper(), path) for path, item in found["paths"].items() for method in item}
+    assert listed == {name_of(route) for route in ROUTES}
+    names = [operation["operationId"] for item in found["paths"].values() for operation in item.values()]
+    assert len(names) == len(set(names))
+
+
+def test_forwarding_headers_are_believed_from_configured_proxies_only() -> None:
+    proxies = ["10.0.0.0/8"]
+    assert client_address(("1.2.3.4", 1), "5.6.7.8", proxies) == "1.2.3.4"
+    assert client_address(("10.0.0.1", 1), "6.6.6.6, 5.6.7.8", proxies) == "5.6.7.8"
+    assert client_address(("10.0.0.1", 1), "5.6.7.8, 10.0.0.2", proxies) == "5.6.7.8"
+    assert client_address(("10.0.0.1", 1), "<script>", proxies) == "10.0.0.1"
+    assert client_address(None, "", []) == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "data"),
+    [("a", b"a"), (" é ", "é".encode("latin-1")), ("日", "日".encode()), ("a\tb", b"a\tb"), ("a\rb", None), ("\0", None)],
+)
+def test_header_values_are_bytes_that_http_can_carry_or_nothing(text: str, data: bytes | None) -> None:
+    assert header_value(text) == data
+
+
+def test_loopback_is_there_for_these_tests() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
