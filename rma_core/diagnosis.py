@@ -8,19 +8,21 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from rma_core.detection import observe
+from rma_core.agent.control import ask
+from rma_core.agent.start import look, plugin_tables
+from rma_core.agent.status import AgentStatus
 from rma_core.errors import RMAError
 from rma_core.interfaces import PolicyInput
 from rma_core.models.sizes import human
-from rma_core.record import recording
+from rma_core.models.strict import convert
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-    from rma_core.detection import Observation
     from rma_core.host import Plugins
     from rma_core.interfaces import ContainerRuntime, RuntimeHealth
+    from rma_core.models.hardware import HardwareReport
     from rma_core.settings import AgentSettings
 
 #: Less free space than this and the next image will not fit.
@@ -29,10 +31,15 @@ LEAST_FREE_BYTES = 10 * 10**9
 PROBE_S = 15.0
 
 
+Level = Literal["ok", "note", "warning", "problem"]
+#: How a detector's or runtime's state weighs: what is not there is no problem in itself.
+LEVELS: dict[str, Level] = {"healthy": "ok", "undetected": "note", "unhealthy": "problem"}
+
+
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
     """One thing that was looked at; ``advice`` says what to do about it, where something is to be done."""
 
-    level: Literal["ok", "note", "warning", "problem"]
+    level: Level
     subject: str
     message: str
     advice: str = ""
@@ -40,22 +47,38 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
 
 async def examine(settings: AgentSettings, plugins: Plugins) -> list[Finding]:
     """Look at everything and return what was found, in the order in which things depend on each other."""
-    seen = await observe(plugins, config=settings.plugins, deadline_s=settings.detect_deadline_s)
-    runtimes = plugins.runtimes(runtime_tables(settings))
+    report = await look(settings, plugins)
+    running = await _running(settings)
+    runtimes = await _runtimes(settings, plugins) if running is None else list(_as_the_agent_says(running))
     return [
         *_home(settings.home_path),
         *_plugins(plugins),
-        *_detectors(seen),
-        *_tier(plugins, seen),
-        *await _runtimes(settings, runtimes),
+        *_detectors(report),
+        *_tier(plugins, report),
+        *runtimes,
         *await _coordinator(settings),
     ]
 
 
-def runtime_tables(settings: AgentSettings) -> dict[str, dict[str, object]]:
-    """Return the plugins' tables, with what the process runtime must know of the agent put into its own."""
-    own = {"home": str(settings.home_path), "sources": list(settings.service_sources)}
-    return {**settings.plugins, "process": {**own, **settings.plugins.get("process", {})}}
+async def _running(settings: AgentSettings) -> AgentStatus | None:
+    """Return what the agent on this machine says of itself, if one runs."""
+    try:
+        return convert(await ask(settings.home_path, "status"), AgentStatus, subject="the agent's status")
+    except RMAError:
+        return None
+
+
+def _as_the_agent_says(running: AgentStatus) -> Iterable[Finding]:
+    """A running agent knows its runtimes best: it was started with settings that this command does not see."""
+    yield Finding(level="ok", subject="agent", message=f"runs as {running.worker_id}, connection: {running.connection}")
+    for runtime in running.runtimes:
+        yield Finding(
+            level=LEVELS[runtime.state], subject=f"runtime {runtime.name}", message=runtime.reason or runtime.version
+        )
+    for container in running.containers:
+        level: Level = "ok" if container.state == "healthy" else "problem" if container.state == "failed" else "note"
+        message = f"{container.state}: {container.reason}" if container.reason else container.state
+        yield Finding(level=level, subject=f"service {container.service}", message=message)
 
 
 def _home(home: Path) -> Iterable[Finding]:
@@ -75,7 +98,7 @@ def _home(home: Path) -> Iterable[Finding]:
 def _plugins(plugins: Plugins) -> Iterable[Finding]:
     for report in plugins.reports():
         if report.state != "active":
-            level: Literal["note", "problem"] = "note" if report.state in ("blocked", "unapproved") else "problem"
+            level: Level = "note" if report.state in ("blocked", "unapproved") else "problem"
             shipped = f"{report.name} ({report.distribution} {report.version})"
             yield Finding(
                 level=level,
@@ -93,39 +116,33 @@ def _plugin_advice(state: str, distribution: str) -> str:
     return f"update or remove {distribution}: pip install -U {distribution}"
 
 
-def _detectors(seen: tuple[Observation, ...]) -> Iterable[Finding]:
-    for one in seen:
-        state, reason = one.detection.state, one.detection.reason
-        level: Literal["ok", "note", "problem"] = {"healthy": "ok", "undetected": "note"}.get(state, "problem")  # type: ignore[assignment]
-        devices = f"{len(one.detection.devices)} devices" if one.detection.devices else ""
-        yield Finding(
-            level=level, subject=f"detector {one.detector}", message="; ".join(filter(None, (devices, reason))) or state
-        )
+def _detectors(report: HardwareReport) -> Iterable[Finding]:
+    for probe in report.probes:
+        devices = f"{len(probe.devices)} devices" if probe.devices else ""
+        message = "; ".join(filter(None, (devices, probe.reason))) or probe.state
+        yield Finding(level=LEVELS[probe.state], subject=f"detector {probe.detector}", message=message)
 
 
-def _tier(plugins: Plugins, seen: tuple[Observation, ...]) -> Iterable[Finding]:
-    from datetime import UTC, datetime
-
+def _tier(plugins: Plugins, report: HardwareReport) -> Iterable[Finding]:
     policy = plugins.policies().get("threshold")
     if policy is None:
         return
-    decision = policy.decide(PolicyInput(report=recording(seen, at=datetime.now(UTC)).report))
-    level: Literal["ok", "warning"] = "ok" if decision.tier else "warning"
+    decision = policy.decide(PolicyInput(report=report))
+    level: Level = "ok" if decision.tier else "warning"
     yield Finding(level=level, subject="tier", message=f"by the default policy: {decision.reason}")
 
 
-async def _runtimes(settings: AgentSettings, runtimes: dict[str, ContainerRuntime]) -> list[Finding]:
+async def _runtimes(settings: AgentSettings, plugins: Plugins) -> list[Finding]:
+    runtimes = plugins.runtimes(plugin_tables(settings))
     findings, usable = [], False
     for name in settings.runtimes:
         if name not in runtimes:
-            advice = f"pip install rma-runtime-{name}, or take it out of `runtimes`"
-            findings.append(Finding(level="note", subject=f"runtime {name}", message="is not installed", advice=advice))
+            findings.append(Finding(level="note", subject=f"runtime {name}", message="no installed plugin drives it"))
             continue
         health = await _probe(runtimes[name])
         usable = usable or health.state == "healthy"
-        level: Literal["ok", "note", "problem"] = {"healthy": "ok", "undetected": "note"}.get(health.state, "problem")  # type: ignore[assignment]
         what = "; ".join(filter(None, (health.version, health.reason, ", ".join(health.features)))) or health.state
-        findings.append(Finding(level=level, subject=f"runtime {name}", message=what))
+        findings.append(Finding(level=LEVELS[health.state], subject=f"runtime {name}", message=what))
     if not usable:
         advice = "install Docker or Podman; on your own machine `process` in `runtimes` runs services without isolation"
         findings.append(

@@ -335,7 +335,10 @@ def _decide(
     elif only is not None and plugin.name not in only:
         plugin.state, plugin.reason = "blocked", "not among the only plugins allowed (only_plugins, RMA_ONLY_PLUGINS)"
     elif plugin.distribution != BUILT_IN and not {plugin.name, EVERYTHING} & set(approved):
-        plugin.state, plugin.reason = "unapproved", f"not approved yet: `rma plugins approve {plugin.name}`"
+        plugin.state, plugin.reason = (
+            "unapproved",
+            f"not approved yet: add {plugin.name!r} to `approve_plugins` in your settings once you trust it",
+        )
     else:
         plugin.refused = False
 

@@ -409,7 +409,12 @@ async def test_a_request_that_is_wrong_is_tried_once_and_said_to_be_wrong(tmp_pa
 
 
 async def test_an_answer_cut_after_its_beginning_ends_in_a_broken_connection(tmp_path: Path) -> None:
-    async with running(tmp_path) as pool, pool.worker() as line, pool.worker(), SlowClient.asking(pool) as client:
+    async with (
+        running(tmp_path) as pool,
+        pool.worker(slots=8) as line,
+        pool.worker(slots=1),
+        SlowClient.asking(pool) as client,
+    ):
         task = await line.task()
         await line.say(frames.Head(stream=task.stream, status=200))
         await line.data(task.stream, b"a beginning")

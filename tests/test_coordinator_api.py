@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import socket
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -147,8 +146,8 @@ async def test_each_scope_opens_its_own_calls_and_no_others(tmp_path: Path) -> N
             secret = await pool.make_key(scope, kind="admin")
             for route in ROUTES:
                 if ":" in route.access:
-                    allowed = (await call(pool, route, secret)).status_code != 403
-                    assert allowed == (route.access == scope), (scope, route)
+                    refused = f"does not open {route.access}" in (await call(pool, route, secret)).text
+                    assert refused == (route.access != scope), (scope, route)
 
 
 async def test_who_may_gets_an_answer_from_every_call(tmp_path: Path) -> None:
@@ -228,7 +227,7 @@ async def test_a_body_that_is_too_large_or_encoded_is_refused(tmp_path: Path) ->
         ("/api/inference/notes%0d%0aX-Y:%20z", 404),
         ("/api/inference/notes?" + "q" * 5000, 414),
         ("/api/inference/" + "n" * 3000, 404),
-        ("//health", 404),
+        ("//api/inference/notes", 404),
         ("/health/", 404),
         ("/health/../health", 404),
         ("/static/..%2f..%2fpool.py", 404),
@@ -264,7 +263,7 @@ async def raw(pool: Running, request: str) -> tuple[str, bytes]:
         ("User-Agent: " + "u" * 9000, 400),
         ("Accept: caf\xe9", 400),
         ("X-Other: " + "o" * 20_000, 503),
-        ("X-Huge: " + "o" * 70_000, 431),
+        ("X-Huge: " + "o" * 500_000, 431),
         ("Authorization: Basic eDp5", 401),
         ("Authorization: Bearer \xe4\xf6\xfc", 401),
         ("X-Forwarded-For: <script>, ::1", 503),
@@ -581,6 +580,3 @@ def test_header_values_are_bytes_that_http_can_carry_or_nothing(text: str, data:
     assert header_value(text) == data
 
 
-def test_loopback_is_there_for_these_tests() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))

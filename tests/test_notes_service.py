@@ -130,12 +130,12 @@ def test_pages_choose_what_of_a_pdf_is_read(server: Server) -> None:
 
 def test_options_that_do_not_fit_are_refused_together_each_by_its_name(server: Server) -> None:
     reply = server.notes(b"x", "text/plain", "summary_sentences=51&key_phrases=-1&pages=3-1&include=soul&colour=red")
-    refused(reply, 422, "bad-options")
+    refused(reply, 422, "bad_options")
     assert [error["name"] for error in reply.json["errors"]] == [
         "summary_sentences", "key_phrases", "pages", "include", "colour",
     ]  # fmt: skip
-    refused(server.notes(b"x", "text/plain", "pages=1&pages=2"), 422, "bad-options")
-    refused(server.notes(b'{"text": "x", "key_phrases": true}', "application/json"), 422, "bad-options")
+    refused(server.notes(b"x", "text/plain", "pages=1&pages=2"), 422, "bad_options")
+    refused(server.notes(b'{"text": "x", "key_phrases": true}', "application/json"), 422, "bad_options")
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_options_that_do_not_fit_are_refused_together_each_by_its_name(server: S
      b'{"file": "data:application/pdf;base64,%%"}', b'{"text": "\\ud800"}', b"\xff"],
 )  # fmt: skip
 def test_json_that_cannot_be_read_is_refused_with_what_to_send(server: Server, body: bytes) -> None:
-    refused(server.notes(body, "application/json"), 400, "bad-request")
+    refused(server.notes(body, "application/json"), 400, "bad_request")
 
 
 @pytest.mark.parametrize(
@@ -158,11 +158,11 @@ def test_json_that_cannot_be_read_is_refused_with_what_to_send(server: Server, b
     ],
 )
 def test_forms_that_cannot_be_read_are_refused(server: Server, body: bytes, content_type: str) -> None:
-    refused(server.notes(body, content_type), 400, "bad-request")
+    refused(server.notes(body, content_type), 400, "bad_request")
 
 
 def test_kinds_that_are_not_read_are_refused_with_those_that_are(server: Server) -> None:
-    detail = refused(reply := server.notes(b"\x89PNG\r\n\x1a\n....", "image/png"), 415, "unsupported-media-type")
+    detail = refused(reply := server.notes(b"\x89PNG\r\n\x1a\n....", "image/png"), 415, "unsupported_media_type")
     assert "ocr service" in detail
     assert PDF in reply.json["supported"]
     for body, content_type in (
@@ -171,22 +171,22 @@ def test_kinds_that_are_not_read_are_refused_with_those_that_are(server: Server)
         (b"text", "application/vnd.ms-excel"),
         (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(600), "application/msword"),
     ):
-        refused(server.notes(body, content_type), 415, "unsupported-media-type")
+        refused(server.notes(body, content_type), 415, "unsupported_media_type")
     packed = server.request("POST", "/notes", b"x", content_encoding="gzip")
-    assert "gzip" in refused(packed, 415, "unsupported-media-type")
+    assert "gzip" in refused(packed, 415, "unsupported_media_type")
 
 
 @pytest.mark.parametrize("content_type", [PDF, DOCX, "text/plain", "text/html", ""])
 def test_an_empty_file_is_refused(server: Server, content_type: str) -> None:
-    refused(server.notes(b"", content_type), 422, "empty-document")
-    refused(server.notes(b" \n", content_type), 422, "empty-document")
+    refused(server.notes(b"", content_type), 422, "empty_document")
+    refused(server.notes(b" \n", content_type), 422, "empty_document")
 
 
 def test_locked_documents_are_refused_with_what_to_do(server: Server) -> None:
     locked = documents.lines_pdf([["Secret"]], password="open sesame")
-    assert "password" in refused(server.notes(locked, PDF), 422, "encrypted-document")
+    assert "password" in refused(server.notes(locked, PDF), 422, "encrypted_document")
     package = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(512) + "EncryptedPackage".encode("utf-16-le")
-    assert "password" in refused(server.notes(package, DOCX), 422, "encrypted-document")
+    assert "password" in refused(server.notes(package, DOCX), 422, "encrypted_document")
 
 
 def test_what_only_claims_to_be_a_document_is_refused(server: Server) -> None:
@@ -197,13 +197,13 @@ def test_what_only_claims_to_be_a_document_is_refused(server: Server) -> None:
         (documents.report_pdf()[:700], PDF),
         (documents.report_docx()[:9000], DOCX),
     ):
-        refused(server.notes(body, content_type), 422, "corrupt-document")
+        refused(server.notes(body, content_type), 422, "corrupt_document")
 
 
 def test_a_docx_that_unpacks_to_hundreds_of_megabytes_is_not_unpacked(server: Server) -> None:
     bomb = documents.docx_bomb()
     assert len(bomb) < 1_000_000
-    assert "unpacks to" in refused(server.notes(bomb, DOCX), 422, "too-complex")
+    assert "unpacks to" in refused(server.notes(bomb, DOCX), 422, "too_complex")
 
 
 def test_a_scan_is_answered_with_a_pointer_to_the_ocr_service(server: Server) -> None:
@@ -214,17 +214,17 @@ def test_a_scan_is_answered_with_a_pointer_to_the_ocr_service(server: Server) ->
 
 
 def test_wrong_paths_and_methods_are_told_the_right_ones(server: Server) -> None:
-    assert "/notes" in refused(server.request("GET", "/"), 404, "not-found")
+    assert "/notes" in refused(server.request("GET", "/"), 404, "not_found")
     reply = server.request("GET", "/notes")
-    refused(reply, 405, "method-not-allowed")
+    refused(reply, 405, "method_not_allowed")
     assert reply.headers["allow"] == "POST"
 
 
 def test_a_body_over_the_limit_is_refused_announced_or_not() -> None:
     with running("--max-body-bytes", "1000") as small:
-        refused(small.notes(b"x" * 1001, "text/plain"), 413, "too-large")
+        refused(small.notes(b"x" * 1001, "text/plain"), 413, "too_large")
         reply = small.request("POST", "/notes", iter([b"x" * 600] * 2), content_type="text/plain")
-        refused(reply, 413, "too-large")
+        refused(reply, 413, "too_large")
         assert reply.json["limit_bytes"] == 1000
         assert small.notes(b"word " * 200, "text/plain").status == 200
 
@@ -244,7 +244,7 @@ def asked(server: Server, body: bytes) -> Iterator[list[Reply]]:
     assert replies
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGSEGV, "corrupt-document"), (signal.SIGKILL, "too-complex")])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGSEGV, "corrupt_document"), (signal.SIGKILL, "too_complex")])
 def test_a_parser_that_dies_costs_its_own_document_only(number: signal.Signals, code: str) -> None:
     with running("--slots", "1") as one:
         [spare] = one.parsers()
@@ -259,13 +259,13 @@ def test_a_document_that_takes_too_long_is_given_up_and_others_are_read_meanwhil
     with running("--deadline-s", "2") as two, asked(two, SLOW) as replies:
         assert two.notes(b"Meanwhile.", "text/plain").json["text"] == "Meanwhile."
         until(lambda: replies, what="the deadline ends it")
-        assert "within 2 s" in refused(replies[0], 422, "too-complex")
+        assert "within 2 s" in refused(replies[0], 422, "too_complex")
         until(lambda: two.health()["busy"] == 0, what="its parser is gone")
 
 
 def test_a_document_that_takes_too_much_memory_is_given_up() -> None:
     with running("--memory-bytes", str(300_000_000)) as small:
-        refused(small.notes(SLOW, "text/plain"), 422, "too-complex")
+        refused(small.notes(SLOW, "text/plain"), 422, "too_complex")
         assert small.notes(documents.report_pdf(), PDF).status == 200
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 #: Where `rma up --lan` answers other machines.
 LAN_PORT = 8443
+#: Files that these commands make are their owner's alone.
+PRIVATE = 0o077
 
 
 def plugins_of(settings: CoordinatorSettings) -> Plugins:
@@ -74,6 +77,7 @@ def coordinator(insecure_http: bool, **flags: Any) -> None:
     from rma_coordinator.server import run
 
     settings = load_settings(CoordinatorSettings, flags=flags, known=(AgentSettings,))
+    os.umask(PRIVATE)
     common.set_up_logging(settings.log_level)
     run(_coordinate(settings, insecure_http=insecure_http))
 
@@ -150,6 +154,7 @@ def up(**flags: Any) -> None:
             "--attach comes with the llm service, which is not there yet", hints=("leave it out for now",)
         )
     settings = load_settings(CoordinatorSettings, flags={"home": flags["home"]}, known=(AgentSettings,))
+    os.umask(PRIVATE)
     common.set_up_logging(settings.log_level if flags["verbose"] else "warning")
     run(Up(settings, **{name: value for name, value in flags.items() if name != "home"}).main())
 

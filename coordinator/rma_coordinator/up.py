@@ -10,9 +10,10 @@ import random
 import shutil
 import socket
 import sys
+from collections import Counter
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
@@ -20,7 +21,9 @@ from rma_coordinator import commands
 from rma_coordinator.app import load_catalog, pool_of
 from rma_coordinator.certificate import own_pair, pin_of
 from rma_coordinator.server import Listener, free_port, make_config, run_server
+from rma_core.agent.start import plugin_tables
 from rma_core.commands import common
+from rma_core.commands.machine import discover, settings_of
 from rma_core.errors import SettingProblem
 from rma_core.interfaces import ContainerSpec
 from rma_core.settings import FILE_NAME
@@ -43,6 +46,8 @@ PROBE_S = 10.0
 AGENT_STOP_S = 40.0
 #: Seconds between two starts of a worker that ends by itself: doubled each time, with jitter.
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
+#: So often a service may fail while it gets ready before `rma up` goes on without it; the worker goes on trying.
+TROUBLES = 2
 #: How often the state of the local worker is looked at while it gets ready.
 LOOK_S = 0.1
 
@@ -138,7 +143,7 @@ class Up:
         if self.no_agent:
             await self._banner(app, key, ())
             return
-        choice = await choose_runtimes(self.catalog, self.asked, self.home / "agent", self.sources)
+        choice = await choose_runtimes(self.catalog, self.asked, self.home, self.sources)
         common.say(choice.sentence)
         token, _ = await pool_of(app).create_token(label="rma up", uses=1, ttl_s=3600)
         pause_s = FIRST_PAUSE_S
@@ -207,23 +212,26 @@ class Up:
 
     async def _watch(self, app: Quart) -> tuple[ContainerStatus, ...] | None:
         """Tell how the worker and its services get ready; ``None`` when the agent ended before."""
-        fleet, said = pool_of(app).fleet, dict[str, str]()
+        fleet, said, troubles = pool_of(app).fleet, dict[str, str](), Counter[str]()
 
         def tell(name: str, words: str) -> None:
             if said.get(name) != words:
                 said[name] = words
                 common.say(f"  {name}: {words}")
 
+        def settled(status: ContainerStatus) -> bool:
+            words = _words(status)
+            troubles[status.name] += status.state == "backoff" and said.get(status.service) != words
+            tell(status.service, words)
+            return status.state in ("healthy", "failed", "refused") or troubles[status.name] >= TROUBLES
+
         common.say("Detecting this machine's hardware …")
         while self.agent is not None and self.agent.returncode is None:
             worker = next((w for w in fleet.workers.values() if w.status != "offline"), None)
             if worker is not None:
                 tell(worker.id, worker.record.tier_reason)
-                for status in worker.containers:
-                    tell(status.service, _words(status))
-                wanted = {assignment.name for assignment in worker.record.assignment}
-                settled = [s for s in worker.containers if s.state in ("healthy", "failed", "refused")]
-                if wanted <= {s.name for s in settled}:
+                done = {status.name for status in worker.containers if settled(status)}
+                if {assignment.name for assignment in worker.record.assignment} <= done:
                     return worker.containers
             await asyncio.sleep(LOOK_S)
         return None
@@ -239,7 +247,8 @@ class Up:
         ]
         if any(s.service == "notes" and s.state == "healthy" for s in services):
             lines += ["", "Try it:", f"  {self._curl(key)}", "  rma infer notes YOUR.pdf"]
-        lines += ["", *await self._join_lines(app), "Ctrl-C stops everything."]
+        ill = [f"  {s.service} is not ready: {s.reason or s.state}" for s in services if s.state != "healthy"]
+        lines += ["", *ill, *await self._join_lines(app), "Ctrl-C stops everything."]
         common.say("\n".join(lines))
 
     def _curl(self, key: str) -> str:
@@ -299,12 +308,10 @@ async def choose_runtimes(
     catalog: tuple[CatalogEntry, ...], asked: tuple[str, ...], home: Path, sources: list[Path]
 ) -> Choice:
     """Choose what the local worker runs services with: an engine that has the images, else plain processes."""
-    from rma_core.host import Plugins
-
     if asked:
         return Choice(asked, f"Services run with {', '.join(asked)}, as you said.")
-    tables: dict[str, dict[str, Any]] = {"process": {"home": str(home), "sources": [str(s) for s in sources]}}
-    runtimes = Plugins.discover(kinds=["runtime"]).runtimes(tables)
+    settings = settings_of(str(home), service_sources=[str(source) for source in sources])
+    runtimes = discover(settings, "runtime").runtimes(plugin_tables(settings))
     reasons = []
     for name in ENGINES:
         if name in runtimes:

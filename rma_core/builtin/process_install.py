@@ -294,8 +294,9 @@ class _Installer:
 
     def _errors(self) -> str:
         """Return what pip calls errors, else its last lines."""
+        causes = [line.strip() for line in self._said if _CAUSE.match(line.strip())]
         errors = [line for line in self._said if line.startswith(("ERROR", "error:"))]
-        return " ".join(dict.fromkeys(errors or list(self._said)[-3:]))[:WORDS]
+        return " ".join(dict.fromkeys([*causes, *errors] or list(self._said)[-3:]))[:WORDS]
 
     def _last(self) -> str:
         return (self._said[-1] if self._said else "none")[:WORDS]
@@ -306,6 +307,10 @@ class _Installer:
             return out_of_space(self._home)
         message = f"{self._source.distribution} could not be installed: {words or 'pip failed without a word'}"
         return ImagePullFailed(message, hints=("what pip may fetch, and from where, is in your pip configuration",))
+
+
+#: What a build says of itself inside pip's own words: the line a traceback ends with.
+_CAUSE = re.compile(r"[\w.]*(?:Error|Exception): \S")
 
 
 def is_out_of_space(error: OSError) -> bool:

@@ -54,13 +54,13 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(rma_core.__version__, prog_name="rma")
 def rma() -> None:
-    r"""RMA: a compute pool made of other people's machines.
+    """RMA: a compute pool made of other people's machines.
 
     \b
     Try it:            rma up
     Give a machine:    rma join URL TOKEN
     Use a pool:        rma infer SERVICE FILE
-    """
+    """  # noqa: D301 - click reads the escape as "keep these lines"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

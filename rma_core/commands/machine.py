@@ -29,6 +29,14 @@ def settings_of(home: str | None, **flags: Any) -> AgentSettings:
     return load_settings(AgentSettings, flags={"home": home, **flags}, known=(CoordinatorSettings,))
 
 
+def agent_settings(settings: AgentSettings) -> AgentSettings:
+    """Return the settings with the agent's own folder: the one that `rma up` keeps inside its folder, where it does."""
+    inner = settings.home_path / "agent"
+    if (inner / "worker.json").exists() and not (settings.home_path / "worker.json").exists():
+        return msgspec.structs.replace(settings, home=str(inner))
+    return settings
+
+
 def discover(settings: AgentSettings, *kinds: Any) -> Plugins:
     """Return the installed plugins, decided by the owner's settings."""
     from rma_core.host import KINDS, Plugins
@@ -153,7 +161,7 @@ def doctor(ctx: click.Context, home: str | None, as_json: bool) -> None:
     """Look for everything that would keep this machine from working, each with what to do."""
     from rma_core.diagnosis import examine
 
-    settings = settings_of(home)
+    settings = agent_settings(settings_of(home))
     findings = common.run_async(examine(settings, discover(settings)))
     marks = {"ok": "✓", "note": "·", "warning": "!", "problem": "✗"}
     rows = [(marks[f.level], f.subject, f.message, f.advice) for f in findings]

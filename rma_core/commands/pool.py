@@ -185,7 +185,17 @@ def tokens_create(uses: int, ttl: float, label: str, as_json: bool, **options: A
     made = common.call(options, "POST", "/api/admin/tokens", body=body)
     common.show(made, as_json, lambda out: out.print(made["token"]))
     if not as_json:
-        common.say(f"On the machine that joins:  rma join {made['url'] or common.target(options).url} {made['token']}")
+        _say_how_to_join(made["url"] or common.target(options).url, made["token"])
+
+
+def _say_how_to_join(url: str, token: str) -> None:
+    from urllib.parse import urlsplit
+
+    from rma_core.http import is_loopback
+
+    if is_loopback(urlsplit(url).hostname or ""):
+        common.say(f"Only this machine reaches {url}: for others start the pool with `rma up --lan` or a --public-url.")
+    common.say(f"On the machine that joins:  rma join {url} {token}")
 
 
 @tokens.command("revoke")
@@ -212,9 +222,21 @@ def policies(ctx: click.Context, /, as_json: bool, **options: Any) -> None:
     """List tier policies; `preview` shows what one would do."""
     ctx.obj = options
     if ctx.invoked_subcommand is None:
-        found = common.call(options, "GET", "/api/admin/policies")
-        rows = [(p["name"], "active" if p["active"] else "", p["summary"]) for p in found["policies"]]
-        common.show(found, as_json, common.table(("policy", "", "what it does"), rows, empty="No policies."))
+        _list_policies(options, as_json=as_json)
+
+
+@policies.command("list")
+@common.json_option
+@common.pool_options
+def policies_list(as_json: bool, **options: Any) -> None:
+    """List tier policies; which one is active."""
+    _list_policies(_outer(options), as_json=as_json)
+
+
+def _list_policies(options: dict[str, Any], *, as_json: bool) -> None:
+    found = common.call(options, "GET", "/api/admin/policies")
+    rows = [(p["name"], "active" if p["active"] else "", p["summary"]) for p in found["policies"]]
+    common.show(found, as_json, common.table(("policy", "", "what it does"), rows, empty="No policies."))
 
 
 @policies.command("preview")
@@ -231,7 +253,7 @@ def policies_preview(name: str, report: str | None, as_json: bool, **options: An
         changed = [
             (w["worker_id"], w["from"] or "-", w["to"] or "-", w["reason"]) for w in answer["workers"] if w["changes"]
         ]
-        empty = f"{name} would change none of {len(answer['workers'])} workers."
+        empty = f"{name} would change nothing (workers: {len(answer['workers'])})."
         common.show(answer, as_json, common.table(("worker", "from", "to", "why"), changed, empty=empty))
         return
     machines = [_decide(name, data, index) for index, data in enumerate(_machines(report))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sys
 import threading
@@ -12,19 +13,25 @@ import click
 import msgspec
 
 from rma_core.commands import common
-from rma_core.commands.machine import print_report, settings_of
+from rma_core.commands.machine import agent_settings, print_report, settings_of
 from rma_core.errors import SettingProblem, UsageProblem
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from rich.console import Console
 
     from rma_core.agent.join import Invitation
     from rma_core.agent.lifecycle import Agent
+    from rma_core.agent.state import StateFolder
     from rma_core.models.hardware import HardwareReport
     from rma_core.models.worker import RegisterRequest, RegisterResponse, RuntimeReport
     from rma_core.settings import AgentSettings
+
+
+#: Seconds a running agent gets to finish before `rma leave` gives up, and how often it is looked for.
+LEAVE_WITHIN_S, LOOK_S = 90.0, 0.2
 
 
 def _no_attach(attach: tuple[str, ...]) -> None:
@@ -204,10 +211,9 @@ def status(home: str | None, as_json: bool) -> None:
     common.show(now, as_json, lambda out: _print_status(out, now))
 
 
-def _agent_home(settings: AgentSettings) -> Any:
+def _agent_home(settings: AgentSettings) -> Path:
     """Return the folder of the agent: the state folder itself, or the one `rma up` keeps inside it."""
-    inner = settings.home_path / "agent"
-    return inner if (inner / "control.json").exists() else settings.home_path
+    return agent_settings(settings).home_path
 
 
 def _print_status(out: Console, now: dict[str, Any]) -> None:
@@ -236,4 +242,48 @@ def drain(home: str | None) -> None:
     common.say("The agent finishes what it has and stops.")
 
 
-COMMANDS: list[click.Command] = [agent, drain, join, status]
+@click.command()
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@common.home_option
+def leave(yes: bool, home: str | None) -> None:
+    """Take this machine out of its pool: say goodbye, and forget the pool and the machine's key."""
+    settings = settings_of(home)
+    if not yes and not (sys.stdin.isatty() and click.confirm("Leave the pool for good?", default=False, err=True)):
+        raise UsageProblem("nothing was changed", hints=("--yes leaves without being asked",))
+    common.say(common.run_async(_leave(_agent_home(settings))))
+
+
+async def _leave(home: Path) -> str:
+    from rma_core.agent.control import ask
+    from rma_core.agent.state import StateFolder
+
+    folder = StateFolder(home)
+    record = await asyncio.to_thread(lambda: folder.load_record() if home.exists() else None)
+    if record is None:
+        raise UsageProblem(f"the machine with the state folder {home} has joined no pool")
+    with contextlib.suppress(UsageProblem):
+        # A running agent says goodbye itself once it has finished what it has.
+        await ask(home, "drain")
+    await _locked(folder)
+    try:
+        folder.forget()
+    finally:
+        folder.unlock()
+    return f"This machine is no longer {record.worker_id} of {record.coordinator_url}; its key is gone."
+
+
+async def _locked(folder: StateFolder) -> None:
+    """Wait until no agent runs with this folder. Raises SettingProblem when one still does after LEAVE_WITHIN_S."""
+    deadline = asyncio.get_running_loop().time() + LEAVE_WITHIN_S
+    while True:
+        try:
+            folder.lock()
+        except SettingProblem:
+            if asyncio.get_running_loop().time() > deadline:
+                raise
+            await asyncio.sleep(LOOK_S)
+        else:
+            return
+
+
+COMMANDS: list[click.Command] = [agent, drain, join, leave, status]

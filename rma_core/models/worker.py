@@ -71,7 +71,7 @@ class Assignment(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     process: ProcessForm | None = None
 
 
-class ContainerStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class ContainerStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One container as it stands on the worker; ``progress`` is 0..1 while pulling, when the size is known."""
 
     name: ContainerName

@@ -43,7 +43,13 @@ class NotesProblem(Exception):
 
     def body(self) -> bytes:
         """Return the problem document as JSON."""
-        document = {"type": TYPE_PREFIX + self.code, "title": self.title, "status": self.status, "detail": self.detail}
+        document = {
+            "type": TYPE_PREFIX + self.code,
+            "title": self.title,
+            "status": self.status,
+            "detail": self.detail,
+            "code": self.code,
+        }
         return msgspec.json.encode(document | self.members)
 
 
@@ -51,14 +57,14 @@ class BadRequest(NotesProblem):
     """The request itself cannot be read."""
 
     status = 400
-    code = "bad-request"
+    code = "bad_request"
     title = "The request cannot be read"
 
 
 class BadOptions(NotesProblem):
     """Options that do not fit; ``errors`` names every one of them with what is wrong."""
 
-    code = "bad-options"
+    code = "bad_options"
     title = "Some options do not fit"
 
     def __init__(self, errors: Mapping[str, str]) -> None:
@@ -71,7 +77,7 @@ class NotFound(NotesProblem):
     """There is nothing at that path."""
 
     status = 404
-    code = "not-found"
+    code = "not_found"
     title = "There is nothing here"
 
 
@@ -79,7 +85,7 @@ class MethodNotAllowed(NotesProblem):
     """The path is right, the method is not."""
 
     status = 405
-    code = "method-not-allowed"
+    code = "method_not_allowed"
     title = "This method does not work here"
 
 
@@ -87,7 +93,7 @@ class TooSlow(NotesProblem):
     """The body came too slowly."""
 
     status = 408
-    code = "too-slow"
+    code = "too_slow"
     title = "The request took too long to arrive"
 
 
@@ -95,7 +101,7 @@ class TooLarge(NotesProblem):
     """The body is over the limit."""
 
     status = 413
-    code = "too-large"
+    code = "too_large"
     title = "The document is too large"
 
 
@@ -103,35 +109,35 @@ class UnsupportedMediaType(NotesProblem):
     """A kind of document, or an encoding of the body, that is not read here."""
 
     status = 415
-    code = "unsupported-media-type"
+    code = "unsupported_media_type"
     title = "This kind of document is not supported"
 
 
 class EmptyDocument(NotesProblem):
     """There is nothing in the document."""
 
-    code = "empty-document"
+    code = "empty_document"
     title = "The document is empty"
 
 
 class EncryptedDocument(NotesProblem):
     """The document opens with a password only."""
 
-    code = "encrypted-document"
+    code = "encrypted_document"
     title = "The document is encrypted"
 
 
 class CorruptDocument(NotesProblem):
     """The document is broken, or is not what it says it is."""
 
-    code = "corrupt-document"
+    code = "corrupt_document"
     title = "The document is damaged"
 
 
 class TooComplex(NotesProblem):
     """The document needs more time, memory or space than one may take here."""
 
-    code = "too-complex"
+    code = "too_complex"
     title = "The document takes too much to process"
 
 

@@ -1,0 +1,298 @@
+"""The server: it starts at once, listens with and without TLS, and ends in time whatever is still open."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import ssl
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from rma_core.errors import SettingProblem
+from rma_core.http import open_client
+from rma_core.models import channel as frames
+from rma_core.tls import certificate_pin, fetch_pinned, pinned_context
+from rma_coordinator import server
+from rma_coordinator.app import pool_of
+from rma_coordinator.certificate import own_pair, pin_of
+from rma_coordinator.server import GRACE_S, HARD_STOP_S, LAST_STOP_S, Listener, free_port, make_config, run_server
+from rma_coordinator.store import MemoryStore
+from tests.coordinator_fixtures import PATIENCE_S, Running, TurnedClock, make_app, running, soon, until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from quart import Quart
+
+ROOT = Path(__file__).parent.parent
+#: Everything ends within this, with a margin for a busy machine.
+ENDS_WITHIN_S = GRACE_S + HARD_STOP_S + LAST_STOP_S + 5
+
+
+async def for_ever() -> None:
+    await asyncio.Event().wait()
+
+
+async def answers(url: str, **more: object) -> bool:
+    async with open_client(url, **more) as client:  # type: ignore[arg-type]
+        with contextlib.suppress(OSError):
+            return (await client.get("/health")).json()["status"] == "ok"
+    return False
+
+
+async def test_a_coordinator_answers_soon_after_its_start(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool:
+        found = (await pool.client.get("/health", headers={"Authorization": ""})).json()
+        assert found["status"] == "ok"
+        assert found["issuer"] == pool.pool.record.issuer
+
+
+async def test_ready_is_told_before_anything_else_and_what_it_raises_ends_the_server(tmp_path: Path) -> None:
+    app, seen = make_app(tmp_path), []
+
+    async def ready() -> None:
+        seen.append(pool_of(app).record.issuer)
+        raise SettingProblem("not ready after all", hints=("a hint",))
+
+    config = make_config(Listener("127.0.0.1", free_port("127.0.0.1", 0)), None)
+    with pytest.raises(SettingProblem, match="not ready after all") as failed:
+        await soon(run_server(app, config, until=for_ever, ready=ready))
+    assert (failed.value.hints, len(seen)) == (("a hint",), 1)
+    # The store was closed: another coordinator can have it.
+    again = make_app(tmp_path)
+    await pool_of(again).start()
+    await pool_of(again).stop()
+
+
+async def test_what_ends_the_waiting_is_raised(tmp_path: Path) -> None:
+    async def broken() -> None:
+        raise RuntimeError("the local part failed")
+
+    config = make_config(Listener("127.0.0.1", free_port("127.0.0.1", 0)), None)
+    with pytest.raises(RuntimeError, match="the local part failed"):
+        await soon(run_server(make_app(tmp_path), config, until=broken))
+
+
+async def test_a_setting_that_cannot_work_is_raised_as_it_is(tmp_path: Path) -> None:
+    app = make_app(tmp_path, tier_policy="nobody-has-this")
+    config = make_config(Listener("127.0.0.1", free_port("127.0.0.1", 0)), None)
+    with pytest.raises(SettingProblem, match="no tier policy 'nobody-has-this'"):
+        await soon(run_server(app, config, until=for_ever))
+
+
+async def test_a_second_coordinator_on_the_same_folder_is_refused(tmp_path: Path) -> None:
+    async with running(tmp_path):
+        config = make_config(Listener("127.0.0.1", free_port("127.0.0.1", 0)), None)
+        with pytest.raises(SettingProblem, match="another coordinator is using"):
+            await soon(run_server(make_app(tmp_path), config, until=for_ever))
+
+
+async def test_a_port_that_is_taken_is_said_with_advice(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(SettingProblem, match="cannot listen") as refused:
+            free_port("127.0.0.1", port)
+        assert "--port" in refused.value.hints[0]
+        # And when somebody takes it between the look and the bind.
+        config = make_config(Listener("127.0.0.1", port), None)
+        with pytest.raises(SettingProblem, match="cannot listen"):
+            await soon(run_server(make_app(tmp_path), config, until=for_ever))
+
+
+def test_an_address_that_is_not_ours_is_said() -> None:
+    with pytest.raises(SettingProblem, match="cannot listen on 192.0.2.1"):
+        free_port("192.0.2.1", 0)
+    with pytest.raises(SettingProblem, match="cannot listen on no.such.host.invalid"):
+        free_port("no.such.host.invalid", 0)
+
+
+def test_listeners_are_written_as_urls() -> None:
+    assert Listener("127.0.0.1", 80).url == "http://127.0.0.1:80"
+    assert Listener("::1", 80, Path("c"), Path("k")).url == "https://[::1]:80"
+    assert make_config(Listener("::1", 80), None).bind == ["[::1]:80"]
+
+
+# -- TLS -----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_pool_answers_with_tls_and_without_at_once(tmp_path: Path) -> None:
+    pair = own_pair(tmp_path / "tls", names=["localhost", "127.0.0.1"])
+    plain = Listener("127.0.0.1", free_port("127.0.0.1", 0))
+    secure = Listener("127.0.0.1", free_port("127.0.0.1", 0), pair.cert, pair.key)
+    stop = asyncio.Event()
+
+    async def told() -> None:
+        await stop.wait()
+
+    app = make_app(tmp_path)
+    serving = asyncio.create_task(run_server(app, make_config(plain, secure), until=told))
+    try:
+        pin = pin_of(pair.cert)
+        assert pin == "." + certificate_pin(pair.cert.read_text(encoding="ascii"))
+        certificate = await until_answer(lambda: fetch_pinned(secure.url, pin.removeprefix(".")))
+        assert await answers(plain.url)
+        assert await answers(secure.url, context=pinned_context(str(certificate)))
+        with pytest.raises(ssl.SSLError):
+            # Who does not trust exactly this certificate gets nowhere.
+            await asyncio.open_connection("127.0.0.1", secure.port, ssl=ssl.create_default_context())
+    finally:
+        stop.set()
+        await soon(serving)
+
+
+async def until_answer(ask: Callable[[], object]) -> object:
+    """Ask until the server is there."""
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            try:
+                return await ask()  # type: ignore[misc]
+            except Exception as error:  # noqa: BLE001 - whatever it is, the server may not be there yet
+                if "certificate" in str(error) and "not the one" in str(error):
+                    raise
+            await asyncio.sleep(0.05)
+
+
+def test_a_certificate_is_made_once_and_only_its_owner_reads_the_key(tmp_path: Path) -> None:
+    first = own_pair(tmp_path / "tls", names=["localhost", "10.0.0.1", "::1"])
+    before = first.cert.read_bytes()
+    again = own_pair(tmp_path / "tls", names=["elsewhere"])
+    assert (again, again.cert.read_bytes()) == (first, before)
+    assert first.key.stat().st_mode & 0o077 == 0
+
+
+def test_what_is_no_certificate_is_said(tmp_path: Path) -> None:
+    with pytest.raises(SettingProblem, match="cannot be used"):
+        pin_of(tmp_path / "absent.pem")
+    (tmp_path / "bad.pem").write_text("no certificate")
+    with pytest.raises(SettingProblem, match="takes a PEM file|cannot be used"):
+        pin_of(tmp_path / "bad.pem")
+
+
+# -- the end -------------------------------------------------------------------------------------------------------
+
+
+async def test_with_nothing_open_the_end_comes_at_once(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool:
+        pass
+    assert not pool.pool._started, "the store was flushed and closed"
+
+
+async def test_open_channels_and_polls_do_not_hold_up_the_end(tmp_path: Path) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        pool = await stack.enter_async_context(running(tmp_path))
+        line = await stack.enter_async_context(pool.worker())
+        machine = await pool.enrol()
+        polling = asyncio.create_task(machine.poll(wait=50))
+        await until(lambda: machine.id in pool.pool.hub.sinks)
+        began = time.monotonic()
+        pool.stop.set()
+        await line.closed()
+        assert (await soon(polling)).status_code == 204
+        await until(lambda: not pool.pool._started)
+        assert time.monotonic() - began < GRACE_S, "nothing had to be cut"
+
+
+async def stuck_client(pool: Running) -> asyncio.StreamWriter:
+    """Ask for an answer and never read it."""
+    connection = socket.create_connection(("127.0.0.1", int(pool.url.rpartition(":")[2])))
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.setblocking(False)
+    reader, writer = await asyncio.open_connection(sock=connection, limit=1024)
+    reader._transport.pause_reading()  # type: ignore[attr-defined]
+    head = f"POST /api/inference/notes HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {pool.key}\r\nContent-Length: 0\r\n\r\n"
+    writer.write(head.encode())
+    await writer.drain()
+    return writer
+
+
+async def test_a_client_that_stopped_reading_cannot_hold_up_the_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        pool = await stack.enter_async_context(running(tmp_path))
+        line = await stack.enter_async_context(pool.worker())
+        writer = await stuck_client(pool)
+        task = await line.task()
+        await line.say(frames.Head(stream=task.stream, status=200))
+        granted, sent = frames.WINDOW_BYTES, 0
+        with contextlib.suppress(TimeoutError):
+            while sent < 2**26:
+                while sent + frames.MAX_DATA_BYTES <= granted:
+                    await line.data(task.stream, b"x" * frames.MAX_DATA_BYTES)
+                    sent += frames.MAX_DATA_BYTES
+                granted += (await line.frame(frames.Credit, within_s=1.0)).bytes
+        assert sent < 2**26, "the client is not stuck at all"
+        began = time.monotonic()
+        pool.stop.set()
+        await until(lambda: not pool.pool._started, within_s=ENDS_WITHIN_S)
+        assert time.monotonic() - began < ENDS_WITHIN_S
+        assert pool.pool.dispatcher.find(task.offer.task_id).final
+        writer.transport.abort()
+    # The store was closed in order, so the next start finds everything.
+    async with running(tmp_path) as again:
+        assert line.id in again.pool.fleet.workers
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")
+async def test_sigterm_ends_the_command_with_a_channel_open(tmp_path: Path) -> None:
+    port = free_port("127.0.0.1", 0)
+    environment = {**os.environ, "RMA_HOME": str(tmp_path), "RMA_CATALOG": ""}
+    command = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "rma_core", "coordinator", "--port", str(port),
+        cwd=ROOT, env=environment, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        url = f"http://127.0.0.1:{port}"
+        async with asyncio.timeout(60):
+            while not await _listens(port):
+                assert command.returncode is None
+                await asyncio.sleep(0.05)
+        assert await answers(url)
+        began = time.monotonic()
+        command.send_signal(signal.SIGTERM)
+        assert await asyncio.wait_for(command.wait(), ENDS_WITHIN_S) == 0
+        assert time.monotonic() - began < ENDS_WITHIN_S
+        assert command.stderr is not None
+        said = (await command.stderr.read()).decode()
+        assert "Traceback" not in said
+        assert "The coordinator answers at" in said
+    finally:
+        if command.returncode is None:
+            command.kill()
+            await command.wait()
+        command._transport.close()  # type: ignore[attr-defined]
+
+
+async def _listens(port: int) -> bool:
+    try:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+    except OSError:
+        return False
+    writer.close()
+    await writer.wait_closed()
+    return True
+
+
+async def test_test_app_runs_the_whole_life_too(tmp_path: Path) -> None:
+    app: Quart = make_app(tmp_path, store=MemoryStore(), clock=TurnedClock())
+    async with app.test_app() as serving:
+        answer = await serving.test_client().get("/health")
+        assert (await answer.get_json())["status"] == "ok"
+    assert not pool_of(app)._started
+
+
+async def _exit_code() -> int:
+    return 3
+
+
+def test_run_returns_the_exit_code() -> None:
+    assert server.run(_exit_code()) == 3
