@@ -1,6 +1,6 @@
 """A real coordinator on loopback, clients for it, and stand-in workers that speak its contracts.
 
-Tests open them themselves: ``async with running(tmp_path) as pool: …`` and ``async with pool.worker("notes") as worker``.
+Tests open them themselves: ``async with running(tmp_path) as pool, pool.worker() as line: …``.
 Nothing here is imported by conftest.py.
 """
 
@@ -76,7 +76,7 @@ class TurnedClock:
 async def until(what: Callable[[], Any], *, within_s: float = PATIENCE_S) -> Any:
     """Wait until ``what`` gives something, and return it."""
     async with asyncio.timeout(within_s):
-        while not (found := what()):
+        while not (found := what()):  # noqa: ASYNC110 - what is waited for is not ours to signal
             await asyncio.sleep(0.01)
     return found
 

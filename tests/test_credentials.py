@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rma_core.errors import Forbidden, NotAuthenticated, ValidationProblem
 from rma_coordinator.domain import credentials
 from rma_coordinator.domain.credentials import ALPHABET, NONCE_S, PREFIXES, SCOPES, Nonces, Principal
+from rma_core.errors import Forbidden, NotAuthenticated, ValidationProblem
 
 KINDS = st.sampled_from(sorted(PREFIXES))
 ALL = Principal(id="key:1", kind="admin", scopes=SCOPES)
@@ -86,7 +86,9 @@ def test_a_key_gives_away_a_part_of_its_own_scopes_and_nothing_else(wanted: set[
             credentials.check_scopes(wanted, creator)
 
 
-@pytest.mark.parametrize("scope", ["", "admin", "admin:*", "infer:", "infer:No Such", "infer:a\nb", "infer:" + "x" * 40])
+@pytest.mark.parametrize(
+    "scope", ["", "admin", "admin:*", "infer:", "infer:No Such", "infer:a\nb", "infer:" + "x" * 40]
+)
 def test_an_unknown_scope_is_bad_input(scope: str) -> None:
     with pytest.raises(ValidationProblem, match="there is no scope"):
         credentials.check_scopes([scope], ALL)
@@ -106,7 +108,16 @@ def test_a_nonce_is_good_once_and_for_a_minute() -> None:
 def test_another_coordinators_nonce_and_any_other_text_are_refused() -> None:
     nonces = Nonces(lambda: 1000.0)
     good = nonces.make()
-    for wrong in (Nonces(lambda: 1000.0).make(), "", ".", "..", good[:-1], "9" + good, good + "ä", "\udcff.\udcff.\udcff"):
+    for wrong in (
+        Nonces(lambda: 1000.0).make(),
+        "",
+        ".",
+        "..",
+        good[:-1],
+        "9" + good,
+        good + "ä",
+        "\udcff.\udcff.\udcff",
+    ):
         assert not nonces.spend(wrong)
     assert nonces.spend(good)
 

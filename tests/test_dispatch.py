@@ -10,10 +10,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from rma_core.errors import NotFound, TryLater
-from rma_core.models.worker import AttemptRef
 from rma_coordinator.domain.dispatch import MAX_ATTEMPTS, REMEMBERED, Dispatcher
 from rma_coordinator.domain.tasks import LEASE_S, Attempt, Seat, Task
+from rma_core.errors import NotFound, TryLater
+from rma_core.models.worker import AttemptRef
 
 if TYPE_CHECKING:
     from rma_core.models.worker import Fault
@@ -37,7 +37,7 @@ class Recording:
     def offer(self, attempt: Attempt) -> bool:
         seat = self.seats[attempt.worker_id]
         assert seat.room(attempt.task.service) >= 0, "more than its slots"
-        assert seat.usable and seat.reachable
+        assert (seat.usable, seat.reachable) == (True, True)
         assert attempt.worker_id not in attempt.task.excluded
         self.offered.append(attempt)
         return attempt.worker_id not in self.deaf
@@ -277,7 +277,7 @@ def test_a_coordinator_that_stood_still_gives_everyone_that_time(bench: Bench) -
     ran, waited = bench.running(), bench.attempt(bench.task())
     bench.now += 300
     bench.dispatcher.tick()
-    assert ran.open and waited.open
+    assert (ran.open, waited.open) == (True, True)
     bench.turn(6)
     assert (ran.open, waited.open) == (True, False)
 

@@ -7,10 +7,10 @@ import logging
 import msgspec
 import pytest
 
+from rma_coordinator.domain.fleet import AMNESTY_S, SWEEP_S, Fleet, Worker, WorkerRecord
 from rma_core.errors import NotFound
 from rma_core.models.hardware import Capabilities, HardwareReport
 from rma_core.models.worker import ContainerStatus, Heartbeat
-from rma_coordinator.domain.fleet import AMNESTY_S, SWEEP_S, Fleet, Worker, WorkerRecord
 
 REPORT = HardwareReport(capabilities=Capabilities(cpu_cores=4, ram="16GB"))
 INTERVAL_S = 30.0

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from rma_core.errors import Forbidden, NotAuthenticated, NotFound
 from rma_coordinator.domain import credentials
 from rma_coordinator.domain.keyring import Keyring
+from rma_core.errors import Forbidden, NotAuthenticated, NotFound
 
 
 class Ring:

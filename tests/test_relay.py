@@ -1,4 +1,4 @@
-"""The relay: a window between worker and client, small answers held until they are whole, bodies in memory or on disk."""
+"""The relay: a window between worker and client, small answers held until whole, bodies in memory or on disk."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rma_core.errors import NotFound, OutOfSpace
-from rma_core.models.channel import WINDOW_BYTES
-from rma_coordinator import relay as relays
 from rma_coordinator.domain.tasks import Attempt, Task
 from rma_coordinator.relay import HOLD_BYTES, PIECE_BYTES, Body, Head, Overrun, Relay
+from rma_core.errors import NotFound, OutOfSpace
+from rma_core.models.channel import WINDOW_BYTES
 from tests.coordinator_fixtures import soon
 
 if TYPE_CHECKING:
@@ -104,7 +103,6 @@ async def test_never_more_than_a_window_waits_and_room_is_made_by_reading(relay:
     await soon(room)
     assert taken == [PIECE_BYTES]
     relay.put(b"x" * PIECE_BYTES)
-    await pieces.aclose()
 
 
 async def test_waiting_for_room_ends_with_the_task(relay: Relay) -> None:
@@ -222,7 +220,7 @@ async def test_a_full_disk_refuses_the_body_with_a_reason(tmp_path: Path, monkey
     def full(**_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(relays.tempfile, "TemporaryFile", full)
+    monkeypatch.setattr("rma_coordinator.relay.tempfile.TemporaryFile", full)
     body = Body(memory_bytes=0, folder=tmp_path)
     with pytest.raises(OutOfSpace, match="the disk for request bodies is full"):
         await body.write(b"x")

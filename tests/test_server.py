@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import socket
 import ssl
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from rma_core.errors import SettingProblem
-from rma_core.http import open_client
-from rma_core.models import channel as frames
-from rma_core.tls import certificate_pin, fetch_pinned, pinned_context
 from rma_coordinator import server
 from rma_coordinator.app import pool_of
 from rma_coordinator.certificate import own_pair, pin_of
 from rma_coordinator.server import GRACE_S, HARD_STOP_S, LAST_STOP_S, Listener, free_port, make_config, run_server
 from rma_coordinator.store import MemoryStore
+from rma_core.errors import SettingProblem
+from rma_core.http import open_client
+from rma_core.models import channel as frames
+from rma_core.tls import certificate_pin, fetch_pinned, pinned_context
 from tests.coordinator_fixtures import PATIENCE_S, Running, TurnedClock, make_app, running, soon, until
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ async def for_ever() -> None:
 async def answers(url: str, **more: object) -> bool:
     async with open_client(url, **more) as client:  # type: ignore[arg-type]
         with contextlib.suppress(OSError):
-            return (await client.get("/health")).json()["status"] == "ok"
+            return bool((await client.get("/health")).json()["status"] == "ok")
     return False
 
 
@@ -104,14 +106,18 @@ async def test_a_port_that_is_taken_is_said_with_advice(tmp_path: Path) -> None:
         assert "--port" in refused.value.hints[0]
         # And when somebody takes it between the look and the bind.
         config = make_config(Listener("127.0.0.1", port), None)
-        with pytest.raises(SettingProblem, match="cannot listen"):
-            await soon(run_server(make_app(tmp_path), config, until=for_ever))
+        with warnings.catch_warnings():
+            # Hypercorn forgets to close the socket that it could not bind.
+            warnings.simplefilter("ignore", ResourceWarning)
+            with pytest.raises(SettingProblem, match="cannot listen"):
+                await soon(run_server(make_app(tmp_path), config, until=for_ever))
+            gc.collect()
 
 
 def test_an_address_that_is_not_ours_is_said() -> None:
-    with pytest.raises(SettingProblem, match="cannot listen on 192.0.2.1"):
+    with pytest.raises(SettingProblem, match=r"cannot listen on 192\.0\.2\.1"):
         free_port("192.0.2.1", 0)
-    with pytest.raises(SettingProblem, match="cannot listen on no.such.host.invalid"):
+    with pytest.raises(SettingProblem, match=r"cannot listen on no\.such\.host\.invalid"):
         free_port("no.such.host.invalid", 0)
 
 
@@ -155,7 +161,7 @@ async def until_answer(ask: Callable[[], object]) -> object:
         while True:
             try:
                 return await ask()  # type: ignore[misc]
-            except Exception as error:  # noqa: BLE001 - whatever it is, the server may not be there yet
+            except Exception as error:
                 if "certificate" in str(error) and "not the one" in str(error):
                     raise
             await asyncio.sleep(0.05)
@@ -173,7 +179,7 @@ def test_what_is_no_certificate_is_said(tmp_path: Path) -> None:
     with pytest.raises(SettingProblem, match="cannot be used"):
         pin_of(tmp_path / "absent.pem")
     (tmp_path / "bad.pem").write_text("no certificate")
-    with pytest.raises(SettingProblem, match="takes a PEM file|cannot be used"):
+    with pytest.raises(SettingProblem, match="cannot be used"):
         pin_of(tmp_path / "bad.pem")
 
 
@@ -208,15 +214,17 @@ async def stuck_client(pool: Running) -> asyncio.StreamWriter:
     connection.setblocking(False)
     reader, writer = await asyncio.open_connection(sock=connection, limit=1024)
     reader._transport.pause_reading()  # type: ignore[attr-defined]
-    head = f"POST /api/inference/notes HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {pool.key}\r\nContent-Length: 0\r\n\r\n"
-    writer.write(head.encode())
+    head = f"POST /api/inference/notes HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {pool.key}\r\n"
+    writer.write(f"{head}Content-Length: 0\r\n\r\n".encode())
     await writer.drain()
     return writer
 
 
 async def test_a_client_that_stopped_reading_cannot_hold_up_the_end(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(server, "GRACE_S", 1.0)
+    monkeypatch.setattr(server, "HARD_STOP_S", 1.0)
     async with contextlib.AsyncExitStack() as stack:
         pool = await stack.enter_async_context(running(tmp_path))
         line = await stack.enter_async_context(pool.worker())
@@ -236,6 +244,7 @@ async def test_a_client_that_stopped_reading_cannot_hold_up_the_end(
         await until(lambda: not pool.pool._started, within_s=ENDS_WITHIN_S)
         assert time.monotonic() - began < ENDS_WITHIN_S
         assert pool.pool.dispatcher.find(task.offer.task_id).final
+        assert "Traceback" not in caplog.text
         writer.transport.abort()
     # The store was closed in order, so the next start finds everything.
     async with running(tmp_path) as again:

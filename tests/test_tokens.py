@@ -12,10 +12,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rma_core.agent.keys import DeviceKey
-from rma_core.errors import NotAuthenticated
 from rma_coordinator import tokens
 from rma_coordinator.tokens import CACHE_SIZE, WORKER_TOKEN_S, WorkerTokens
+from rma_core.agent.keys import DeviceKey
+from rma_core.errors import NotAuthenticated
 
 ISSUER = "rma-pool"
 PRIVATE = Ed25519PrivateKey.generate()
@@ -24,7 +24,16 @@ KEY = DeviceKey(PRIVATE)
 
 def claims(**more: Any) -> dict[str, Any]:
     now = int(time.time())
-    return {"iss": KEY.thumbprint, "sub": "x", "aud": ISSUER, "exp": now + 60, "iat": now, "jti": "1", "nonce": "n", **more}
+    return {
+        "iss": KEY.thumbprint,
+        "sub": "x",
+        "aud": ISSUER,
+        "exp": now + 60,
+        "iat": now,
+        "jti": "1",
+        "nonce": "n",
+        **more,
+    }
 
 
 def sign(body: dict[str, Any], *, key: Any = PRIVATE, kind: str = "rma-proof+jwt", algorithm: str = "EdDSA") -> str:

@@ -1,0 +1,124 @@
+"""A container engine under a running pool: images come from a registry, engines go and come back."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests import base_image
+from tests.pools import pool, until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from tests.engines import Engine
+    from tests.pools import Pool
+
+#: Large enough for a pull to be seen on its way.
+LAYER_MIB = 96
+
+ENTRY = """
+service = "hello"
+name = "rma-hello-worker"
+image = "{image}"
+port = 8000
+health_path = "/health"
+routes = ["POST /hello"]
+tiers = [1, 2, 3]
+
+[needs]
+cpu_cores = 0.1
+memory = "16MB"
+
+[limits]
+memory = "64MB"
+pids = 32
+tmp = "8MB"
+"""
+
+
+@pytest.fixture
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("engine-pool")
+
+
+def catalog(folder: Path, image: str) -> str:
+    folder.mkdir()
+    (folder / "hello.toml").write_text(ENTRY.format(image=image), encoding="utf-8")
+    return str(folder)
+
+
+def hello(made: Pool) -> dict[str, Any]:
+    [worker] = made.workers()
+    [status] = worker["containers"] or [{"state": "none", "reason": ""}]
+    return {**status, "worker": worker["status"], "worker_reason": worker["status_reason"]}
+
+
+def wait(made: Pool, right: Callable[[dict[str, Any]], bool], what: str) -> dict[str, Any]:
+    def look() -> dict[str, Any] | None:
+        seen = hello(made)
+        return seen if right(seen) else None
+
+    found: dict[str, Any] = until(look, within_s=90, what=f"{what}; it is {hello(made)}")
+    return found
+
+
+def test_an_engine_that_goes_and_comes_back_is_said_once_and_serves_again(
+    home: Path, tmp_path: Path, own_engine: Engine
+) -> None:
+    env = {"DOCKER_HOST": own_engine.host, "RMA_CATALOG": catalog(tmp_path / "catalog", base_image.BUSYBOX)}
+    with pool(home, "--port", "0", env=env) as made:
+        assert hello(made)["state"] == "healthy"
+        own_engine.stop()
+        down = wait(made, lambda seen: seen["worker"] == "degraded", "the worker says that its engine is gone")
+        assert "Docker" in down["worker_reason"]
+        assert "start it" in down["worker_reason"]
+        own_engine.start()
+        wait(made, lambda seen: (seen["worker"], seen["state"]) == ("healthy", "healthy"), "it serves again")
+    log = (home / "agent.log").read_text(encoding="utf-8")
+    assert len(re.findall(r"docker cannot be used: ", log)) == 1
+    assert len(re.findall(r"docker \S+ can be used again", log)) == 1
+    assert "Traceback" not in log
+
+
+def push(engine: Engine, registry: str) -> str:
+    """Put an image with a large layer into the registry, and take it off the engine."""
+    name = f"{registry}/rma-test/hello:1"
+    build = f"FROM {base_image.BUSYBOX}\nUSER 0\nRUN dd if=/dev/urandom of=/www/large bs=1048576 count={LAYER_MIB}\n"
+    build = build.replace("RUN dd", "RUN /bin/busybox dd")
+    subprocess.run(
+        ["docker", "--host", engine.host, "build", "-q", "-t", name, "-"], input=build.encode(), check=True, timeout=300
+    )
+    engine.docker("push", name)
+    engine.docker("rmi", name)
+    return name
+
+
+def test_an_image_comes_from_a_registry_with_progress(
+    home: Path, tmp_path: Path, own_engine: Engine, registry: str
+) -> None:
+    image = push(own_engine, registry)
+    env = {"DOCKER_HOST": own_engine.host, "RMA_CATALOG": catalog(tmp_path / "catalog", image)}
+    with pool(home, "--port", "0", "--runtime", "docker", env=env) as made:
+        assert hello(made)["state"] == "healthy"
+        shares = [int(share) for share in re.findall(r"hello: pulling (\d+)%", made.up.text)]
+        assert shares
+        assert shares == sorted(shares)
+
+
+def test_an_image_that_nobody_has_is_a_reason_and_no_process_takes_its_place(
+    home: Path, tmp_path: Path, own_engine: Engine, registry: str
+) -> None:
+    env = {"DOCKER_HOST": own_engine.host, "RMA_CATALOG": catalog(tmp_path / "catalog", f"{registry}/no/body:1")}
+    with pool(home, "--port", "0", "--runtime", "docker", env=env) as made:
+        status = hello(made)
+        assert (status["state"], status["runtime"]) == ("failed", "")
+        assert f"{registry}/no/body" in status["reason"]
+        assert "hello is not ready" in made.up.text
+        asked = made.ask("infer", "hello", "a text", check=False)
+        assert asked.returncode == 75
+        assert "hello cannot be served now: failed:" in asked.stderr
