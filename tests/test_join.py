@@ -93,7 +93,8 @@ def check_that_it_cannot_be_reached(second: Machine) -> None:
     finally:
         listener.kill()
         listener.wait(10)
-        listener.stdout.close() if listener.stdout else None
+        if listener.stdout is not None:
+            listener.stdout.close()
 
 
 def test_another_certificate_than_the_pinned_one_gets_nothing(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -111,8 +111,8 @@ async def opened(
     """Open the state folder for one agent, with a record and a key in it; enrol first where there are none."""
     folder = StateFolder(settings.home_path)
     # Looked at before anything is made: a start by mistake leaves nothing behind.
-    known = settings.home_path.exists() and folder.load_record() is not None
-    if not known and not (settings.coordinator_url and settings.join_token):
+    enrolled = settings.home_path.exists() and folder.load_record() is not None and folder.load_key() is not None
+    if not enrolled and not (settings.coordinator_url and settings.join_token):
         raise UsageProblem(
             "this machine has not joined a pool yet",
             hints=("rma join URL TOKEN", "or set RMA_COORDINATOR_URL and RMA_JOIN_TOKEN for an unattended start"),
@@ -120,7 +120,6 @@ async def opened(
     folder.prepare()
     folder.lock()
     try:
-        enrolled = folder.load_record() is not None and folder.load_key() is not None
         report = await detect()
         if not enrolled:
             await _enrol(settings, folder, report, consent)
