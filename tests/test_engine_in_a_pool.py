@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests import base_image
-from tests.pools import pool, until
+from tests.pools import Running, environment, pool, rma, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -83,6 +84,31 @@ def test_an_engine_that_goes_and_comes_back_is_said_once_and_serves_again(
     assert len(re.findall(r"docker cannot be used: ", log)) == 1
     assert len(re.findall(r"docker \S+ can be used again", log)) == 1
     assert "Traceback" not in log
+
+
+def ids(engine: Engine) -> list[str]:
+    return engine.docker("ps", "-q", "--no-trunc", "--filter", "label=rma.service=hello").split()
+
+
+def test_an_agent_that_was_killed_takes_over_the_container_it_had(
+    home: Path, tmp_path: Path, own_engine: Engine
+) -> None:
+    env = {"DOCKER_HOST": own_engine.host, "RMA_CATALOG": catalog(tmp_path / "catalog", base_image.BUSYBOX)}
+    with pool(home, "--port", "0", "--no-agent", env=env) as made:
+        token = made.json("tokens", "create")["token"]
+        own = {**env, "RMA_COORDINATOR_URL": made.url, "RMA_JOIN_TOKEN": token, "RMA_RUNTIMES": "docker"}
+        agent = Running(rma("agent"), environment(home / "agent", own))
+        until(made.workers, within_s=30, what="the agent registers")
+        wait(made, lambda seen: seen["state"] == "healthy", "it serves")
+        [before] = ids(own_engine)
+        agent.stop(signal.SIGKILL)
+        assert ids(own_engine) == [before]
+        agent = Running(rma("agent"), environment(home / "agent", own))
+        agent.wait_for("rma-hello-worker goes on in docker", within_s=30)
+        agent.wait_for("rma-hello-worker is healthy", within_s=30)
+        assert ids(own_engine) == [before]
+        assert agent.stop(signal.SIGTERM) == 0
+        assert ids(own_engine) == []
 
 
 def push(engine: Engine, registry: str) -> str:
