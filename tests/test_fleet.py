@@ -6,11 +6,13 @@ import logging
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rma_coordinator.domain.fleet import AMNESTY_S, SWEEP_S, Fleet, Worker, WorkerRecord
 from rma_core.errors import NotFound
 from rma_core.models.hardware import Capabilities, HardwareReport
-from rma_core.models.worker import ContainerStatus, Heartbeat
+from rma_core.models.worker import Assignment, ContainerStatus, Heartbeat
 
 REPORT = HardwareReport(capabilities=Capabilities(cpu_cores=4, ram="16GB"))
 INTERVAL_S = 30.0
@@ -194,3 +196,51 @@ def test_ids_come_from_the_key_and_never_clash(pool: Pool) -> None:
     assert pool.fleet.by_thumbprint(thumbprint) is not None
     with pytest.raises(NotFound):
         pool.fleet.get("worker-ffffffff")
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["add", "beat", "leave", "turn", "disable", "enable", "assign"]),
+        st.integers(0, 3),
+        st.lists(st.sampled_from(["notes", "ocr"]), max_size=2, unique=True),
+    ),
+    max_size=40,
+)
+
+
+@given(STEPS)
+def test_the_kept_count_of_assigned_services_is_the_counted_one(steps: list[tuple[str, int, list[str]]]) -> None:
+    pool = Pool()
+    for step, number, services in steps:
+        worker = pool.fleet.workers.get(f"worker-{number:08x}")
+        if step == "turn":
+            pool.turn(INTERVAL_S * 4)
+        elif step == "add" or worker is None:
+            pool.fleet.add(record(number) if worker is None else worker.record, ip_address="10.0.0.1")
+        elif step == "beat":
+            pool.beat(worker)
+        elif step == "leave":
+            pool.fleet.leave(worker)
+        else:
+            assignment = tuple(
+                Assignment(name=f"rma-{name}", service=name, image="an/image", port=8000) for name in services
+            )
+            more = {"assignment": assignment} if step == "assign" else {"disabled": step == "disable"}
+            worker.record = msgspec.structs.replace(worker.record, **more)
+            pool.fleet.recount(worker)
+        for besides in ("", f"worker-{number:08x}"):
+            assert pool.fleet.assigned(besides=besides) == counted(pool.fleet, besides) | zeroes(pool.fleet, besides)
+
+
+def counted(fleet: Fleet, besides: str) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for worker in fleet.workers.values():
+        if worker.id != besides and worker.present:
+            for assignment in worker.record.assignment:
+                counts[assignment.service] = counts.get(assignment.service, 0) + 1
+    return counts
+
+
+def zeroes(fleet: Fleet, besides: str) -> dict[str, int]:
+    """Services that nobody runs any more stay in the count with 0, which says the same."""
+    return {name: 0 for name, count in fleet.assigned(besides=besides).items() if count == 0}

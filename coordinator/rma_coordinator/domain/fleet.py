@@ -64,6 +64,7 @@ class Worker:
 
     __slots__ = (
         "containers",
+        "counted",
         "current_load",
         "draining",
         "heard",
@@ -87,6 +88,8 @@ class Worker:
         self.said: tuple[str, str] = ("healthy", "")
         self.current_load = 0.0
         self.containers: tuple[ContainerStatus, ...] = ()
+        #: The services for which the fleet counts it, kept by `Fleet.recount`.
+        self.counted: tuple[str, ...] = ()
         self.draining = False
         self.left = False
 
@@ -124,6 +127,10 @@ class Fleet:
         self._beats_per_s = beats_per_s
         now = clock()
         self.workers = {record.worker_id: Worker(record, now=now) for record in records}
+        self._by_thumbprint = {worker.record.thumbprint: worker for worker in self.workers.values()}
+        self._assigned: dict[str, int] = {}
+        for worker in self.workers.values():
+            self.recount(worker)
         self.started_at = now
         self.amnesty_until = now + AMNESTY_S
         self.amnesty_reason = "the coordinator has just started"
@@ -146,7 +153,8 @@ class Fleet:
 
     def by_thumbprint(self, thumbprint: str) -> Worker | None:
         """Return the worker with that key, if any."""
-        return next((w for w in self.workers.values() if w.record.thumbprint == thumbprint), None)
+        found = self._by_thumbprint.get(thumbprint)
+        return found if found is not None and self.workers.get(found.id) is found else None
 
     def new_id(self, thumbprint: str) -> str:
         """Return a free worker id, from the key where it can be."""
@@ -162,6 +170,7 @@ class Fleet:
         if worker is None:
             worker = self.workers[record.worker_id] = Worker(record, now=self._clock())
         worker.record = record
+        self._by_thumbprint[record.thumbprint] = worker
         worker.ip_address = ip_address
         worker.draining = False
         worker.said = ("healthy", "")
@@ -252,6 +261,7 @@ class Fleet:
             seen = self.last_seen(worker)
             worker.record = msgspec.structs.replace(worker.record, away=away, last_seen_at=seen)
             self.changed.add(worker.id)
+        self.recount(worker)
 
     def running(self) -> dict[str, int]:
         """Return how many healthy copies of each service there are, on workers that may be given work."""
@@ -265,12 +275,21 @@ class Fleet:
 
     def assigned(self, *, besides: str = "") -> dict[str, int]:
         """Return how many workers that are not offline are assigned each service, ``besides`` one."""
-        counts: dict[str, int] = {}
-        for worker in self.workers.values():
-            if worker.id != besides and worker.present:
-                for assignment in worker.record.assignment:
-                    counts[assignment.service] = counts.get(assignment.service, 0) + 1
+        counts = dict(self._assigned)
+        worker = self.workers.get(besides)
+        for service in worker.counted if worker else ():
+            counts[service] -= 1
         return counts
+
+    def recount(self, worker: Worker) -> None:
+        """Keep `assigned` true; to be called whenever a worker's assignment or presence has changed."""
+        counted = tuple(assignment.service for assignment in worker.record.assignment) if worker.present else ()
+        if counted != worker.counted:
+            for service in worker.counted:
+                self._assigned[service] -= 1
+            for service in counted:
+                self._assigned[service] = self._assigned.get(service, 0) + 1
+            worker.counted = counted
 
     def wall_time(self, monotonic: float) -> float:
         """Return the Unix time at which the monotonic clock showed ``monotonic``."""
