@@ -288,7 +288,7 @@ def make_app(
     return create_app(
         settings(home, **more),
         store=store or SqliteStore(home / "coordinator.db"),
-        plugins=Plugins.discover(kinds=("policy",), only=frozenset({"threshold"})),
+        plugins=Plugins.discover(kinds=["policy"], only=frozenset({"threshold"})),
         clock=clock,
         catalog=CATALOG,
     )

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -141,6 +142,12 @@ def _gcc() -> str | None:
     return _advised(_run("gcc", "--version"), "apt-get install gcc libc6-dev")
 
 
+def _openapi() -> str | None:
+    if importlib.util.find_spec("openapi_spec_validator"):
+        return None
+    return "the validator of OpenAPI documents is not installed; pip install openapi-spec-validator"
+
+
 def _mount() -> str | None:
     if not hasattr(os, "geteuid") or os.geteuid() != 0:
         return "mounting a small file system needs root on Linux"
@@ -178,6 +185,7 @@ CHECKS: dict[str, Callable[[], str | None]] = {
     "mount": _mount,
     "netns": _netns,
     "nginx": _nginx,
+    "openapi": _openapi,
     "own-engine": _own_engine,
     "podman": _podman,
     "pypi": _pypi,

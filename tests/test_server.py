@@ -26,7 +26,7 @@ from rma_core.errors import SettingProblem
 from rma_core.http import open_client
 from rma_core.models import channel as frames
 from rma_core.tls import certificate_pin, fetch_pinned, pinned_context
-from tests.coordinator_fixtures import PATIENCE_S, Running, TurnedClock, make_app, running, soon, until
+from tests.coordinator_fixtures import PATIENCE_S, Line, Running, TurnedClock, make_app, running, soon, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -220,6 +220,21 @@ async def stuck_client(pool: Running) -> asyncio.StreamWriter:
     return writer
 
 
+async def fill(line: Line) -> frames.Task:
+    """Take a task and answer it until nothing more is taken."""
+    task = await line.task()
+    await line.say(frames.Head(stream=task.stream, status=200))
+    granted, sent = frames.WINDOW_BYTES, 0
+    with contextlib.suppress(TimeoutError):
+        while sent < 2**26:
+            while sent + frames.MAX_DATA_BYTES <= granted:
+                await line.data(task.stream, b"x" * frames.MAX_DATA_BYTES)
+                sent += frames.MAX_DATA_BYTES
+            granted += (await line.frame(frames.Credit, within_s=1.0)).bytes
+    assert sent < 2**26, "the client is not stuck at all"
+    return task
+
+
 async def test_a_client_that_stopped_reading_cannot_hold_up_the_end(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -229,16 +244,7 @@ async def test_a_client_that_stopped_reading_cannot_hold_up_the_end(
         pool = await stack.enter_async_context(running(tmp_path))
         line = await stack.enter_async_context(pool.worker())
         writer = await stuck_client(pool)
-        task = await line.task()
-        await line.say(frames.Head(stream=task.stream, status=200))
-        granted, sent = frames.WINDOW_BYTES, 0
-        with contextlib.suppress(TimeoutError):
-            while sent < 2**26:
-                while sent + frames.MAX_DATA_BYTES <= granted:
-                    await line.data(task.stream, b"x" * frames.MAX_DATA_BYTES)
-                    sent += frames.MAX_DATA_BYTES
-                granted += (await line.frame(frames.Credit, within_s=1.0)).bytes
-        assert sent < 2**26, "the client is not stuck at all"
+        task = await fill(line)
         began = time.monotonic()
         pool.stop.set()
         await until(lambda: not pool.pool._started, within_s=ENDS_WITHIN_S)
@@ -249,6 +255,24 @@ async def test_a_client_that_stopped_reading_cannot_hold_up_the_end(
     # The store was closed in order, so the next start finds everything.
     async with running(tmp_path) as again:
         assert line.id in again.pool.fleet.workers
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="only Linux can be told how long to wait")
+async def test_a_client_that_takes_nothing_any_more_does_not_keep_its_connection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "UNREAD_S", 1.0)
+    async with running(tmp_path) as pool, pool.worker() as line:
+        before = connections()
+        writer = await stuck_client(pool)
+        await fill(line)
+        await until(lambda: connections() == before)
+        writer.transport.abort()
+
+
+def connections() -> int:
+    """Count the server's tasks, one for each connection."""
+    return sum(getattr(task.get_coro(), "__qualname__", "") == server.CONNECTION for task in asyncio.all_tasks())
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")

@@ -15,7 +15,7 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from rma_coordinator import enrolment
 from rma_coordinator.api import admin, channel, inference, plain, worker
-from rma_coordinator.api.asgi import CONTROL_BYTES, Call, Gone
+from rma_coordinator.api.asgi import CONTROL_BYTES, Call, Gone, Lingering
 from rma_coordinator.api.problems import STATUS_WORDS, HTTPProblem, problem, unexpected, wrong_method
 from rma_coordinator.api.routes import ROUTES, Route, Router
 from rma_coordinator.api.web import Web
@@ -192,11 +192,12 @@ class Lanes:
         if scope["type"] != "http":
             await self._quart(scope, receive, send)
             return
+        ends = Lingering(receive, send)
         route, parts, allowed = self._router.find(scope["method"], scope["path"])
         if route is None and not allowed:
-            await self._quart(scope, receive, send)
+            await self._quart(scope, ends.receive, ends.send)
             return
-        call = Call(scope, receive, send, proxies=self._pool.settings.trusted_proxies)
+        call = Call(scope, ends.receive, ends.send, proxies=self._pool.settings.trusted_proxies)
         call.parts = parts
         with self._counted():
             await self._raw(route, call, allowed)

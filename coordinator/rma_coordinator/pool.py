@@ -270,6 +270,7 @@ class Pool:
             )
             self.fleet.changed.add(worker.id)
         if changed:
+            self.fleet.recount(worker)
             # What one machine runs changes what the pool lacks: the others are looked at with their next heartbeat.
             self._need += 1
         self._placed[worker.id] = self._need
@@ -358,6 +359,7 @@ class Pool:
         """Shut a worker out (its tokens end at once), or let it in again."""
         record = worker.record
         worker.record = msgspec.structs.replace(record, disabled=disabled, epoch=record.epoch + disabled)
+        self.fleet.recount(worker)
         if disabled:
             self._gone(worker, "an admin disabled the worker", blame=False)
         await self.store.commit([Put(worker.id, worker.record)])
@@ -369,19 +371,19 @@ class Pool:
         return Body(memory_bytes=self.settings.memory_body_bytes, folder=self.settings.home_path / "spool")
 
     def check_service(self, service: str, principal: Principal) -> CatalogEntry:
-        """Return the catalog entry a client may use now. Raises NotFound, Forbidden, TryLater with the reason."""
+        """Return the catalog entry that a client may use. Raises NotFound, Forbidden."""
         entry = self.catalog.get(service)
         if entry is None:
             raise NotFound(
                 f"this pool has no service {service!r}", hints=(f"it has: {', '.join(sorted(self.catalog)) or 'none'}",)
             )
         principal.need(f"infer:{service}")
-        if not self.dispatcher.can_serve(service):
-            self._explain_absence(service)
         return entry
 
-    def _explain_absence(self, service: str) -> None:
-        """Raise TryLater unless a worker is about to offer the service."""
+    def check_served(self, service: str) -> None:
+        """Raise TryLater, with the reason, unless a worker offers the service or is about to."""
+        if self.dispatcher.can_serve(service):
+            return
         coming = [
             w
             for w in self.fleet.workers.values()

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any
 
+    from hypercorn.config import Sockets
     from quart import Quart
 
     from rma_coordinator.app import Lanes
@@ -33,9 +34,13 @@ GRACE_S = 3.0
 HARD_STOP_S = 5.0
 #: Seconds for what is left once the server itself is cancelled.
 LAST_STOP_S = 1.0
+#: What Hypercorn calls the task of a connection.
+CONNECTION = "worker_serve.<locals>._server_callback"
 #: A connection that has not finished its request's header by then is closed.
 KEEP_ALIVE_S = 75.0
 HANDSHAKE_S = 10.0
+#: A connection whose other side takes nothing of what waits for it is closed after this.
+UNREAD_S = 60.0
 
 
 class Listener(NamedTuple):
@@ -72,9 +77,24 @@ def free_port(host: str, port: int) -> int:
         return int(probe.getsockname()[1])
 
 
+class _Bounded(Config):
+    """Hypercorn's configuration, whose sockets give up on clients that take nothing for UNREAD_S.
+
+    The server itself waits for such a client for ever once its answer was given up.
+    """
+
+    def create_sockets(self) -> Sockets:
+        sockets = super().create_sockets()
+        option = getattr(socket, "TCP_USER_TIMEOUT", None)  # Linux
+        for listening in (*sockets.secure_sockets, *sockets.insecure_sockets):
+            if option is not None:
+                listening.setsockopt(socket.IPPROTO_TCP, option, int(UNREAD_S * 1000))
+        return sockets
+
+
 def make_config(plain: Listener | None, secure: Listener | None) -> Config:
     """Return Hypercorn's configuration for a plain and/or a TLS listener."""
-    config = Config()
+    config = _Bounded()
     config.bind = [listener.address for listener in (secure or plain,) if listener]
     config.insecure_bind = [plain.address] if secure and plain else []
     if secure:
@@ -119,37 +139,55 @@ async def run_server(
     server = asyncio.create_task(serve(app, config, shutdown_trigger=stop.wait), name="server")
     try:
         await asyncio.wait({server, trigger}, return_when=asyncio.FIRST_COMPLETED)
-        await _end(app, server)
+        cut = not await _end(app, server)
     finally:
         trigger.cancel()
         server.cancel()
         await asyncio.wait({trigger, server}, timeout=LAST_STOP_S)
         # A server that stopped as it should has done this already.
         await pool.stop()
-    _raise(server, trigger, failures)
+    _raise(server, trigger, failures, cut=cut)
 
 
-async def _end(app: Quart, server: asyncio.Task[None]) -> None:
-    """Let the server finish what it has within the grace, then end it, in the end without its help."""
+async def _end(app: Quart, server: asyncio.Task[None]) -> bool:
+    """Let the server finish what it has within the grace, then end it; say whether it ended by itself."""
     lanes: Lanes = app.extensions["rma_lanes"]
     pool_of(app).hub.close_all()
     await asyncio.wait({server}, timeout=GRACE_S)
     lanes.cut()
     await asyncio.wait({server}, timeout=HARD_STOP_S)
     if server.done():
-        return
-    logger.warning("the server did not stop within %.0f s; stopping without it", GRACE_S + HARD_STOP_S)
-    server.cancel()
-    await asyncio.wait({server}, timeout=LAST_STOP_S)
+        return True
+    logger.warning("some connections did not end within %.0f s and are cut", GRACE_S + HARD_STOP_S)
+    await _cut(server)
+    return False
 
 
-def _raise(server: asyncio.Task[None], trigger: asyncio.Task[None], failures: list[Exception]) -> None:
+async def _cut(server: asyncio.Task[None]) -> None:
+    """Cancel a server that cannot stop, and its connections: each waits for a client that takes nothing any more."""
+    loop = asyncio.get_running_loop()
+    usual = loop.get_exception_handler()
+    # Until Python 3.12 each connection that is cancelled is logged with a traceback.
+    loop.set_exception_handler(lambda _, context: logger.debug("while stopping: %s", context.get("message")))
+    try:
+        ending = {task for task in asyncio.all_tasks() if getattr(task.get_coro(), "__qualname__", "") == CONNECTION}
+        ending.add(server)
+        for _ in range(2):  # what waits for its connection to close takes the first for the end of that wait
+            for task in ending:
+                task.cancel()
+            await asyncio.wait(ending, timeout=LAST_STOP_S / 2)
+        await asyncio.sleep(0)
+    finally:
+        loop.set_exception_handler(usual)
+
+
+def _raise(server: asyncio.Task[None], trigger: asyncio.Task[None], failures: list[Exception], *, cut: bool) -> None:
     """Raise what ended the server, if it was not told to end."""
     for failure in failures:
         raise failure
     if not trigger.cancelled() and (reason := trigger.exception()) is not None:
         raise reason
-    if not server.done() or server.cancelled():
+    if cut or server.cancelled():
         return
     error = server.exception()
     if isinstance(error, OSError):

@@ -32,6 +32,8 @@ PATIENCE_S = 30.0
 LEAST_BYTES_PER_S = 1000
 #: More digits than this is no length of anything.
 MOST_DIGITS = 15
+#: Seconds for the rest of a body whose call has been answered already.
+LINGER_S = 2.0
 #: The longest body of a control call (registration, heartbeat).
 CONTROL_BYTES = 4 * 1024 * 1024
 #: What may not stand in a header's value (RFC 9110, 5.5).
@@ -40,6 +42,52 @@ FORBIDDEN = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
 class Gone(Exception):
     """The other side closed the connection, or stopped reading."""
+
+
+class Lingering:
+    """The two ends of one request; an answer given before its body has come is kept open until that is read.
+
+    A connection closed with unread data on it is reset, and the sender never sees the answer that explains why.
+    """
+
+    def __init__(self, receive: Receive, send: Send) -> None:
+        self._receive = receive
+        self._send = send
+        self._over = asyncio.Event()
+
+    async def receive(self) -> Message:
+        """Receive, and note the body's end."""
+        message = await self._receive()
+        if message["type"] != "http.request" or not message.get("more_body"):
+            self._over.set()
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Send; the end of an answer waits for the end of the body, for LINGER_S at most."""
+        last = message["type"] == "http.response.body" and not message.get("more_body")
+        if last and not self._over.is_set():
+            await self._send({**message, "more_body": True})
+            await self._drain()
+            message = {"type": "http.response.body", "body": b"", "more_body": False}
+        await self._send(message)
+
+    async def _drain(self) -> None:
+        reading = asyncio.create_task(self._throw_away(), name="the rest of a body")
+        over = asyncio.create_task(self._wait(), name="the end of a body")
+        try:
+            await asyncio.wait({reading, over}, timeout=LINGER_S, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (reading, over):
+                task.cancel()
+            await asyncio.wait({reading, over})
+
+    async def _throw_away(self) -> None:
+        while not self._over.is_set():
+            await self.receive()
+
+    async def _wait(self) -> None:
+        # Somebody else may read the body meanwhile.
+        await self._over.wait()
 
 
 class Call:

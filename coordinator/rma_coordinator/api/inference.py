@@ -44,6 +44,7 @@ async def infer(pool: Pool, call: Call) -> None:
     entry = pool.check_service(service, principal)
     _check_route(entry, call.method, path)
     headers = _request_headers(call)
+    pool.check_served(service)
     call.check_body(pool.settings.max_body_bytes)
     body = pool.body()
     try:

@@ -26,6 +26,7 @@ async def register(pool: Pool, web: Web) -> object:
     secret = web.bearer
     if web.query.get("preview") == "1":
         _may_preview(pool, secret)
+        web.status = 200
         return enrolment.preview(pool, await _registration(web))
     if secret.startswith("rma"):
         check_shape(secret, "rmaj_")
