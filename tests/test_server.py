@@ -15,6 +15,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 import pytest
 
 from rma_coordinator import server
@@ -276,6 +277,22 @@ def connections() -> int:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")
+async def test_a_connection_whose_client_has_left_is_gone_at_once(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool:
+        port = int(pool.url.rpartition(":")[2])
+        for _ in range(20):
+            with contextlib.closing(socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S)) as connection:
+                request = b"GET /health HTTP/1.1\r\nhost: pool\r\n\r\n"
+                await asyncio.to_thread(connection.sendall, request)
+                assert (await asyncio.to_thread(connection.recv, 4096)).startswith(b"HTTP/1.1 200")
+
+        def left() -> int:
+            found = psutil.Process().net_connections("tcp")
+            return sum(c.laddr.port == port and c.status == psutil.CONN_CLOSE_WAIT for c in found)
+
+        await until(lambda: left() == 0)
+
+
 async def test_sigterm_ends_the_command_with_a_channel_open(tmp_path: Path) -> None:
     port = free_port("127.0.0.1", 0)
     environment = {**os.environ, "RMA_HOME": str(tmp_path), "RMA_CATALOG": ""}

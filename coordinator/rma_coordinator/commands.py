@@ -87,7 +87,7 @@ async def _coordinate(settings: CoordinatorSettings, *, insecure_http: bool) -> 
 
     from rma_coordinator.app import pool_of
     from rma_coordinator.certificate import pin_of
-    from rma_coordinator.server import Listener, free_port, make_config, run_server
+    from rma_coordinator.server import Listener, free_port, make_config, run_server, spare_pauses
     from rma_core.http import is_loopback
 
     if bool(settings.tls_cert) != bool(settings.tls_key):
@@ -104,6 +104,7 @@ async def _coordinate(settings: CoordinatorSettings, *, insecure_http: bool) -> 
     config = make_config(None, listener) if cert else make_config(listener, None)
 
     async def greet() -> None:
+        spare_pauses()
         await first_key(app, settings, url=settings.public_url)
         common.say(f"The coordinator answers at {settings.public_url}  (Ctrl-C stops it)")
         common.say(f"{len(pool_of(app).catalog)} services in a catalog that is not signed: a development pool.")

@@ -20,7 +20,7 @@ import msgspec
 from rma_coordinator import commands
 from rma_coordinator.app import load_catalog, pool_of
 from rma_coordinator.certificate import own_pair, pin_of
-from rma_coordinator.server import Listener, free_port, make_config, run_server
+from rma_coordinator.server import Listener, free_port, make_config, run_server, spare_pauses
 from rma_core.agent.start import plugin_tables
 from rma_core.commands import common
 from rma_core.commands.machine import discover, settings_of
@@ -109,6 +109,7 @@ class Up:
         local: list[asyncio.Task[None]] = []
 
         async def ready() -> None:
+            spare_pauses()
             key = await commands.first_key(app, self.settings, url=self.plain.url)
             local.append(asyncio.create_task(self._local(app, key), name="local worker"))
 
