@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from hypercorn.asyncio import serve
 
-from rma_coordinator.commands import stopped
 from rma_coordinator.server import Listener, make_config, run
+from rma_coordinator.serving import stopped
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -12,7 +12,7 @@ import os
 import tomllib
 import typing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -38,6 +38,17 @@ def default_home() -> str:
     return str(Path.home() / ".rma")
 
 
+class PluginRules(TypedDict):
+    """What the owner's settings say of plugins."""
+
+    blocked: frozenset[str]
+    only: frozenset[str] | None
+    approved: frozenset[str]
+    approval_required: bool
+    strict: bool
+    trace: bool
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """What every RMA program can be told."""
 
@@ -57,6 +68,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         False
     )
     plugins: Annotated[dict[str, dict[str, Any]], Meta(description="One table per plugin, `[plugins.NAME]`.")] = {}
+
+    def plugin_rules(self) -> PluginRules:
+        """Return which plugins may run and how, as `Plugins.discover` takes it."""
+        return {
+            "blocked": frozenset(self.block_plugins),
+            "only": frozenset(self.only_plugins) or None,
+            "approved": frozenset(self.approve_plugins),
+            "approval_required": True,
+            "strict": self.strict_plugins,
+            "trace": self.trace_hooks,
+        }
 
     @property
     def home_path(self) -> Path:

@@ -33,7 +33,7 @@ LAYERS = (
 AGENT_SIDE = {"agent", "builtin", "child", "commands", "detection", "diagnosis", "isolation", "quarantine", "supervise"}
 
 #: The coordinator's commands, which also start an agent beside it.
-COMMANDS = {"commands", "up"}
+COMMANDS = {"commands", "serving", "up"}
 
 
 class Import(NamedTuple):

@@ -192,7 +192,7 @@ class Pool:
 
     async def first_key(self) -> str:
         """Make an admin key with every scope: what `rma up` prints."""
-        secret, _ = await self.create_key(kind="admin", label="rma up", scopes=SCOPES, ttl_s=90 * 86_400)
+        secret, _ = await self.create_key(kind="admin", label="first key", scopes=SCOPES, ttl_s=90 * 86_400)
         return secret
 
     async def create_token(self, *, label: str, uses: int, ttl_s: float) -> tuple[str, JoinTokenRecord]:

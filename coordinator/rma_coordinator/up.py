@@ -17,14 +17,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from rma_coordinator import commands
 from rma_coordinator.app import load_catalog, pool_of
 from rma_coordinator.certificate import own_pair, pin_of
 from rma_coordinator.server import Listener, free_port, make_config, run_server, spare_pauses
+from rma_coordinator.serving import first_key, make_app, stopped
 from rma_core.agent.start import plugin_tables
 from rma_core.commands import common
-from rma_core.commands.machine import discover, settings_of
+from rma_core.commands.machine import settings_of
 from rma_core.errors import SettingProblem
+from rma_core.host import Plugins
 from rma_core.interfaces import ContainerSpec
 from rma_core.settings import FILE_NAME
 
@@ -104,13 +105,13 @@ class Up:
     async def main(self) -> int:
         """Run until Ctrl-C."""
         common.say("Starting the coordinator …")
-        app = commands.make_app(self.settings, pin=self.pin)
+        app = make_app(self.settings, pin=self.pin)
         config = make_config(self.plain, self.secure)
         local: list[asyncio.Task[None]] = []
 
         async def ready() -> None:
             spare_pauses()
-            key = await commands.first_key(app, self.settings, url=self.plain.url)
+            key = await first_key(app, self.settings, url=self.plain.url)
             local.append(asyncio.create_task(self._local(app, key), name="local worker"))
 
         try:
@@ -125,7 +126,7 @@ class Up:
 
     async def _until(self, local: list[asyncio.Task[None]]) -> None:
         """Wait for Ctrl-C, or for the local part to fail; then stop the worker while the coordinator still answers."""
-        told = asyncio.create_task(commands.stopped())
+        told = asyncio.create_task(stopped())
         while not told.done():
             await asyncio.wait({told, *local}, timeout=LOOK_S * 5, return_when=asyncio.FIRST_COMPLETED)
             for task in local:
@@ -312,7 +313,7 @@ async def choose_runtimes(
     if asked:
         return Choice(asked, f"Services run with {', '.join(asked)}, as you said.")
     settings = settings_of(str(home), service_sources=[str(source) for source in sources])
-    runtimes = discover(settings, "runtime").runtimes(plugin_tables(settings))
+    runtimes = Plugins.discover(kinds=["runtime"], **settings.plugin_rules()).runtimes(plugin_tables(settings))
     reasons = []
     for name in ENGINES:
         if name in runtimes:

@@ -73,15 +73,7 @@ def discover(settings: AgentSettings) -> Plugins:
     """Find the detectors and runtimes of this machine, as its settings allow."""
     from rma_core.host import Plugins
 
-    return Plugins.discover(
-        kinds=("detector", "runtime"),
-        blocked=frozenset(settings.block_plugins),
-        only=frozenset(settings.only_plugins) or None,
-        approved=frozenset(settings.approve_plugins),
-        approval_required=True,
-        strict=settings.strict_plugins,
-        trace=settings.trace_hooks,
-    )
+    return Plugins.discover(kinds=["detector", "runtime"], **settings.plugin_rules())
 
 
 def plugin_tables(settings: AgentSettings) -> PluginTables:

@@ -37,25 +37,12 @@ def agent_settings(settings: AgentSettings) -> AgentSettings:
     return settings
 
 
-def discover(settings: AgentSettings, *kinds: Any) -> Plugins:
-    """Return the installed plugins, decided by the owner's settings."""
-    from rma_core.host import KINDS, Plugins
-
-    return Plugins.discover(
-        kinds=kinds or tuple(KINDS),
-        blocked=frozenset(settings.block_plugins),
-        only=frozenset(settings.only_plugins) or None,
-        approved=frozenset(settings.approve_plugins),
-        approval_required="*" not in settings.approve_plugins,
-        strict=settings.strict_plugins,
-        trace=settings.trace_hooks,
-    )
-
-
 async def _observe(settings: AgentSettings) -> tuple[Observation, ...]:
     from rma_core.detection import observe
+    from rma_core.host import Plugins
 
-    return await observe(discover(settings, "detector"), config=settings.plugins, deadline_s=settings.detect_deadline_s)
+    plugins = Plugins.discover(kinds=["detector"], **settings.plugin_rules())
+    return await observe(plugins, config=settings.plugins, deadline_s=settings.detect_deadline_s)
 
 
 @click.command()
@@ -145,8 +132,9 @@ def _list_plugins(home: str | None, *, as_json: bool) -> None:
 def _checked_plugins(settings: AgentSettings) -> Plugins:
     """Return all plugins after each was really used once: detectors in their children, the others asked for objects."""
     from rma_core.detection import observe
+    from rma_core.host import Plugins
 
-    found = discover(settings)
+    found = Plugins.discover(**settings.plugin_rules())
     found.runtimes(settings.plugins)
     found.policies(settings.plugins)
     common.run_async(observe(found, config=settings.plugins, deadline_s=settings.detect_deadline_s))
@@ -160,9 +148,10 @@ def _checked_plugins(settings: AgentSettings) -> Plugins:
 def doctor(ctx: click.Context, home: str | None, as_json: bool) -> None:
     """Look for everything that would keep this machine from working, each with what to do."""
     from rma_core.diagnosis import examine
+    from rma_core.host import Plugins
 
     settings = agent_settings(settings_of(home))
-    findings = common.run_async(examine(settings, discover(settings)))
+    findings = common.run_async(examine(settings, Plugins.discover(**settings.plugin_rules())))
     marks = {"ok": "✓", "note": "·", "warning": "!", "problem": "✗"}
     rows = [(marks[f.level], f.subject, f.message, f.advice) for f in findings]
     bad = sum(f.level == "problem" for f in findings)

@@ -1,0 +1,85 @@
+"""Running a coordinator in this process: what `rma coordinator` does, and what `rma up` shares with it."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from rma_coordinator.app import create_app, pool_of
+from rma_coordinator.certificate import pin_of
+from rma_coordinator.server import Listener, free_port, make_config, run_server, spare_pauses
+from rma_coordinator.store import make_store
+from rma_core.commands import common
+from rma_core.errors import UsageProblem
+from rma_core.host import Plugins
+from rma_core.http import is_loopback
+
+if TYPE_CHECKING:
+    from quart import Quart
+
+    from rma_core.settings import CoordinatorSettings
+
+
+async def coordinate(settings: CoordinatorSettings, *, insecure_http: bool) -> int:
+    """Run a coordinator until it is told to stop. Raises UsageProblem when credentials would travel in the clear."""
+    if bool(settings.tls_cert) != bool(settings.tls_key):
+        raise UsageProblem("--tls-cert and --tls-key go together")
+    cert, key = (Path(name) if name else None for name in (settings.tls_cert, settings.tls_key))
+    if cert is None and not is_loopback(settings.host) and not insecure_http:
+        raise UsageProblem(
+            f"on {settings.host} credentials would travel in the clear",
+            hints=("give --tls-cert and --tls-key", "behind a proxy that speaks TLS: --insecure-http"),
+        )
+    listener = Listener(settings.host, free_port(settings.host, settings.port), cert, key)
+    settings = msgspec.structs.replace(settings, public_url=settings.public_url or listener.url)
+    app = make_app(settings, pin=pin_of(cert) if cert else "")
+    config = make_config(None, listener) if cert else make_config(listener, None)
+
+    async def greet() -> None:
+        spare_pauses()
+        await first_key(app, settings, url=settings.public_url)
+        common.say(f"The coordinator answers at {settings.public_url}  (Ctrl-C stops it)")
+        services = ", ".join(sorted(pool_of(app).catalog)) or "none"
+        common.say(f"Services: {services}. The catalog is not signed: this is a development pool.")
+
+    await run_server(app, config, until=stopped, ready=greet)
+    return 0
+
+
+def make_app(settings: CoordinatorSettings, *, pin: str = "") -> Quart:
+    """Return the application for these settings; its plugins are policies only, the others are the agent's."""
+    settings.home_path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    store = make_store(settings.store, settings.home_path)
+    return create_app(
+        settings, store=store, plugins=Plugins.discover(kinds=["policy"], **settings.plugin_rules()), pin=pin
+    )
+
+
+async def stopped() -> None:
+    """Return on SIGINT or SIGTERM."""
+    loop, told = asyncio.get_running_loop(), asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        try:
+            loop.add_signal_handler(number, told.set)
+        except NotImplementedError:  # Windows
+            signal.signal(number, lambda *_: loop.call_soon_threadsafe(told.set))
+    await told.wait()
+
+
+async def first_key(app: Quart, settings: CoordinatorSettings, *, url: str) -> str:
+    """Return the key in the state folder, or make the first one: a pool without any key could not be administered."""
+    pool = pool_of(app)
+    saved = common.read_client(settings.home_path)
+    if saved and saved.key and pool.keyring.valid(saved.key):
+        key = saved.key
+    else:
+        key = await pool.first_key()
+        common.say(f"A new admin key is in {settings.home_path / common.CLIENT_FILE}")
+    pinned = bool(settings.tls_cert and pool.pin)
+    certificate = await asyncio.to_thread(Path(settings.tls_cert).read_text, "ascii") if pinned else ""
+    common.write_client(settings.home_path, common.ClientFile(url=url, key=key, certificate=certificate))
+    return key
