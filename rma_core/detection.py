@@ -170,7 +170,10 @@ def _probe(seen: Observation, own: Sequence[str], notes: Sequence[str]) -> Probe
 
 def _tell(plugins: Plugins, seen: Observation, table: Mapping[str, object]) -> None:
     """Let the host know how it went: it keeps the plugin's state, and logs the call when asked to."""
-    reason = "" if seen.plugin_state == "active" else seen.detection.reason
+    reason = seen.detection.reason
+    if seen.plugin_state == "active":
+        # The plugin itself works; that it found something broken, or broke, is still what its owner looks for here.
+        reason = f"unhealthy: {reason}" if seen.detection.state == "unhealthy" else ""
     state: State = seen.plugin_state
     plugins.note_detector(seen.detector, state=state, reason=reason, import_seconds=seen.import_seconds)
     result = f"{seen.detection.state}, {len(seen.detection.devices)} devices"

@@ -54,7 +54,7 @@ async def examine(settings: AgentSettings, plugins: Plugins) -> list[Finding]:
         *_home(settings.home_path),
         *_plugins(plugins),
         *_detectors(report),
-        *_tier(plugins, report),
+        *_tier(settings, plugins, report),
         *runtimes,
         *await _coordinator(settings),
     ]
@@ -123,8 +123,8 @@ def _detectors(report: HardwareReport) -> Iterable[Finding]:
         yield Finding(level=LEVELS[probe.state], subject=f"detector {probe.detector}", message=message)
 
 
-def _tier(plugins: Plugins, report: HardwareReport) -> Iterable[Finding]:
-    policy = plugins.policies().get("threshold")
+def _tier(settings: AgentSettings, plugins: Plugins, report: HardwareReport) -> Iterable[Finding]:
+    policy = plugins.policies(settings.plugins).get("threshold")
     if policy is None:
         return
     decision = policy.decide(PolicyInput(report=report))

@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from rma_core.detection import Observation, assemble
-from rma_core.errors import Problem, ValidationProblem
+from rma_core.errors import Problem, UsageProblem, ValidationProblem
 from rma_core.models.hardware import (
     MAX_DEVICES,
     Capabilities,
@@ -56,8 +56,11 @@ def recording(observations: Sequence[Observation], *, at: datetime) -> Recording
 
 
 def save(path: Path, made: Recording) -> None:
-    """Write a recording as one JSON document that people can read. Raises OSError."""
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(made), indent=2) + b"\n")
+    """Write a recording as one JSON document that people can read. Raises UsageProblem."""
+    try:
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(made), indent=2) + b"\n")
+    except OSError as error:
+        raise UsageProblem(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 def load(path: Path) -> Recording:

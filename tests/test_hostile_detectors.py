@@ -71,6 +71,9 @@ def check_the_owner_sees_it(made: Pool) -> None:
         "rma-detect-worst",
     )
     assert plugins["breaks_on_import"]["reason"]
+    for name, (state, words) in WORST.items():
+        assert words in plugins[name]["reason"]
+        assert bool(plugins[name]["reason"]) == (state == "unhealthy")
     done = made.ask("doctor", "--json", check=False)
     assert done.returncode == 1
     findings: list[dict[str, Any]] = json.loads(done.stdout)["findings"]

@@ -30,7 +30,7 @@ TABLE = {
     "desktop-rtx-3060-8-cores": "tier 1: NVIDIA GeForce RTX 3060 with 12 GiB, 8 cores and 31.3 GiB",
     "desktop-rtx-3060-6-cores": "tier 2: 6 cores and 31.3 GiB, but tier 1 needs 8 cores",
     "desktop-rtx-4090-driver-mismatch": (
-        "tier 2: 24 cores and 62.6 GiB, but no GPU with 8 GB; detect_nvidia is unhealthy: driver/library version "
+        "tier 2: 24 cores and 62.6 GiB, but no GPU with 8 GB; detector nvidia is unhealthy: driver/library version "
         "mismatch: the NVIDIA driver was updated while its kernel module stayed: restart this machine"
     ),
     "server-four-a100": "tier 1: 4 x NVIDIA A100-SXM4-80GB with 80 GiB, 128 cores and 1007 GiB",

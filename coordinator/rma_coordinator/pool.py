@@ -50,6 +50,10 @@ class PoolRecord(msgspec.Struct, frozen=True, kw_only=True):
     created_at: float
 
 
+class NoDecision(TierDecision, frozen=True, kw_only=True):
+    """What stands in for the answer of a policy that failed."""
+
+
 class Pool:
     """A running pool. ``clock`` is monotonic seconds, ``wall`` Unix seconds."""
 
@@ -87,7 +91,8 @@ class Pool:
         self._started = False
         self._placed: dict[str, int] = {}
         self._need = 0
-        self._store_ill = ""
+        #: Why the store cannot be written now; empty while it can.
+        self.store_reason = ""
 
     # -- life --------------------------------------------------------------------------------------------------
 
@@ -171,13 +176,13 @@ class Pool:
             await self.store.commit([Put(worker.id, worker.record) for worker in workers])
         except RMAError as error:
             self.fleet.changed |= changed
-            if not self._store_ill:
+            if not self.store_reason:
                 logger.error("%s; it is tried again", error, extra={"action": "store_ill"})  # noqa: TRY400 - expected
-            self._store_ill = error.message
+            self.store_reason = error.message
             return
-        if self._store_ill:
+        if self.store_reason:
             logger.info("the store can be written again", extra={"action": "store_well"})
-        self._store_ill = ""
+        self.store_reason = ""
 
     # -- keys --------------------------------------------------------------------------------------------------
 
@@ -209,24 +214,27 @@ class Pool:
 
     # -- tiers and placement -----------------------------------------------------------------------------------
 
+    def policy(self, name: str) -> TierPolicy:
+        """Return an installed policy. Raises NotFound."""
+        if name not in self.policies:
+            raise NotFound(
+                f"there is no tier policy {name!r}", hints=(f"installed: {', '.join(sorted(self.policies))}",)
+            )
+        return self.policies[name]
+
     def decide(
         self, report: HardwareReport, *, labels: dict[str, str], worker_id: str, policy: str = ""
     ) -> TierDecision:
         """Ask a policy (the active one unless named) for a tier. A policy that fails gives no tier, and says so."""
         name = policy or self.settings.tier_policy
-        if name not in self.policies:
-            raise NotFound(
-                f"there is no tier policy {name!r}", hints=(f"installed: {', '.join(sorted(self.policies))}",)
-            )
+        chosen = self.policy(name)
         try:
-            decision: object = self.policies[name].decide(
-                PolicyInput(report=report, labels=labels, worker_id=worker_id)
-            )
+            decision: object = chosen.decide(PolicyInput(report=report, labels=labels, worker_id=worker_id))
             # What does not have the declared types would be kept, and could not be read again at the next start.
             return msgspec.convert(msgspec.to_builtins(decision), TierDecision)
         except Exception as error:
             logger.debug("policy %s failed", name, exc_info=True)
-            return TierDecision(tier=None, reason=f"the tier policy {name!r} failed: {type(error).__name__}: {error}")
+            return NoDecision(tier=None, reason=f"the tier policy {name!r} failed: {type(error).__name__}: {error}")
 
     def placement(
         self,
@@ -300,6 +308,9 @@ class Pool:
                 decision.reason,
                 extra={"action": "tier", "worker": worker.id, "tier": decision.tier},
             )
+        if isinstance(decision, NoDecision):
+            # A policy that cannot decide now takes nothing from a worker: it stays where it was, and says why.
+            decision = TierDecision(tier=record.tier, reason=f"{decision.reason}; the tier stays as it was")
         worker.record = msgspec.structs.replace(
             record,
             report=report,

@@ -13,6 +13,7 @@ from rma_coordinator.app import create_app, pool_of
 from rma_coordinator.certificate import pin_of
 from rma_coordinator.server import Listener, free_port, make_config, run_server, spare_pauses
 from rma_coordinator.store import make_store
+from rma_core.agent.state import StateFolder
 from rma_core.commands import common
 from rma_core.errors import UsageProblem
 from rma_core.host import Plugins
@@ -52,7 +53,7 @@ async def coordinate(settings: CoordinatorSettings, *, insecure_http: bool) -> i
 
 def make_app(settings: CoordinatorSettings, *, pin: str = "") -> Quart:
     """Return the application for these settings; its plugins are policies only, the others are the agent's."""
-    settings.home_path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    StateFolder(settings.home_path).prepare()
     store = make_store(settings.store, settings.home_path)
     return create_app(
         settings, store=store, plugins=Plugins.discover(kinds=["policy"], **settings.plugin_rules()), pin=pin

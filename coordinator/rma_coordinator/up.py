@@ -22,12 +22,13 @@ from rma_coordinator.certificate import own_pair, pin_of
 from rma_coordinator.server import Listener, free_port, make_config, run_server, spare_pauses
 from rma_coordinator.serving import first_key, make_app, stopped
 from rma_core.agent.start import plugin_tables
+from rma_core.agent.state import StateFolder
 from rma_core.commands import common
 from rma_core.commands.machine import settings_of
 from rma_core.errors import SettingProblem
 from rma_core.host import Plugins
 from rma_core.interfaces import ContainerSpec
-from rma_core.settings import FILE_NAME
+from rma_core.settings import FILE_NAME, FILE_VARIABLE, AgentSettings
 
 if TYPE_CHECKING:
     from quart import Quart
@@ -85,7 +86,7 @@ class Up:
         self.no_agent = no_agent
         self.asked = runtimes
         self.sources = service_sources()
-        self.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        StateFolder(self.home).prepare()
         self.plain = Listener(LOCAL, find_port(port, settings.port))
         self.secure = self._secure(lan_host, lan_port) if lan else None
         self.lan_url = self.secure.url.replace(EVERYWHERE, lan_host or lan_address()) if self.secure else ""
@@ -119,21 +120,28 @@ class Up:
         finally:
             for task in local:
                 task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
+            if local:
+                await asyncio.wait(local)
             common.say("Stopped.")
         return 0
 
     async def _until(self, local: list[asyncio.Task[None]]) -> None:
         """Wait for Ctrl-C, or for the local part to fail; then stop the worker while the coordinator still answers."""
         told = asyncio.create_task(stopped())
-        while not told.done():
-            await asyncio.wait({told, *local}, timeout=LOOK_S * 5, return_when=asyncio.FIRST_COMPLETED)
-            for task in local:
-                if task.done() and task.exception() is not None:
-                    common.say(f"The worker cannot be run: {task.exception()}")
-                    told.cancel()
-                    return
+        # Looked at again and again: the local part begins once the server is ready, after this.
+        try:
+            while not told.done():
+                await asyncio.wait({told}, timeout=LOOK_S)
+                for task in local:
+                    if task.done():
+                        # A failure ends all of it: raised here, it is told with its hints once everything has stopped.
+                        task.result()
+        finally:
+            told.cancel()
+            await self._stop()
+
+    async def _stop(self) -> None:
+        """Let the worker finish and leave while the coordinator still answers."""
         self.stopping = True
         common.say("Stopping: the worker finishes what it has …")
         await self._stop_agent()
@@ -179,7 +187,7 @@ class Up:
         """Start `rma agent` with a state folder of its own, told everything by its environment."""
         environment = {name: value for name, value in os.environ.items() if name not in NOT_FOR_THE_AGENT}
         environment |= {
-            "RMA_CONFIG": str(self.home / FILE_NAME),
+            "RMA_CONFIG": os.environ.get(FILE_VARIABLE) or str(self.home / FILE_NAME),
             "RMA_HOME": str(self.home / "agent"),
             "RMA_COORDINATOR_URL": self.plain.url,
             "RMA_JOIN_TOKEN": token,
@@ -310,9 +318,11 @@ async def choose_runtimes(
     catalog: tuple[CatalogEntry, ...], asked: tuple[str, ...], home: Path, sources: list[Path]
 ) -> Choice:
     """Choose what the local worker runs services with: an engine that has the images, else plain processes."""
+    settings = settings_of(str(home), service_sources=[str(source) for source in sources])
+    if not asked and settings.runtimes != AgentSettings().runtimes:
+        asked = tuple(settings.runtimes)
     if asked:
         return Choice(asked, f"Services run with {', '.join(asked)}, as you said.")
-    settings = settings_of(str(home), service_sources=[str(source) for source in sources])
     runtimes = Plugins.discover(kinds=["runtime"], **settings.plugin_rules()).runtimes(plugin_tables(settings))
     reasons = []
     for name in ENGINES:

@@ -15,7 +15,7 @@ from urllib.parse import urlencode, urlsplit
 import msgspec
 
 from rma_core import http
-from rma_core.errors import CoordinatorError, NotAuthenticated, NotFound, Refused, ValidationProblem
+from rma_core.errors import CoordinatorError, NotAuthenticated, Refused, ValidationProblem
 from rma_core.models.strict import decode, encode
 from rma_core.models.worker import (
     AttemptRef,
@@ -310,8 +310,3 @@ def _read(response: Answer, kind: type[T]) -> T:
         raise CoordinatorError(
             str(error), hints=("is this really an RMA coordinator, and of the same version as this agent?",)
         ) from None
-
-
-def is_unknown(error: CoordinatorError) -> bool:
-    """Say whether an error from the token call means that the coordinator does not know this worker."""
-    return isinstance(error, NotAuthenticated | NotFound)

@@ -74,11 +74,6 @@ class Window:
         self._open = asyncio.Event()
         self._open.set()
 
-    @property
-    def outstanding(self) -> int:
-        """Bytes sent that the receiver has not given back."""
-        return self._size - self._left
-
     def give(self, count: int) -> None:
         """Add what the receiver has taken; it cannot give back more than it got."""
         self._left = min(self._size, self._left + count)

@@ -171,7 +171,7 @@ def _unwell(report: HardwareReport) -> str:
         there = "a GPU is there but unhealthy" if len(sick) == 1 else f"{len(sick)} GPUs are there but unhealthy"
         return f"; {there}: {_quote(sick[0].reason or sick[0].name)}"
     blind = next((probe for probe in report.probes if probe.state == "unhealthy"), None)
-    return f"; {blind.detector} is unhealthy: {_quote(blind.reason)}" if blind else ""
+    return f"; detector {blind.detector} is unhealthy: {_quote(blind.reason)}" if blind else ""
 
 
 def _quote(words: str) -> str:

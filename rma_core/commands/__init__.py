@@ -15,16 +15,21 @@ from rma_core.hookspecs import COMMANDS_GROUP
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from importlib.metadata import EntryPoint
 
 #: What a shell expects of a program that Ctrl-C ended.
 INTERRUPTED = 130
 
 
+#: Distributions whose commands nobody else can take over.
+OURS = ("rma-core", "rma-coordinator")
+
+
 class Commands(click.Group):
     """A group whose commands come from every distribution that has an ``rma.commands`` entry point.
 
-    Each entry point names a module with ``COMMANDS``, a list of click commands. One that cannot be imported is named
-    on stderr and costs its own commands only.
+    Each entry point names a module with ``COMMANDS``, a list of click commands. Ours come first and cannot be replaced;
+    others are imported only if the owner's settings allow, and one that fails costs its own commands only.
     """
 
     _found: dict[str, click.Command] | None = None
@@ -40,15 +45,47 @@ class Commands(click.Group):
     def _all(self) -> dict[str, click.Command]:
         if self._found is None:
             self._found = {}
-            for point in sorted(entry_points(group=COMMANDS_GROUP), key=lambda point: point.name):
-                try:
-                    commands = point.load().COMMANDS
-                except Exception as error:  # noqa: BLE001 - one broken distribution costs its own commands only
-                    click.echo(f"rma: the commands of {point.name!r} cannot be loaded: {error}", err=True)
-                    continue
-                for command in commands:
-                    self._found.setdefault(command.name, command)
+            owners: dict[str, str] = {}
+            points = entry_points(group=COMMANDS_GROUP)
+            for point in sorted(points, key=lambda point: (_shipped_by(point) not in OURS, point.name)):
+                for command in _commands(point):
+                    owner = owners.setdefault(str(command.name), _shipped_by(point))
+                    if owner == _shipped_by(point):
+                        self._found[str(command.name)] = command
+                    else:
+                        words = f"rma: {command.name!r} of {_shipped_by(point)} is not used: {owner} has that command"
+                        click.echo(words, err=True)
         return self._found
+
+
+def _shipped_by(point: EntryPoint) -> str:
+    return point.dist.name if point.dist is not None else ""
+
+
+def _commands(point: EntryPoint) -> list[click.Command]:
+    """Import one distribution's commands, if it is ours or the owner's settings let it run."""
+    if _shipped_by(point) not in OURS and not _may_run(point.name):
+        return []
+    try:
+        return list(point.load().COMMANDS)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001 - a stranger's module may end in anything, SystemExit too
+        click.echo(f"rma: the commands of {point.name!r} cannot be loaded: {type(error).__name__}: {error}", err=True)
+        return []
+
+
+def _may_run(name: str) -> bool:
+    """Whether the settings let a third party's commands be imported."""
+    from rma_core.settings import AgentSettings, CoordinatorSettings, Settings, load_settings
+
+    try:
+        rules = load_settings(Settings, flags={}, known=(AgentSettings, CoordinatorSettings)).plugin_rules()
+    except RMAError:
+        # The command that is run says what is wrong with the settings; until then no stranger's code runs.
+        return False
+    allowed = rules["only"] is None or name in rules["only"]
+    return allowed and name not in rules["blocked"] and bool(rules["approved"] & {"*", name})
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

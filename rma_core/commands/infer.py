@@ -77,7 +77,7 @@ def _body(source: str | None, content_type: str | None) -> tuple[bytes | Iterato
     if path.is_file():
         guessed = content_type or mimetypes.guess_type(path.name)[0] or "application/octet-stream"
         return _pieces(path.open("rb")), guessed
-    if path.suffix and " " not in str(source):
+    if (path.suffix or "/" in str(source)) and " " not in str(source):
         raise UsageProblem(f"there is no file {source}", hints=("a text that is no file name is sent as it is",))
     return str(source).encode(), content_type or "text/plain; charset=utf-8"
 

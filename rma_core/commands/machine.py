@@ -26,7 +26,10 @@ STATES = {"healthy": "● healthy", "undetected": "○ nothing there", "unhealth
 
 def settings_of(home: str | None, **flags: Any) -> AgentSettings:
     """Return the agent's settings for a command."""
-    return load_settings(AgentSettings, flags={"home": home, **flags}, known=(CoordinatorSettings,))
+    settings = load_settings(AgentSettings, flags={"home": home, **flags}, known=(CoordinatorSettings,))
+    if settings.trace_hooks:
+        common.set_up_logging("info")
+    return settings
 
 
 def agent_settings(settings: AgentSettings) -> AgentSettings:

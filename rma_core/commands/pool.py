@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from rma_core.commands import common
 from rma_core.errors import Problem, UsageProblem, ValidationProblem
+from rma_core.settings import AgentSettings, CoordinatorSettings, load_settings
+
+if TYPE_CHECKING:
+    from rma_core.interfaces import TierPolicy
 
 #: What `rma keys create` gives when no scope is named.
 DEFAULT_SCOPES = {"admin": ("admin:read", "tasks:read"), "client": ("infer:*",)}
@@ -256,7 +260,8 @@ def policies_preview(name: str, report: str | None, as_json: bool, **options: An
         empty = f"{name} would change nothing (workers: {len(answer['workers'])})."
         common.show(answer, as_json, common.table(("worker", "from", "to", "why"), changed, empty=empty))
         return
-    machines = [_decide(name, data, index) for index, data in enumerate(_machines(report))]
+    policy = _policy(name, _outer(options).get("home"))
+    machines = [_decide(policy, data, index) for index, data in enumerate(_machines(report))]
     rows = [(m["name"], m["tier"] or "-", m["reason"]) for m in machines]
     common.show(
         {"policy": name, "machines": machines},
@@ -276,14 +281,21 @@ def _machines(report: str) -> list[Any]:
     return data if isinstance(data, list) else [data]
 
 
-def _decide(name: str, data: Any, index: int) -> dict[str, Any]:
+def _policy(name: str, home: str | None) -> TierPolicy:
+    """Return an installed policy, as the settings on this machine have it."""
     from rma_core.host import Plugins
+
+    settings = load_settings(CoordinatorSettings, flags={"home": home}, known=(AgentSettings,))
+    found = Plugins.discover(kinds=["policy"], **settings.plugin_rules()).policies(settings.plugins)
+    if name not in found:
+        raise UsageProblem(f"there is no tier policy {name!r}", hints=(f"installed: {', '.join(sorted(found))}",))
+    return found[name]
+
+
+def _decide(policy: TierPolicy, data: Any, index: int) -> dict[str, Any]:
     from rma_core.interfaces import PolicyInput
     from rma_core.record import read_report
 
-    found = Plugins.discover(kinds=["policy"]).policies()
-    if name not in found:
-        raise UsageProblem(f"there is no tier policy {name!r}", hints=(f"installed: {', '.join(sorted(found))}",))
     label = str(data.get("name", f"#{index + 1}")) if isinstance(data, dict) else f"#{index + 1}"
-    decision = found[name].decide(PolicyInput(report=read_report(data, subject=f"machine {label}")))
+    decision = policy.decide(PolicyInput(report=read_report(data, subject=f"machine {label}")))
     return {"name": label, "tier": decision.tier, "reason": decision.reason}

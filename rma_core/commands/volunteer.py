@@ -1,4 +1,4 @@
-"""Commands of volunteers: join, agent, status, drain."""
+"""Commands of volunteers: join, agent, status, drain, leave."""
 
 from __future__ import annotations
 
@@ -67,6 +67,7 @@ def join(
     _no_attach(attach)
     flags = {"runtimes": list(runtimes) or None, "insecure_http": insecure_http or None}
     settings = settings_of(home, coordinator_url=url, **flags)
+    _no_attach(tuple(settings.attach))
     common.run_async(_join(settings, token, yes=yes))
     if enrol_only:
         common.say("Enrolled. Start working with:  rma agent")
@@ -173,6 +174,7 @@ def agent(
     _no_attach(attach)
     flags = {"coordinator_url": coordinator_url, "insecure_http": insecure_http or None}
     settings = settings_of(home, runtimes=list(runtimes) or None, **flags)
+    _no_attach(tuple(settings.attach))
     common.set_up_logging(settings.log_level)
     _run_agent(settings, ready=_tied_to_stdin if until_stdin_ends else _untied)
 

@@ -9,7 +9,7 @@ have WINDOW_BYTES on the way that the receiver has not yet given back as CREDIT.
 from __future__ import annotations
 
 import struct
-from typing import Annotated, Literal
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
@@ -129,7 +129,6 @@ class Error(Frame, frozen=True, kw_only=True, omit_defaults=True, tag="ERROR"):
 
 Up = Hello | Beat | Accept | Head | Progress | End | Error | Credit
 Down = Task | Cancel | Assign | Credit
-Direction = Literal["up", "down"]
 
 
 def pack(frame: Frame) -> str:

@@ -26,11 +26,6 @@ def encode(value: object) -> bytes:
     return _encoder.encode(value)
 
 
-def builtins(value: object) -> Any:  # noqa: ANN401 - plain JSON data has no narrower type
-    """Return ``value`` as plain dicts, lists, strings and numbers."""
-    return msgspec.to_builtins(value)
-
-
 def parse(data: bytes | str, *, subject: str) -> Any:  # noqa: ANN401 - plain JSON data has no narrower type
     """Return JSON as plain data; refuse what JSON does not allow (NaN, lone surrogates) and deep nesting.
 

@@ -101,7 +101,8 @@ async def admin_health(pool: Pool, web: Web) -> object:  # noqa: ARG001 - every 
     fleet = pool.fleet
     amnesty = fleet.amnesty_until - pool.clock()
     return {
-        "status": "ok",
+        "status": "degraded" if pool.store_reason else "ok",
+        "reason": pool.store_reason,
         "version": rma_core.__version__,
         "store": pool.settings.store,
         "uptime_s": round(pool.wall() - pool.started_at, 1),
@@ -184,6 +185,7 @@ async def policies(pool: Pool, web: Web) -> object:  # noqa: ARG001 - every hand
 async def preview_policy(pool: Pool, web: Web) -> object:
     """Which tiers a policy would give, and why: for given machines, or what would change in the live fleet."""
     asked = decode(await web.body(), PolicyPreview, subject="policy preview")
+    pool.policy(asked.policy or pool.settings.tier_policy)
     if asked.reports is not None:
         reports = read_reports(asked.reports, subject="reports")
         return {"machines": [_machine(pool, asked.policy, report, index) for index, report in enumerate(reports)]}
