@@ -47,7 +47,7 @@ PATIENCE_S = 15.0
 MACHINE = Capabilities(cpu_cores=8, ram="32GB", storage="200GB")
 
 
-def entry(service: str, *routes: str, wanted: int = 8) -> CatalogEntry:
+def entry(service: str, *routes: str, wanted: int = 8, slots: int = 8) -> CatalogEntry:
     return CatalogEntry(
         service=service,
         name=f"{service}-worker",
@@ -55,6 +55,7 @@ def entry(service: str, *routes: str, wanted: int = 8) -> CatalogEntry:
         routes=routes or (f"POST /{service}",),
         tiers=(2, 3),
         wanted=wanted,
+        slots=slots,
         needs=Needs(cpu_cores=0.1),
     )
 

@@ -351,8 +351,11 @@ class Pool:
                 if container.state == "healthy":
                     counted[container.service] = counted.get(container.service, 0) + container.slots
             slots = counted
-        assigned = {assignment.service for assignment in worker.record.assignment}
-        taken = {service: count for service, count in slots.items() if service in assigned}
+        # Never more than it was assigned: who claims a thousand slots would be given all there is.
+        most: dict[str, int] = {}
+        for one in worker.record.assignment:
+            most[one.service] = most.get(one.service, 0) + one.slots
+        taken = {service: min(count, most[service]) for service, count in slots.items() if service in most}
         self.dispatcher.offers(worker.id, taken, usable=worker.usable)
 
     def unregister(self, worker: Worker) -> None:

@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from rma_core.catalog import ServiceName
-from rma_core.models.hardware import Reason
+from rma_core.models.hardware import Name, Reason
 from rma_core.models.strict import convert, encode, parse
 from rma_core.models.worker import (
     AttemptRef,
@@ -115,8 +115,8 @@ class End(Frame, frozen=True, kw_only=True, omit_defaults=True, tag="END"):
     """Up: the answer is whole. ``usage`` in the service's own units, ``timings`` in seconds."""
 
     stream: Stream
-    usage: Annotated[dict[str, float], Meta(max_length=32)] = {}
-    timings: Annotated[dict[str, float], Meta(max_length=32)] = {}
+    usage: Annotated[dict[Name, float], Meta(max_length=32)] = {}
+    timings: Annotated[dict[Name, float], Meta(max_length=32)] = {}
 
 
 class Error(Frame, frozen=True, kw_only=True, omit_defaults=True, tag="ERROR"):

@@ -132,6 +132,8 @@ async def result(pool: Pool, call: Call) -> None:
         # An answer may come word by word; that it lives is what its lease is for.
         async for chunk in call.chunks(MAX_ANSWER_BYTES, patience_s=LEASE_S, least_bytes_per_s=0):
             await _feed(pool, attempt, relay, chunk)
+        # The end is an attempt's word too: by now the relay may be fed by a later one.
+        _still_wanted(attempt, relay)
         relay.end()
     except Gone:
         pool.dispatcher.broke(attempt, "the answer broke off: its connection was closed")
@@ -204,6 +206,8 @@ async def _small_answer(pool: Pool, attempt: Attempt, done: TaskComplete) -> Non
         relay.put_head(Head(done.http_status or 200, done.headers))
         relay.begin(attempt, lambda _: None)
         await _feed(pool, attempt, relay, done.body or b"")
+        # The end is an attempt's word too: by now the relay may be fed by a later one.
+        _still_wanted(attempt, relay)
         relay.end()
     except Overrun as error:
         pool.dispatcher.fail(attempt, "worker", error.message)
