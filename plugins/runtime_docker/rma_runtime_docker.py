@@ -650,7 +650,8 @@ def gpu_options(spec: ContainerSpec, config: Json, info: Json) -> Json:
     access = spec.access
     if access is None or not (access.cdi or access.device_nodes):
         return {}
-    if any(text.startswith(("LD_PRELOAD=", "LD_AUDIT=")) for text in config.get("Env") or ()):
+    named = [*(config.get("Env") or ()), *(f"{name}=" for name in spec.env)]
+    if any(text.startswith(("LD_PRELOAD=", "LD_AUDIT=")) for text in named):
         # Toolkits up to 1.17.7 load that library outside the container (CVE-2025-23266).
         raise NotSupported(f"{spec.image} sets LD_PRELOAD, which is not let near a GPU")
     options: Json = {}

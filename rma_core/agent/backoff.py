@@ -32,11 +32,11 @@ class Backoff:
         return self._tries
 
     def next_s(self, retry_after_s: float | None = None) -> float:
-        """Return how long to wait now; what the other side asked for wins."""
+        """Return how long to wait now: at least what the other side asked for, and never nothing."""
         # Beyond 2**30 the cap has long been reached, and a float would overflow one day.
         wait_s = min(self._cap_s, self._base_s * 2 ** min(self._tries, 30)) * self._uniform(0.5, 1.0)
         self._tries += 1
-        return wait_s if retry_after_s is None else retry_after_s * self._uniform(1.0, 1.1)
+        return wait_s if retry_after_s is None else max(retry_after_s, self._base_s / 2) * self._uniform(1.0, 1.1)
 
     def reset(self) -> None:
         """Start over after a success."""

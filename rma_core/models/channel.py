@@ -16,7 +16,7 @@ from msgspec import Meta
 
 from rma_core.catalog import ServiceName
 from rma_core.models.hardware import Name, Reason
-from rma_core.models.strict import convert, encode, parse
+from rma_core.models.strict import decode, encode
 from rma_core.models.worker import (
     AttemptRef,
     Fault,
@@ -138,12 +138,12 @@ def pack(frame: Frame) -> str:
 
 def unpack_up(text: str) -> Up:
     """Return the control frame in a worker's text message. Raises ValidationProblem."""
-    return convert(parse(text, subject="channel frame"), Up, subject="channel frame")  # type: ignore[arg-type]
+    return decode(text, Up, subject="channel frame")  # type: ignore[arg-type]
 
 
 def unpack_down(text: str) -> Down:
     """Return the control frame in a coordinator's text message. Raises ValidationProblem."""
-    return convert(parse(text, subject="channel frame"), Down, subject="channel frame")  # type: ignore[arg-type]
+    return decode(text, Down, subject="channel frame")  # type: ignore[arg-type]
 
 
 def pack_data(stream: int, data: bytes, *, end: bool = False) -> bytes:

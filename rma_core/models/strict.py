@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import types
 import typing
@@ -15,6 +16,8 @@ T = TypeVar("T")
 
 #: Nothing RMA speaks is nested deeper; more is an attack on the parser's stack.
 MAX_DEPTH = 32
+#: Larger data that does not fit is refused without saying where: walking it would hold everyone else up.
+MAX_EXPLAINED_BYTES = 256 * 1024
 #: More problems than this help nobody, and a hostile body could have millions.
 MAX_PROBLEMS = 50
 
@@ -49,6 +52,12 @@ def decode(data: bytes | str, kind: type[T], *, subject: str) -> T:
 
     ``subject`` names the data in the error ("registration"). Raises ValidationProblem.
     """
+    # What fits is decoded without building what nobody asked for; only what does not fit is walked, to explain it.
+    with contextlib.suppress(msgspec.MsgspecError, UnicodeError, RecursionError):
+        return msgspec.json.decode(data, type=kind)
+    if len(data) > MAX_EXPLAINED_BYTES:
+        problem = Problem("$", f"does not fit, and is too large ({len(data)} bytes) to say where")
+        raise ValidationProblem(subject, [problem])
     return convert(parse(data, subject=subject), kind, subject=subject)
 
 

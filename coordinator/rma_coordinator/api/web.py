@@ -44,7 +44,7 @@ class Web:
         """The caller's address; forwarding headers are believed from configured proxies only."""
         return client_address(request.scope.get("client"), request.headers.get("x-forwarded-for", ""), self._proxies)
 
-    async def body(self) -> bytes:
+    async def body(self, limit: int = CONTROL_BYTES) -> bytes:
         """Return the whole body. Raises HTTPProblem (408, 413, 415)."""
         check_encoding(request.headers.get("content-encoding", ""))
         try:
@@ -53,8 +53,8 @@ class Web:
                 data = await request.get_data(cache=False, as_text=False, parse_form_data=False)
         except TimeoutError:
             raise HTTPProblem(408, f"the body did not come within {PATIENCE_S:.0f} s") from None
-        if len(data) > CONTROL_BYTES:
-            raise too_large(CONTROL_BYTES)
+        if len(data) > limit:
+            raise too_large(limit)
         return data
 
     def admin(self, pool: Pool, scope: str) -> Principal:

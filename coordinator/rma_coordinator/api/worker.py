@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from rma_coordinator.api.web import Web
     from rma_coordinator.pool import Pool
 
+#: A signed assertion is a few hundred bytes; whoever sends more has no credential yet.
+TOKEN_BYTES = 16 * 1024
+
 
 async def nonce(pool: Pool, web: Web) -> object:  # noqa: ARG001 - every handler has the same form
     """A nonce to sign, and the issuer to name."""
@@ -29,7 +32,9 @@ async def register(pool: Pool, web: Web) -> object:
         web.status = 200
         return enrolment.preview(pool, await _registration(web))
     if secret.startswith("rma"):
+        # Before the body is parsed: its shape anyone can make up.
         check_shape(secret, "rmaj_")
+        pool.keyring.known_token(secret)
         answer, new = await enrolment.register(
             pool, await _registration(web), join_secret=secret, ip_address=web.ip_address
         )
@@ -56,7 +61,9 @@ def _may_preview(pool: Pool, secret: str) -> None:
 
 async def token(pool: Pool, web: Web) -> object:
     """A worker token for a signed assertion."""
-    return enrolment.exchange(pool, decode(await web.body(), TokenRequest, subject="token request").assertion)
+    return enrolment.exchange(
+        pool, decode(await web.body(TOKEN_BYTES), TokenRequest, subject="token request").assertion
+    )
 
 
 async def unregister(pool: Pool, web: Web) -> object:

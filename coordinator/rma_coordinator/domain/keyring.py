@@ -101,14 +101,19 @@ class Keyring:
             return False
         return True
 
-    def join_token(self, secret: str, thumbprint: str | None) -> JoinTokenRecord:
-        """Return a join token that this machine may (still) use. Raises NotAuthenticated or Forbidden."""
+    def known_token(self, secret: str) -> JoinTokenRecord:
+        """Return a join token of this pool that has not ended. Raises NotAuthenticated or Forbidden."""
         credentials.check_shape(secret, "rmaj_")
         record = self._tokens.get(credentials.fingerprint(secret))
         if record is None:
             message = "this pool does not know that join token"
             raise NotAuthenticated(message, hints=("ask the pool's admin for a new one: rma tokens create",))
         self._check_ended(record.revoked_at, record.expires_at, "join token")
+        return record
+
+    def join_token(self, secret: str, thumbprint: str | None) -> JoinTokenRecord:
+        """Return a join token that this machine may (still) use. Raises NotAuthenticated or Forbidden."""
+        record = self.known_token(secret)
         if thumbprint not in record.used_by and len(record.used_by) >= record.uses:
             message = "this join token is used up"
             raise Forbidden(message, hints=("ask the pool's admin for a new one: rma tokens create",))
