@@ -171,7 +171,7 @@ async def test_bad_json_is_refused_and_every_problem_in_it_is_named(tmp_path: Pa
         machine = await pool.enrol()
         for route in [route for route in ROUTES if takes_json(route)]:
             secret = machine.token if route.access in ("worker", "join") else pool.key
-            for content in (b"", b"{", b"[1]", b"NaN", b"\xff", b'"\\ud800"', b"[" * 10_000, b'{"a": 1e400}'):
+            for content in (b"", b"{", b"[1]", b"NaN", b"\xff", b'"\\ud800"', b"[" * 10_000, b"1e400"):
                 body = check_problem(await call(pool, route, secret, content=content), 400, "invalid")
                 assert body["errors"]
         wrong = b'{"kind": "root", "label": 5, "scopes": "all", "ttl_s": 1}'

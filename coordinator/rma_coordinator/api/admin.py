@@ -15,7 +15,7 @@ from rma_coordinator.domain.credentials import JoinTokenRecord, KeyRecord, check
 from rma_coordinator.domain.fleet import iso
 from rma_core.errors import NotFound
 from rma_core.models.hardware import read_reports
-from rma_core.models.strict import decode
+from rma_core.models.strict import convert, decode, parse
 
 if TYPE_CHECKING:
     from rma_coordinator.api.web import Web
@@ -184,7 +184,8 @@ async def policies(pool: Pool, web: Web) -> object:  # noqa: ARG001 - every hand
 
 async def preview_policy(pool: Pool, web: Web) -> object:
     """Which tiers a policy would give, and why: for given machines, or what would change in the live fleet."""
-    asked = decode(await web.body(), PolicyPreview, subject="policy preview")
+    # Its reports may hold anything: what is in them is looked through before it is used.
+    asked = convert(parse(await web.body(), subject="policy preview"), PolicyPreview, subject="policy preview")
     pool.policy(asked.policy or pool.settings.tier_policy)
     if asked.reports is not None:
         reports = read_reports(asked.reports, subject="reports")
