@@ -17,6 +17,7 @@ RMAError
 │   ├── StartFailed          created but would not run
 │   └── NotSupported         this runtime cannot do that
 ├── ConsentRefused           the machine's owner has not agreed to this
+├── AgentAbsent              no agent runs on this machine with that state folder
 └── CoordinatorError         what a coordinator, or the way to it, answered
     ├── CoordinatorUnreachable   (exit 7)
     ├── NotAuthenticated         (exit 4)
@@ -167,6 +168,12 @@ class ConsentRefused(RMAError):
     """The owner of the machine has not agreed to this service, image or runtime."""
 
     code = "consent"
+
+
+class AgentAbsent(RMAError):
+    """No agent runs on this machine with that state folder."""
+
+    code = "no_agent"
 
 
 class CoordinatorError(RMAError):

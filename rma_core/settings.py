@@ -228,8 +228,29 @@ class CoordinatorSettings(Settings, frozen=True, kw_only=True):
     trusted_proxies: Annotated[list[str], Meta(description="Networks whose forwarding headers are believed.")] = []
     max_body_bytes: Annotated[int, Meta(ge=1024, description="Largest request body that is taken.")] = 64 * 1024 * 1024
     memory_body_bytes: Annotated[int, Meta(ge=0, description="Request bodies above this wait on disk.")] = 256 * 1024
+    memory_bodies_bytes: Annotated[int, Meta(ge=0, description="Bytes that all bodies together keep in memory.")] = (
+        32 * 1024 * 1024
+    )
+    spool_bytes: Annotated[int, Meta(ge=0, description="Bytes that bodies and kept answers take on disk at most.")] = (
+        10 * 1024 * 1024 * 1024
+    )
     max_queued_tasks: Annotated[int, Meta(ge=1, description="Tasks that may wait; one more is refused with 429.")] = (
         1000
     )
     max_connections: Annotated[int, Meta(ge=16, description="Open connections at most.")] = 12_000
+    max_channels: Annotated[
+        int, Meta(ge=1, description="Workers that keep a channel open; others heartbeat, and are called back.")
+    ] = 2_000
     task_timeout_s: Annotated[float, Meta(gt=0, le=86_400, description="Seconds a request may take in all.")] = 600.0
+    async_timeout_s: Annotated[
+        float, Meta(gt=0, le=604_800, description="Seconds an asynchronous task may take, its wait included.")
+    ] = 86_400.0
+    result_ttl_s: Annotated[
+        float, Meta(gt=0, le=31_536_000, description="Seconds for which the answers of asynchronous tasks are kept.")
+    ] = 86_400.0
+    max_result_bytes: Annotated[int, Meta(ge=1024, description="Largest answer of an asynchronous task.")] = (
+        256 * 1024 * 1024
+    )
+    kept_tasks: Annotated[
+        int, Meta(ge=1, le=1_000_000, description="Finished asynchronous tasks that are kept; the oldest go first.")
+    ] = 10_000

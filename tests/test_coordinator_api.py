@@ -12,7 +12,8 @@ import msgspec
 import pytest
 
 from rma_coordinator.api.asgi import CONTROL_BYTES, client_address, header_value
-from rma_coordinator.api.routes import ROUTES, Route, document
+from rma_coordinator.api.openapi import document
+from rma_coordinator.api.routes import ROUTES, Route
 from rma_coordinator.domain.credentials import SCOPES, make_secret
 from rma_core.agent.keys import DeviceKey
 from rma_core.models.worker import RegisterRequest
@@ -75,6 +76,9 @@ CASES: dict[tuple[str, str], Case] = {
     ("GET", "/api/admin/tokens"): Case("/api/admin/tokens"),
     ("POST", "/api/admin/tokens"): Case("/api/admin/tokens", {}, 201),
     ("DELETE", "/api/admin/tokens/{key_id}"): Case("/api/admin/tokens/00000000", status=404),
+    ("GET", "/api/inference/tasks/{task_id}"): Case(f"/api/inference/tasks/{TASK}", status=404),
+    ("GET", "/api/inference/tasks/{task_id}/result"): Case(f"/api/inference/tasks/{TASK}/result", status=404),
+    ("DELETE", "/api/inference/tasks/{task_id}"): Case(f"/api/inference/tasks/{TASK}", status=404),
     ("POST", "/api/inference/{service}"): Case("/api/inference/nothing", status=404),
     ("POST", "/api/inference/{service}/{rest}"): Case("/api/inference/nothing/at/all", status=404),
 }

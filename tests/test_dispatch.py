@@ -27,6 +27,7 @@ class Recording:
         self.withdrawn: list[Attempt] = []
         self.again: list[Task] = []
         self.ended: Counter[str] = Counter()
+        self.to_write: list[Task] = []
         self.deaf: set[str] = set()
         self.full: set[str] = set()
         self.seats: dict[str, Seat] = {}
@@ -47,6 +48,13 @@ class Recording:
         assert reason
         assert not attempt.open
         self.withdrawn.append(attempt)
+
+    def accepted(self, attempt: Attempt) -> None:
+        assert attempt.state == "running"
+
+    def closing(self, task: Task) -> None:
+        assert task.durable
+        self.to_write.append(task)
 
     def restarted(self, task: Task) -> None:
         assert not task.committed
@@ -155,13 +163,13 @@ def test_three_different_workers_that_fail_end_the_task_with_every_reason(bench:
     assert task.reasons[3:] == ["given up after 3 attempts"]
 
 
-@pytest.mark.parametrize("fault", ["owner", "coordinator"])
-def test_what_is_not_the_workers_fault_is_not_charged_to_it(bench: Bench, fault: Fault) -> None:
+@pytest.mark.parametrize(("fault", "state"), [("owner", "returned"), ("coordinator", "lost")])
+def test_what_is_not_the_workers_fault_is_not_charged_to_it(bench: Bench, fault: Fault, state: str) -> None:
     seat = bench.worker("w1", 4)
     attempt = bench.running()
     bench.worker("w2")
     bench.dispatcher.fail(attempt, fault, "the owner came back")
-    assert (attempt.state, seat.quota) == ("returned", {})
+    assert (attempt.state, seat.quota) == (state, {})
     assert bench.attempt(attempt.task).worker_id == "w2"
 
 
@@ -291,7 +299,7 @@ def test_a_worker_that_fails_gets_less_but_never_nothing_and_more_again_when_it_
         quotas.append(seat.quota["notes"])
     assert quotas == [4, 2, 1, 1, 1]
     for _ in range(4):
-        bench.dispatcher.succeed(bench.running(), usage={})
+        bench.dispatcher.succeed(bench.running())
         quotas.append(seat.quota["notes"])
     assert quotas[5:] == [2, 4, 8, 8]
 
@@ -300,7 +308,7 @@ def test_a_success_while_the_worker_says_no_slots_leaves_it_a_quota(bench: Bench
     seat = bench.worker("w1", 2)
     attempt = bench.running()
     bench.dispatcher.offers("w1", {"notes": 0}, usable=True)
-    bench.dispatcher.succeed(attempt, usage={})
+    bench.dispatcher.succeed(attempt)
     bench.dispatcher.offers("w1", {"notes": 2}, usable=True)
     assert seat.room("notes") > 0
 
@@ -325,7 +333,7 @@ def test_only_the_newest_attempt_with_its_lease_may_speak(bench: Bench, lease: s
     for arguments in [*wrong, ("task-0", 1, attempt.lease_id, "w1")]:
         with pytest.raises(NotFound):
             bench.dispatcher.current(*arguments)
-    bench.dispatcher.succeed(attempt, usage={})
+    bench.dispatcher.succeed(attempt)
     with pytest.raises(NotFound):
         bench.dispatcher.current(task.id, 1, attempt.lease_id, "w1")
 
@@ -333,7 +341,7 @@ def test_only_the_newest_attempt_with_its_lease_may_speak(bench: Bench, lease: s
 def test_finished_tasks_are_remembered_up_to_a_bound(bench: Bench) -> None:
     bench.worker("w1")
     for _ in range(REMEMBERED + 5):
-        bench.dispatcher.succeed(bench.running(), usage={})
+        bench.dispatcher.succeed(bench.running())
     assert len(bench.dispatcher.finished) == REMEMBERED
     assert bench.dispatcher.tasks == {}
     assert bench.dispatcher.succeeded == REMEMBERED + 5
@@ -414,8 +422,8 @@ class Everything(RuleBasedStateMachine):
     @rule(data=st.data())
     def succeed(self, data: st.DataObject) -> None:
         if attempt := self.any_open(data):
-            self.dispatcher.succeed(attempt, usage={})
-            self.dispatcher.succeed(attempt, usage={})
+            self.dispatcher.succeed(attempt)
+            self.dispatcher.succeed(attempt)
 
     @rule(data=st.data(), fault=FAULTS)
     def fail(self, data: st.DataObject, fault: Fault) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import signal
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -138,6 +139,27 @@ def test_whoever_does_not_agree_leaves_nothing_behind(tmp_path_factory: pytest.T
         assert not (other / "rma").exists()
         assert made.workers() == []
         assert made.json("tokens")["tokens"][-1]["uses_left"] == 1
+
+
+def test_a_program_can_enrol_a_machine_and_take_it_out_again(tmp_path_factory: pytest.TempPathFactory) -> None:
+    home, other = tmp_path_factory.mktemp("pool"), tmp_path_factory.mktemp("machine")
+    with pool(home, "--port", "0", "--no-agent", env=NO_ENGINE) as made:
+        token = made.json("tokens", "create")["token"]
+        env = environment(other / "rma", NO_ENGINE)
+
+        def told(*arguments: str) -> tuple[int, dict[str, Any]]:
+            done = subprocess.run(
+                rma(*arguments, "--json"), env=env, capture_output=True, text=True, timeout=60, check=False
+            )
+            return done.returncode, json.loads(done.stdout)
+
+        code, joined = told("join", made.url, token, "--yes", "--enrol-only", "--runtime", "process")
+        [worker] = made.workers()
+        assert (code, joined["worker_id"], joined["coordinator"]) == (0, worker["worker_id"], made.url)
+        assert joined["tier"] == worker["tier"]
+        assert told("leave", "--yes") == (0, {"worker_id": joined["worker_id"], "coordinator": made.url})
+        code, refused = told("join", made.url, token, "--yes")
+        assert (code, refused["error"]["code"]) == (5, "forbidden")
 
 
 def answer_no(command: list[str], env: dict[str, str]) -> int:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from rma_coordinator.domain.tasks import Attempt, Task
-from rma_coordinator.relay import HOLD_BYTES, PIECE_BYTES, Body, Head, Overrun, Relay
-from rma_core.errors import NotFound, OutOfSpace
+from rma_coordinator.relay import HOLD_BYTES, Head, Overrun, Relay
+from rma_coordinator.spool import PIECE_BYTES, Spools
 from rma_core.models.channel import WINDOW_BYTES
 from tests.coordinator_fixtures import soon
 
@@ -29,7 +26,7 @@ def small(length: int) -> Head:
 @pytest.fixture
 def relay(tmp_path: Path) -> Relay:
     task = Task(service="notes", method="POST", path="/", headers=(), body_bytes=0, key_id="k", now=0, timeout_s=60)
-    return Relay(task, Body(memory_bytes=10, folder=tmp_path))
+    return Relay(task, Spools(tmp_path, memory_bytes=10, total_memory_bytes=100, disk_bytes=10**9).make())
 
 
 async def still_waiting(task: asyncio.Task[object]) -> bool:
@@ -89,7 +86,7 @@ async def test_a_task_that_failed_has_no_head(relay: Relay) -> None:
 async def test_never_more_than_a_window_waits_and_room_is_made_by_reading(relay: Relay) -> None:
     relay.put_head(OK)
     taken: list[int] = []
-    relay.begin(Attempt(relay.task, 1, "w", 0), taken.append)
+    relay.begin(Attempt(relay.task, 1, "w", 0), object(), taken.append)
     for _ in range(WINDOW_BYTES // PIECE_BYTES):
         relay.put(b"x" * PIECE_BYTES)
     with pytest.raises(Overrun, match="without credit"):
@@ -162,66 +159,3 @@ def test_what_cannot_be_an_answer_is_refused(relay: Relay) -> None:
 
 
 # -- bodies --------------------------------------------------------------------------------------------------------
-
-
-async def read(body: Body) -> bytes:
-    return b"".join([piece async for piece in body.pieces()])
-
-
-@pytest.mark.parametrize("limit", [0, 10, PIECE_BYTES * 3])
-async def test_a_body_is_read_as_it_was_written_by_several_readers_at_once(tmp_path: Path, limit: int) -> None:
-    body, data = Body(memory_bytes=limit, folder=tmp_path / "spool"), bytes(range(256)) * 700
-    for start in range(0, len(data), 1000):
-        await body.write(data[start : start + 1000])
-    assert body.size == len(data)
-    assert (body.small() is None) == (limit < len(data))
-    for got in await asyncio.gather(*(read(body) for _ in range(5))):
-        assert got == data
-    await body.close()
-
-
-@given(st.lists(st.binary(max_size=50)), st.integers(0, 100))
-def test_small_pieces_and_any_limit_keep_every_byte(parts: list[bytes], limit: int) -> None:
-    import tempfile
-    from pathlib import Path
-
-    async def go() -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            body = Body(memory_bytes=limit, folder=Path(folder))
-            for part in parts:
-                await body.write(part)
-            whole = b"".join(parts)
-            assert await read(body) == whole
-            assert body.small() == (whole if len(whole) <= limit else None)
-            await body.close()
-
-    asyncio.run(go())
-
-
-async def test_a_large_body_leaves_no_file_behind(tmp_path: Path) -> None:
-    body = Body(memory_bytes=10, folder=tmp_path / "spool")
-    await body.write(b"x" * 100_000)
-    assert list((tmp_path / "spool").iterdir()) == [], "it has no name even while it is used"
-    await body.close()
-
-
-@pytest.mark.parametrize("limit", [0, PIECE_BYTES * 9])
-async def test_a_body_closed_while_it_is_read_ends_the_reading(tmp_path: Path, limit: int) -> None:
-    body = Body(memory_bytes=limit, folder=tmp_path)
-    await body.write(b"x" * PIECE_BYTES * 3)
-    pieces = body.pieces()
-    await anext(pieces)
-    await body.close()
-    with pytest.raises(NotFound, match="its body is gone"):
-        await anext(pieces)
-    await body.close()
-
-
-async def test_a_full_disk_refuses_the_body_with_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(**_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("rma_coordinator.relay.tempfile.TemporaryFile", full)
-    body = Body(memory_bytes=0, folder=tmp_path)
-    with pytest.raises(OutOfSpace, match="the disk for request bodies is full"):
-        await body.write(b"x")

@@ -12,6 +12,7 @@ import ssl
 import sys
 import time
 import warnings
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ from rma_core.tls import certificate_pin, fetch_pinned, pinned_context
 from tests.coordinator_fixtures import PATIENCE_S, Line, Running, TurnedClock, make_app, running, soon, until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
 
     from quart import Quart
 
@@ -208,17 +209,26 @@ async def test_open_channels_and_polls_do_not_hold_up_the_end(tmp_path: Path) ->
         assert time.monotonic() - began < GRACE_S, "nothing had to be cut"
 
 
-async def stuck_client(pool: Running) -> asyncio.StreamWriter:
+@contextlib.asynccontextmanager
+async def stuck_client(pool: Running) -> AsyncIterator[None]:
     """Ask for an answer and never read it."""
     connection = socket.create_connection(("127.0.0.1", int(pool.url.rpartition(":")[2])))
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     connection.setblocking(False)
     reader, writer = await asyncio.open_connection(sock=connection, limit=1024)
     reader._transport.pause_reading()  # type: ignore[attr-defined]
+    try:
+        await ask_for_notes(pool, writer)
+        yield
+    finally:
+        # Whatever the test found: a connection that is left open fails another test.
+        writer.transport.abort()
+
+
+async def ask_for_notes(pool: Running, writer: asyncio.StreamWriter, *, content_length: int = 0) -> None:
     head = f"POST /api/inference/notes HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {pool.key}\r\n"
-    writer.write(f"{head}Content-Length: 0\r\n\r\n".encode())
+    writer.write(f"{head}Content-Length: {content_length}\r\n\r\n".encode())
     await writer.drain()
-    return writer
 
 
 async def fill(line: Line) -> frames.Task:
@@ -244,7 +254,7 @@ async def test_a_client_that_stopped_reading_cannot_hold_up_the_end(
     async with contextlib.AsyncExitStack() as stack:
         pool = await stack.enter_async_context(running(tmp_path))
         line = await stack.enter_async_context(pool.worker())
-        writer = await stuck_client(pool)
+        await stack.enter_async_context(stuck_client(pool))
         task = await fill(line)
         began = time.monotonic()
         pool.stop.set()
@@ -252,10 +262,74 @@ async def test_a_client_that_stopped_reading_cannot_hold_up_the_end(
         assert time.monotonic() - began < ENDS_WITHIN_S
         assert pool.pool.dispatcher.find(task.offer.task_id).final
         assert "Traceback" not in caplog.text
-        writer.transport.abort()
     # The store was closed in order, so the next start finds everything.
     async with running(tmp_path) as again:
         assert line.id in again.pool.fleet.workers
+
+
+async def test_a_connection_that_is_cut_at_the_end_leaves_no_traceback(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "GRACE_S", 0.1)
+    async with running(tmp_path) as pool, pool.worker():
+        # So the server's own patience ends before we cut the requests.
+        monkeypatch.setattr(server, "GRACE_S", 2.0)
+        _, writer = await asyncio.open_connection("127.0.0.1", int(pool.url.rpartition(":")[2]))
+        try:
+            await ask_for_notes(pool, writer, content_length=1000)
+            lanes = pool.app.extensions["rma_lanes"]
+            await until(lambda: len(lanes._open) == 2)
+            pool.stop.set()
+            await until(lambda: not pool.pool._started, within_s=ENDS_WITHIN_S)
+        finally:
+            writer.transport.abort()
+    assert "Traceback" not in caplog.text
+
+
+async def served(port: int) -> HTTPConnection:
+    """Return an open connection on which a request was answered. Raises OSError where it was closed instead."""
+    connection = HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
+    try:
+        await asyncio.to_thread(answered, connection)
+    except OSError:
+        connection.close()
+        raise
+    # It must stay the same connection.
+    connection.auto_open = 0
+    return connection
+
+
+def answered(connection: HTTPConnection) -> None:
+    connection.request("GET", "/health")
+    assert connection.getresponse().read().startswith(b"{")
+
+
+async def test_one_connection_too_many_is_closed_and_the_others_are_served(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "rma_coordinator.server")
+    async with running(tmp_path, max_connections=3) as pool:
+        port = int(pool.url.rpartition(":")[2])
+        with contextlib.ExitStack() as stack:
+            held = [stack.enter_context(contextlib.closing(await served(port))) for _ in range(3)]
+            for _ in range(4):
+                with pytest.raises(OSError, match=r"reset|closed|[Bb]roken pipe"):
+                    await served(port)
+            for connection in held:
+                await asyncio.to_thread(answered, connection)
+            assert caplog.text.count("3 connections are open, as many as there may be") == 1
+            held[0].close()
+            stack.enter_context(contextlib.closing(await until_served(port)))
+            await until(lambda: "there is room for connections again" in caplog.text)
+
+
+async def until_served(port: int) -> HTTPConnection:
+    """Connect until there is a place."""
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            with contextlib.suppress(OSError):
+                return await served(port)
+            await asyncio.sleep(0.01)
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="only Linux can be told how long to wait")
@@ -265,10 +339,9 @@ async def test_a_client_that_takes_nothing_any_more_does_not_keep_its_connection
     monkeypatch.setattr(server, "UNREAD_S", 1.0)
     async with running(tmp_path) as pool, pool.worker() as line:
         before = connections()
-        writer = await stuck_client(pool)
-        await fill(line)
-        await until(lambda: connections() == before)
-        writer.transport.abort()
+        async with stuck_client(pool):
+            await fill(line)
+            await until(lambda: connections() == before)
 
 
 def connections() -> int:

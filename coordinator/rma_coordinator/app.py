@@ -14,7 +14,7 @@ from quart import Quart, Response
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from rma_coordinator import enrolment
-from rma_coordinator.api import admin, channel, inference, plain, worker
+from rma_coordinator.api import admin, channel, inference, plain, tasks, worker
 from rma_coordinator.api.asgi import CONTROL_BYTES, Call, Gone, Lingering
 from rma_coordinator.api.problems import STATUS_WORDS, HTTPProblem, problem, unexpected, wrong_method
 from rma_coordinator.api.routes import ROUTES, Route, Router
@@ -25,7 +25,7 @@ from rma_core.errors import RMAError, SettingProblem
 from rma_core.models.strict import encode
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+    from collections.abc import AsyncGenerator, Awaitable, Callable
 
     from rma_coordinator.api.asgi import Message, Receive, Send
     from rma_coordinator.store import Store
@@ -100,7 +100,8 @@ async def _serving(pool: Pool) -> AsyncGenerator[None, None]:
     await pool.start()
     upkeep = [
         asyncio.create_task(pool.keep_time(), name="the pool's clock"),
-        asyncio.create_task(pool.keep_books(), name="the pool's books"),
+        asyncio.create_task(pool.keep_books(), name="the pool's counters"),
+        asyncio.create_task(pool.books.run(), name="the pool's books"),
     ]
     for task in upkeep:
         task.add_done_callback(_never_silent)
@@ -169,6 +170,9 @@ RAW: dict[str, RawHandler] = {
     "result": plain.result,
     "complete": plain.complete,
     "infer": inference.infer,
+    "task": tasks.task,
+    "task_result": tasks.task_result,
+    "cancel_task": tasks.cancel_task,
     "channel": upgrade,
 }
 
@@ -186,37 +190,40 @@ class Lanes:
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Serve one ASGI scope."""
         if scope["type"] == "websocket" and scope["path"] == CHANNEL_PATH:
-            with self._counted():
+            task = self._count()
+            try:
                 await channel.serve_channel(self._pool, scope, receive, send)
+            finally:
+                self._open.discard(task)
             return
         if scope["type"] != "http":
             await self._quart(scope, receive, send)
             return
-        ends = Lingering(receive, send)
         route, parts, allowed = self._router.find(scope["method"], scope["path"])
         if route is None and not allowed:
-            await self._quart(scope, ends.receive, ends.send)
+            ends = Lingering(receive, send)
+            await self._quart(scope, ends.receive, ends.hand_on)
             return
-        call = Call(scope, ends.receive, ends.send, proxies=self._pool.settings.trusted_proxies)
+        call = Call(scope, receive, send, proxies=self._pool.settings.trusted_proxies)
         call.parts = parts
-        with self._counted():
+        # Not a context manager: every heartbeat passes here.
+        task = self._count()
+        try:
             await self._raw(route, call, allowed)
+        finally:
+            self._open.discard(task)
 
     def cut(self) -> None:
         """End what is still open: the coordinator stops."""
         for task in self._open:
             task.cancel()
 
-    @contextlib.contextmanager
-    def _counted(self) -> Iterator[None]:
+    def _count(self) -> asyncio.Task[Any]:
         task = asyncio.current_task()
         if task is None:
             raise RuntimeError("an ASGI application runs in a task")
         self._open.add(task)
-        try:
-            yield
-        finally:
-            self._open.discard(task)
+        return task
 
     async def _raw(self, route: Route | None, call: Call, allowed: tuple[str, ...]) -> None:
         """Serve one call; whatever goes wrong is a problem while nothing has been sent, a broken connection after."""

@@ -8,7 +8,6 @@ from typing import Any
 import click
 
 from rma_core.commands import common
-from rma_core.errors import SettingProblem
 from rma_core.settings import AgentSettings, CoordinatorSettings, load_settings
 
 #: Where `rma up --lan` answers other machines.
@@ -28,6 +27,7 @@ PRIVATE = 0o077
 @click.option("--catalog", metavar="FOLDER", help="Catalog entries, where not those that came along.")
 @click.option("--insecure-http", is_flag=True, help="Listen beyond this machine without TLS.")
 @common.home_option
+@common.errors_option
 def coordinator(insecure_http: bool, **flags: Any) -> None:
     """Run the coordinator: it keeps the fleet, hands out work and answers clients."""
     from rma_coordinator.server import run
@@ -41,16 +41,36 @@ def coordinator(insecure_http: bool, **flags: Any) -> None:
 
 @click.command()
 @click.option("--port", type=int, help="Port on this machine (default 8080, or the next that is free).")
-@click.option("--lan", is_flag=True, help="Also let other machines join, over TLS with a pinned certificate.")
-@click.option("--lan-port", type=int, default=LAN_PORT, show_default=True, help="Port for other machines.")
-@click.option("--lan-host", metavar="ADDRESS", help="Address by which other machines reach this one.")
+@click.option(
+    "--lan",
+    is_flag=True,
+    envvar="RMA_LAN",
+    help="Also let other machines join, over TLS with a pinned certificate (RMA_LAN).",
+)
+@click.option(
+    "--lan-port",
+    type=int,
+    default=LAN_PORT,
+    show_default=True,
+    envvar="RMA_LAN_PORT",
+    help="Port for other machines (RMA_LAN_PORT).",
+)
+@click.option(
+    "--lan-host",
+    metavar="ADDRESS",
+    envvar="RMA_LAN_HOST",
+    help="Address by which other machines reach this one (RMA_LAN_HOST).",
+)
 @click.option("--runtime", "runtimes", multiple=True, metavar="NAME", help="docker, podman or process; repeatable.")
 @click.option(
     "--attach", "attach", multiple=True, metavar="URL", help="A model server that already runs here (not served yet)."
 )
-@click.option("--no-agent", is_flag=True, help="No worker on this machine.")
-@click.option("--verbose", is_flag=True, help="Show the log of the coordinator and the agent.")
+@click.option("--no-agent", is_flag=True, envvar="RMA_NO_AGENT", help="No worker on this machine (RMA_NO_AGENT).")
+@click.option(
+    "--verbose", is_flag=True, envvar="RMA_VERBOSE", help="Show the log of the coordinator and the agent (RMA_VERBOSE)."
+)
 @common.home_option
+@common.errors_option
 def up(**flags: Any) -> None:
     """Try it: a coordinator with its status page and a worker on this machine, ready for requests.
 
@@ -59,10 +79,7 @@ def up(**flags: Any) -> None:
     from rma_coordinator.server import run
     from rma_coordinator.up import Up
 
-    if flags.pop("attach"):
-        raise SettingProblem(
-            "--attach comes with the llm service, which is not there yet", hints=("leave it out for now",)
-        )
+    common.no_attach(flags.pop("attach"))
     settings = load_settings(CoordinatorSettings, flags={"home": flags["home"]}, known=(AgentSettings,))
     os.umask(PRIVATE)
     common.set_up_logging(settings.log_level if flags["verbose"] else "warning")

@@ -65,8 +65,8 @@ def make_offer(attempt: Attempt, relay: Relay, *, inline: bool, now: float) -> T
         body=small if inline else None,
         body_url=f"/api/worker/tasks/{task.id}/body" if small is None else None,
         lease_s=LEASE_S,
-        first_byte_s=left,
-        gap_s=LEASE_S,
+        first_byte_s=left if task.first_byte_s is None else min(left, task.first_byte_s),
+        gap_s=task.gap_s,
         total_s=left,
     )
 
@@ -201,10 +201,16 @@ class Poll:
 class Hub:
     """Who can be reached now, and who waits for which answer; the dispatcher's effects."""
 
-    def __init__(self, *, on_finished: Callable[[DispatchTask], None]) -> None:
+    def __init__(
+        self,
+        *,
+        on_accepted: Callable[[Attempt], None],
+        on_closing: Callable[[DispatchTask], None],
+        on_finished: Callable[[DispatchTask], None],
+    ) -> None:
         self.sinks: dict[str, Sink] = {}
         self.relays: dict[str, Relay] = {}
-        self._on_finished = on_finished
+        self._on_accepted, self._on_closing, self._on_finished = on_accepted, on_closing, on_finished
 
     def attach(self, worker_id: str, sink: Sink) -> None:
         """Take a worker's new way in; the former one ends."""
@@ -217,6 +223,11 @@ class Hub:
             return False
         del self.sinks[worker_id]
         return True
+
+    @property
+    def channels(self) -> int:
+        """How many channels are open."""
+        return sum(isinstance(sink, Channel) for sink in self.sinks.values())
 
     def close(self, worker_id: str) -> None:
         """End the way to one worker, if there is one."""
@@ -244,6 +255,14 @@ class Hub:
         sink = self.sinks.get(attempt.worker_id)
         if sink:
             sink.withdraw(attempt, reason)
+
+    def accepted(self, attempt: Attempt) -> None:
+        """The worker has begun."""
+        self._on_accepted(attempt)
+
+    def closing(self, task: DispatchTask) -> None:
+        """The end of a durable task is decided."""
+        self._on_closing(task)
 
     def restarted(self, task: DispatchTask) -> None:
         """Forget what the lost attempt sent."""

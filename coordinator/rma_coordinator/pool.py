@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from rma_coordinator import tokens
+from rma_coordinator.books import Books
 from rma_coordinator.domain.credentials import SCOPES, JoinTokenRecord, KeyRecord, Nonces, Principal
 from rma_coordinator.domain.dispatch import Dispatcher
 from rma_coordinator.domain.fleet import SWEEP_S, Fleet, Worker, WorkerRecord
 from rma_coordinator.domain.keyring import Keyring
 from rma_coordinator.domain.placement import place
 from rma_coordinator.hub import Hub
-from rma_coordinator.relay import Body, Relay
-from rma_coordinator.store import Put
+from rma_coordinator.relay import Relay
+from rma_coordinator.spool import Spools
+from rma_coordinator.store import Put, StoreFailed
 from rma_core.errors import NotFound, RMAError, SettingProblem, TryLater
 from rma_core.interfaces import PolicyInput, TierDecision
 from rma_core.models.worker import HeartbeatAnswer
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
     from rma_coordinator.domain.placement import Placement
     from rma_coordinator.domain.tasks import Attempt, Task
+    from rma_coordinator.spool import Body
     from rma_coordinator.store import Store
     from rma_core.catalog import CatalogEntry
     from rma_core.interfaces import TierPolicy
@@ -38,16 +41,21 @@ logger = logging.getLogger(__name__)
 
 #: How often leases and deadlines are looked at.
 TICK_S = 0.5
+#: Below this share of `max_channels` nobody is parked.
+CHANNELS_LOW = 0.9
+#: Workers with room that each service keeps reachable while others are parked.
+SPARE_SEATS = 8
 #: Counters that only heartbeats and finished tasks move are written at most this often.
 FLUSH_S = 10.0
 
 
 class PoolRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What makes the pool itself: its name in tokens, and the secret that signs them."""
+    """What makes the pool itself: its name in tokens, the secret that signs them, and how often it was started."""
 
     issuer: str
     token_secret: bytes
     created_at: float
+    starts: int = 0
 
 
 class NoDecision(TierDecision, frozen=True, kw_only=True):
@@ -80,8 +88,23 @@ class Pool:
         self.wall = wall
         self.policies = policies
         self.catalog = {entry.service: _registry(entry, settings.image_registry) for entry in catalog}
-        self.hub = Hub(on_finished=self.completed)
+        self.hub = Hub(on_accepted=self._accepted, on_closing=self._closing, on_finished=self.completed)
         self.dispatcher = Dispatcher(self.hub, clock=clock, max_queued=settings.max_queued_tasks)
+        self.spools = Spools(
+            settings.home_path / "spool",
+            memory_bytes=settings.memory_body_bytes,
+            total_memory_bytes=settings.memory_bodies_bytes,
+            disk_bytes=settings.spool_bytes,
+        )
+        self.books = Books(
+            store=store,
+            spools=self.spools,
+            dispatcher=self.dispatcher,
+            hub=self.hub,
+            settings=settings,
+            clock=clock,
+            wall=wall,
+        )
         self.nonces = Nonces(wall)
         #: What the plugin host says of the coordinator's own plugins.
         self.plugins = plugins
@@ -93,6 +116,8 @@ class Pool:
         self._need = 0
         #: Why the store cannot be written now; empty while it can.
         self.store_reason = ""
+        self._channels = 0
+        self._spare: dict[str, int] = {}
 
     # -- life --------------------------------------------------------------------------------------------------
 
@@ -111,9 +136,9 @@ class Pool:
             record = PoolRecord(
                 issuer=f"rma-{secrets.token_hex(8)}", token_secret=secrets.token_bytes(32), created_at=self.wall()
             )
-            await self.store.commit([Put("pool", record)])
             found = [record]
-        self.record = found[0]
+        self.record = msgspec.structs.replace(found[0], starts=found[0].starts + 1)
+        await self.store.commit([Put("pool", self.record)])
         self.worker_tokens = tokens.WorkerTokens(self.record.token_secret, issuer=self.record.issuer, clock=self.wall)
         self.keyring = Keyring(
             await self.store.load(KeyRecord), await self.store.load(JoinTokenRecord), clock=self.wall
@@ -125,6 +150,9 @@ class Pool:
             interval_s=self.settings.heartbeat_interval_s,
             beats_per_s=self.settings.heartbeats_per_s,
         )
+        await self.books.open(self.record.starts)
+        for worker in self.fleet.workers.values():
+            worker.completed = self.books.completed(worker.id)
         self._started = True
 
     async def stop(self) -> None:
@@ -135,6 +163,10 @@ class Pool:
         try:
             self.fleet.changed |= {worker.id for worker in self.fleet.workers.values() if worker.heard}
             await self.flush()
+            await self.books.close()
+        except RMAError as error:
+            # Durable tasks go on after the next start; what is lost is said.
+            logger.error("not everything could be written at the end: %s", error)  # noqa: TRY400 - expected
         finally:
             await self.store.close()
 
@@ -145,6 +177,8 @@ class Pool:
             await asyncio.sleep(TICK_S)
             try:
                 self.dispatcher.tick()
+                self._count_channels()
+                self._watch_store()
                 if self.clock() - swept >= SWEEP_S:
                     swept = self.clock()
                     self.sweep()
@@ -156,7 +190,11 @@ class Pool:
         """Write the counters that changed, now and then; a slow disk holds up nothing else. Runs until cancelled."""
         while True:
             await asyncio.sleep(FLUSH_S)
-            await self.flush()
+            try:
+                await self.flush()
+            except Exception:
+                # The books must go on after one bad round; the traceback says what to mend.
+                logger.exception("the counters could not be written")
 
     def sweep(self) -> None:
         """Look for workers that fell silent: their attempts are lost, and they are given nothing new."""
@@ -174,15 +212,20 @@ class Pool:
             worker.record = msgspec.structs.replace(worker.record, last_seen_at=self.fleet.last_seen(worker))
         try:
             await self.store.commit([Put(worker.id, worker.record) for worker in workers])
-        except RMAError as error:
+        except BaseException as error:
             self.fleet.changed |= changed
-            if not self.store_reason:
-                logger.error("%s; it is tried again", error, extra={"action": "store_ill"})  # noqa: TRY400 - expected
-            self.store_reason = error.message
-            return
-        if self.store_reason:
-            logger.info("the store can be written again", extra={"action": "store_well"})
-        self.store_reason = ""
+            if not isinstance(error, RMAError):
+                raise
+            logger.debug("%s; it is tried again", error)
+
+    def _watch_store(self) -> None:
+        """Say once when the store can no longer be written, and once when it can again."""
+        reason = self.store.state.reason
+        if bool(reason) != bool(self.store_reason):
+            level = logging.ERROR if reason else logging.INFO
+            words = f"no new work is taken: {reason}" if reason else "the store can be written again"
+            logger.log(level, "%s", words, extra={"action": "store_ill" if reason else "store_well"})
+        self.store_reason = reason
 
     # -- keys --------------------------------------------------------------------------------------------------
 
@@ -290,12 +333,9 @@ class Pool:
             self._new_facts(worker, beat)
         elif self._placed.get(worker.id) != self._need:
             self.place(worker)
-        held = {ref: self._held(worker, ref) for ref in beat.attempts}
-        for attempt in held.values():
-            # A worker that polls has no other way to say that it has begun and goes on.
-            if attempt is not None:
-                self.dispatcher.accept(attempt)
-        return self.answer(worker, beat.generation, cancel=tuple(ref for ref, found in held.items() if found is None))
+        # A worker that polls has no other way to say that it has begun and goes on.
+        self.dispatcher.heard(worker.id, beat.attempts)
+        return self.answer(worker, beat.generation, cancel=self.unwanted(worker, beat.attempts))
 
     def _new_facts(self, worker: Worker, beat: Heartbeat) -> None:
         record = worker.record
@@ -322,10 +362,11 @@ class Pool:
         self.fleet.changed.add(worker.id)
         self.place(worker, anew=decision.tier != record.tier)
 
-    def _held(self, worker: Worker, ref: AttemptRef) -> Attempt | None:
-        task = self.dispatcher.tasks.get(ref.task_id)
-        attempt = task.attempt if task else None
-        return attempt if attempt and attempt.belongs(ref.attempt, ref.lease_id, worker.id) else None
+    def unwanted(self, worker: Worker, refs: Collection[AttemptRef]) -> tuple[AttemptRef, ...]:
+        """Return those of a worker's attempts that nobody wants any more."""
+        seat = self.dispatcher.seats.get(worker.id)
+        running = seat.running if seat else {}
+        return tuple(ref for ref in refs if ref.lease_id not in running)
 
     def answer(self, worker: Worker, generation: int, *, cancel: tuple[AttemptRef, ...] = ()) -> HeartbeatAnswer:
         """Return what a worker that runs ``generation`` should do next."""
@@ -338,25 +379,39 @@ class Pool:
             containers=record.assignment if generation != record.generation else None,
             cancel=cancel,
             nonce=self.nonces.make(),
+            connect=self._keeps_channel(worker),
         )
+
+    def _keeps_channel(self, worker: Worker) -> bool:
+        """Say whether a worker should have its channel open; the others are parked while there are enough of them."""
+        if self._channels <= self.settings.max_channels * CHANNELS_LOW:
+            return True
+        seat = self.dispatcher.seats.get(worker.id)
+        if seat is None or seat.running:
+            return seat is not None or self._channels <= self.settings.max_channels
+        has = seat.reachable
+        if has and self._channels <= self.settings.max_channels:
+            return True
+        wanted = any(self._spare.get(service, 0) < SPARE_SEATS for service, slots in seat.slots.items() if slots)
+        if has != wanted:
+            step = 1 if wanted else -1
+            self._channels += step
+            for service in seat.slots:
+                self._spare[service] = self._spare.get(service, 0) + step
+        return wanted
+
+    def _count_channels(self) -> None:
+        """Look how many channels are open, and for how many seats on them each service has room."""
+        self._channels = self.hub.channels
+        if self._channels > self.settings.max_channels * CHANNELS_LOW:
+            self._spare = self.dispatcher.spare()
 
     def offers(self, worker: Worker, slots: Mapping[str, int] | None = None) -> None:
         """Tell dispatch what a worker can take: the slots it says, else those of its healthy containers.
 
         Only services that it was assigned count: nobody draws other requests to a machine by claiming to serve them.
         """
-        if slots is None:
-            counted: dict[str, int] = {}
-            for container in worker.containers:
-                if container.state == "healthy":
-                    counted[container.service] = counted.get(container.service, 0) + container.slots
-            slots = counted
-        # Never more than it was assigned: who claims a thousand slots would be given all there is.
-        most: dict[str, int] = {}
-        for one in worker.record.assignment:
-            most[one.service] = most.get(one.service, 0) + one.slots
-        taken = {service: min(count, most[service]) for service, count in slots.items() if service in most}
-        self.dispatcher.offers(worker.id, taken, usable=worker.usable)
+        self.dispatcher.offers(worker.id, worker.offered(slots), usable=worker.usable)
 
     def unregister(self, worker: Worker) -> None:
         """A worker says goodbye: its tasks go to others at once, its key stays known."""
@@ -380,9 +435,17 @@ class Pool:
 
     # -- requests ----------------------------------------------------------------------------------------------
 
-    def body(self) -> Body:
-        """Return an empty request body to be filled."""
-        return Body(memory_bytes=self.settings.memory_body_bytes, folder=self.settings.home_path / "spool")
+    def _accepted(self, attempt: Attempt) -> None:
+        self.books.accepted(attempt)
+
+    def _closing(self, task: Task) -> None:
+        self.books.closing(task)
+
+    def check_store(self) -> None:
+        """Refuse new work while nothing can be written: its end could not be kept. Raises StoreFailed, OutOfSpace."""
+        state = self.store.state
+        if not state.ok:
+            raise StoreFailed(f"no new work is taken: {state.reason}", hints=("try again later",))
 
     def check_service(self, service: str, principal: Principal) -> CatalogEntry:
         """Return the catalog entry that a client may use. Raises NotFound, Forbidden."""
@@ -429,10 +492,13 @@ class Pool:
 
     def completed(self, task: Task) -> None:
         """Count a succeeded task for the worker that did it."""
+        if task.state != "succeeded":
+            return
+        if not task.durable:
+            self.books.credit(task)
         worker = self.fleet.workers.get(task.attempt.worker_id) if task.attempt else None
-        if worker and task.state == "succeeded":
-            worker.record = msgspec.structs.replace(worker.record, tasks_completed=worker.record.tasks_completed + 1)
-            self.fleet.changed.add(worker.id)
+        if worker is not None:
+            worker.completed += 1
 
 
 def _registry(entry: CatalogEntry, registry: str) -> CatalogEntry:

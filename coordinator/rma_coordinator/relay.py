@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import errno
-import tempfile
-import threading
 from collections import deque
-from typing import IO, TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from rma_core.errors import NotFound, OutOfSpace, RMAError
+from rma_core.errors import RMAError
 from rma_core.models.channel import WINDOW_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
-    from pathlib import Path
 
     from rma_coordinator.domain.tasks import Attempt, Task
+    from rma_coordinator.spool import Body
 
-#: Pieces in which a stored body is read again.
-PIECE_BYTES = 64 * 1024
 #: Whole answers up to here are kept back until they are complete, so that a loss before that costs the client nothing.
 HOLD_BYTES = 64 * 1024
 #: A final HTTP status; what is below is about the connection, and never an answer.
@@ -51,85 +46,6 @@ class Head(NamedTuple):
         return int(text) if text.isascii() and text.isdigit() and len(text) <= MOST_DIGITS else None
 
 
-class Body:
-    """A request body, small in memory, large on disk; kept until its task is final, for another attempt may be made."""
-
-    def __init__(self, *, memory_bytes: int, folder: Path) -> None:
-        self.size = 0
-        self._memory_bytes = memory_bytes
-        self._folder = folder
-        self._memory = bytearray()
-        self._file: IO[bytes] | None = None
-        self._closed = False
-        # One file position for all readers, each of which reads in a thread.
-        self._lock = threading.Lock()
-
-    async def write(self, data: bytes) -> None:
-        """Add a piece; moves to disk once it is large. Raises OutOfSpace."""
-        self.size += len(data)
-        if self._file is None and self.size <= self._memory_bytes:
-            self._memory += data
-            return
-        try:
-            await asyncio.to_thread(self._spill, data)
-        except OSError as error:
-            reason = "is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else f"cannot be used: {error.strerror}"
-            raise OutOfSpace(
-                f"the disk for request bodies {reason}", hints=("send a smaller body, or try again later",)
-            ) from error
-
-    def _spill(self, data: bytes) -> None:
-        with self._lock:
-            if self._file is None:
-                self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-                # No name: the file is gone with the process, whatever ends it.
-                self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - closed by `close`
-                self._file.write(self._memory)
-                self._memory = bytearray()
-            self._file.write(data)
-            # What cannot be written must be known now, not when it is read or closed.
-            self._file.flush()
-
-    def small(self) -> bytes | None:
-        """Return the whole body when it is in memory."""
-        return bytes(self._memory) if self._file is None else None
-
-    async def pieces(self) -> AsyncIterator[bytes]:
-        """Yield the body from its start; several readers may do so one after the other or at once.
-
-        Raises NotFound when the body is closed before its end: nobody wants the task done any more.
-        """
-        position = 0
-        while position < self.size:
-            piece = self._cut(position) if self._file is None else await asyncio.to_thread(self._read, position)
-            if self._closed or not piece:
-                raise NotFound("the task has ended, and its body is gone")
-            position += len(piece)
-            yield piece
-
-    def _cut(self, position: int) -> bytes:
-        return bytes(self._memory[position : position + PIECE_BYTES])
-
-    def _read(self, position: int) -> bytes:
-        with self._lock:
-            if self._file is None or self._closed:
-                return b""
-            self._file.seek(position)
-            return self._file.read(PIECE_BYTES)
-
-    async def close(self) -> None:
-        """Let go of the memory or the file."""
-        self._closed = True
-        self._memory = bytearray()
-        if self._file is not None:
-            await asyncio.to_thread(self._close)
-
-    def _close(self) -> None:
-        with self._lock:
-            if self._file is not None:
-                self._file.close()
-
-
 class Relay:
     """One task's answer on its way: fed by the current attempt, read by the client, at most a window between."""
 
@@ -144,17 +60,24 @@ class Relay:
         self._received = 0
         self._changed = asyncio.Event()
         self._taken: Callable[[int], None] | None = None
-        self._source: Attempt | None = None
+        self._source: tuple[Attempt, object] | None = None
+        #: How often it was begun anew: whoever reads looks whether it still is the same answer.
+        self.starts = 0
 
     # -- the worker's side -------------------------------------------------------------------------------------
 
-    def begin(self, attempt: Attempt, taken: Callable[[int], None]) -> None:
-        """An attempt feeds from now on; ``taken`` is told the bytes that the client has read."""
-        self._source, self._taken = attempt, taken
+    def begin(self, attempt: Attempt, way: object, taken: Callable[[int], None]) -> None:
+        """An attempt feeds from now on, by one ``way`` (a channel, a request); ``taken`` is told what has been read."""
+        self._source, self._taken = (attempt, way), taken
 
-    def fed_by(self, attempt: Attempt) -> bool:
-        """Whether this attempt is the one that may feed."""
-        return self._source is attempt
+    def way_of(self, attempt: Attempt) -> object | None:
+        """Return the way by which an attempt feeds; ``None`` when it does not."""
+        return self._source[1] if self._source and self._source[0] is attempt else None
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more can come: its task has ended, or its end is decided."""
+        return self.task.final or self.task.closing is not None
 
     def put_head(self, head: Head) -> None:
         """Take the answer's status and headers. Raises Overrun for a second one, or one that is no answer's."""
@@ -183,7 +106,7 @@ class Relay:
 
     async def room(self, wanted: int) -> None:
         """Wait until ``wanted`` bytes fit, or the task ends; for a source that has no window of its own."""
-        while self._buffered and self._buffered + wanted > WINDOW_BYTES and not self.task.final:
+        while self._buffered and self._buffered + wanted > WINDOW_BYTES and not self.over:
             self._changed.clear()
             await self._changed.wait()
 
@@ -194,6 +117,7 @@ class Relay:
         if self.head.length not in (None, self._received):
             raise Overrun(f"the answer announced {self.head.length} bytes and has {self._received}")
         self.complete = True
+        self.task.answer_bytes = self._received
         self._changed.set()
 
     def restart(self) -> None:
@@ -201,6 +125,7 @@ class Relay:
         self.head, self.complete, self._source, self._taken = None, False, None, None
         self._chunks.clear()
         self._buffered = self._received = 0
+        self.starts += 1
         self._changed.set()
 
     def wake(self) -> None:
@@ -219,7 +144,7 @@ class Relay:
         while True:
             if self.head is not None and (self.complete or not self._worth_holding(self.head)):
                 return self.head
-            if self.task.final:
+            if self.over:
                 return None
             self._changed.clear()
             await self._changed.wait()
@@ -228,17 +153,25 @@ class Relay:
         return head.length is not None and head.length <= HOLD_BYTES
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        """Yield the answer as it comes and give room back for each piece; ends early when the task failed."""
+        """Yield the answer as it comes and give room back for each piece.
+
+        Ends early when the task ends, and when the answer is begun anew: `starts` tells.
+        """
+        starts = self.starts
         while True:
             while self._chunks:
                 piece = self._chunks.popleft()
                 yield piece
+                if self.starts != starts:
+                    return
                 # Room is made only once the client has it, so that never more than a window is kept for it.
                 self._buffered -= len(piece)
                 self._changed.set()
                 if self._taken is not None:
                     self._taken(len(piece))
-            if self.complete or self.task.final:
+            if self.complete or self.over:
                 return
             self._changed.clear()
             await self._changed.wait()
+            if self.starts != starts:
+                return

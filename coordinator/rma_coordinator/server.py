@@ -19,6 +19,7 @@ from hypercorn.events import Updated
 
 from rma_coordinator.app import pool_of
 from rma_core.errors import SettingProblem
+from rma_core.settings import CoordinatorSettings
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
@@ -46,6 +47,8 @@ KEEP_ALIVE_S = 75.0
 HANDSHAKE_S = 10.0
 #: A connection whose other side takes nothing of what waits for it is closed after this.
 UNREAD_S = 60.0
+#: A coordinator that was full says it is again only after so large a share of its connections was free for others.
+RELIEF = 0.1
 
 
 #: New objects after which young ones are searched for cycles: with Python's 700, a thousand workers that join made it
@@ -53,14 +56,59 @@ UNREAD_S = 60.0
 GC_YOUNG = 10_000
 
 
+class Places:
+    """How many connections are open, and how many there may be; says once that it is full, and once that it is over."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.taken = limit, 0
+        self._refused = 0
+
+    def take(self) -> bool:
+        """Take a place, and say whether there was one."""
+        if self.taken >= self.limit:
+            if not self._refused:
+                logger.warning(
+                    "%d connections are open, as many as there may be: more are closed at once (max_connections)",
+                    self.taken,
+                    extra={"action": "full"},
+                )
+            self._refused += 1
+            return False
+        self.taken += 1
+        return True
+
+    def give(self) -> None:
+        """Give a place back."""
+        self.taken -= 1
+        if self._refused and self.taken < self.limit * (1 - RELIEF):
+            logger.info("there is room for connections again; %d were closed", self._refused, extra={"action": "room"})
+            self._refused = 0
+
+
 class Connection(TCPServer):
-    """Hypercorn's connection, which ends when its client has left.
+    """Hypercorn's connection, which has a place among those there may be, and ends when its client has left.
 
     Hypercorn 0.18 keeps one that its client closed between two requests until the keep-alive time is over: its socket,
-    its tasks, and its place among the connections there may be.
+    its tasks, and its place.
     """
 
     _left = False
+
+    async def run(self) -> None:
+        """Serve the connection, or close it at once where there are too many."""
+        # Another server in this process has a configuration without places.
+        places = getattr(self.config, "places", None) or Places(1)
+        if not places.take():
+            # No answer and no farewell: either could make us wait for somebody who means harm.
+            self.writer.transport.abort()
+            return
+        try:
+            await super().run()
+        except asyncio.CancelledError:
+            # The server's end. Nothing waits for what comes of this, and Python before 3.12 would log a traceback.
+            self.writer.transport.abort()
+        finally:
+            places.give()
 
     async def protocol_send(self, event: Event) -> None:
         """Send, or begin and end the idle time; who has left is not waited for."""
@@ -110,13 +158,18 @@ def free_port(host: str, port: int) -> int:
         return int(probe.getsockname()[1])
 
 
-class _Bounded(Config):
-    """Hypercorn's configuration, whose sockets give up on clients that take nothing for UNREAD_S.
+class BoundedConfig(Config):
+    """Hypercorn's configuration, with a limit to connections, and sockets that give up on clients after UNREAD_S.
 
-    The server itself waits for such a client for ever once its answer was given up.
+    The server itself waits for a client that takes nothing for ever once its answer was given up.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = Places(CoordinatorSettings().max_connections)
+
     def create_sockets(self) -> Sockets:
+        """Return the listening sockets."""
         sockets = super().create_sockets()
         option = getattr(socket, "TCP_USER_TIMEOUT", None)  # Linux
         for listening in (*sockets.secure_sockets, *sockets.insecure_sockets):
@@ -125,9 +178,9 @@ class _Bounded(Config):
         return sockets
 
 
-def make_config(plain: Listener | None, secure: Listener | None) -> Config:
+def make_config(plain: Listener | None, secure: Listener | None) -> BoundedConfig:
     """Return Hypercorn's configuration for a plain and/or a TLS listener."""
-    config = _Bounded()
+    config = BoundedConfig()
     config.bind = [listener.address for listener in (secure or plain,) if listener]
     config.insecure_bind = [plain.address] if secure and plain else []
     if secure:
@@ -151,7 +204,7 @@ def make_config(plain: Listener | None, secure: Listener | None) -> Config:
 
 async def run_server(
     app: Quart,
-    config: Config,
+    config: BoundedConfig,
     *,
     until: Callable[[], Awaitable[None]],
     ready: Callable[[], Awaitable[None]] | None = None,
@@ -162,6 +215,7 @@ async def run_server(
     start raised, and SettingProblem when an address was taken meanwhile.
     """
     pool = pool_of(app)
+    config.places.limit = pool.settings.max_connections
     # Before the lifespan, which would turn a refusal into a traceback and lose its hints.
     await pool.start()
     failures: list[Exception] = []

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
     from rma_core.settings import CoordinatorSettings
 
+#: Seconds that the client key of `rma up` lasts: as long as its admin key.
+CLIENT_KEY_S = 90 * 86_400.0
+
 
 async def coordinate(settings: CoordinatorSettings, *, insecure_http: bool) -> int:
     """Run a coordinator until it is told to stop. Raises UsageProblem when credentials would travel in the clear."""
@@ -82,5 +85,18 @@ async def first_key(app: Quart, settings: CoordinatorSettings, *, url: str) -> s
         common.say(f"A new admin key is in {settings.home_path / common.CLIENT_FILE}")
     pinned = bool(settings.tls_cert and pool.pin)
     certificate = await asyncio.to_thread(Path(settings.tls_cert).read_text, "ascii") if pinned else ""
-    common.write_client(settings.home_path, common.ClientFile(url=url, key=key, certificate=certificate))
+    # Another pool's client key would only be refused.
+    client_key = saved.client_key if saved and pool.keyring.valid(saved.client_key) else ""
+    made = common.ClientFile(url=url, key=key, client_key=client_key, certificate=certificate)
+    common.write_client(settings.home_path, made)
+    return key
+
+
+async def client_key(app: Quart, settings: CoordinatorSettings) -> str:
+    """Return the client key in the state folder, or make one: it opens services only. Comes after `first_key`."""
+    pool, saved = pool_of(app), common.read_client(settings.home_path)
+    if saved is None or saved.client_key:
+        return saved.client_key if saved else ""
+    key, _ = await pool.create_key(kind="client", label="rma up", scopes=("infer:*",), ttl_s=CLIENT_KEY_S)
+    common.write_client(settings.home_path, msgspec.structs.replace(saved, client_key=key))
     return key

@@ -98,12 +98,15 @@ class WorkerTokens:
 
     def check(self, token: str) -> WorkerClaims:
         """Return what a token says. Raises NotAuthenticated for one that is not ours, or has expired."""
-        found = self._seen.get(token) or self._decode(token)
+        known = self._seen.get(token)
+        found = known or self._decode(token)
         if found.expires_at <= self._clock():
             self._seen.pop(token, None)
             raise NotAuthenticated("the worker token has expired", hints=("ask /api/worker/token for a new one",))
+        if known is not None:
+            self._seen.move_to_end(token)
+            return known
         self._seen[token] = found
-        self._seen.move_to_end(token)
         if len(self._seen) > CACHE_SIZE:
             self._seen.popitem(last=False)
         return found

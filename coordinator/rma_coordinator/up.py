@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
+from rma_coordinator import local_worker
 from rma_coordinator.app import load_catalog, pool_of
 from rma_coordinator.certificate import own_pair, pin_of
 from rma_coordinator.server import Listener, free_port, make_config, run_server, spare_pauses
-from rma_coordinator.serving import first_key, make_app, stopped
+from rma_coordinator.serving import client_key, first_key, make_app, stopped
 from rma_core.agent.start import plugin_tables
 from rma_core.agent.state import StateFolder
 from rma_core.commands import common
@@ -44,8 +45,6 @@ ENGINES = ("docker", "podman")
 MORE_PORTS = 20
 #: Seconds an engine gets to answer.
 PROBE_S = 10.0
-#: Seconds the worker gets to finish and return what it has.
-AGENT_STOP_S = 40.0
 #: Seconds between two starts of a worker that ends by itself: doubled each time, with jitter.
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 #: So often a service may fail while it gets ready before `rma up` goes on without it; the worker goes on trying.
@@ -64,6 +63,13 @@ class Choice(NamedTuple):
 
     runtimes: tuple[str, ...]
     sentence: str
+
+
+class Keys(NamedTuple):
+    """What `rma up` prints: a key with every scope, and one that only sends requests."""
+
+    admin: str
+    client: str
 
 
 class Up:
@@ -96,7 +102,7 @@ class Up:
         self.pin = pin_of(self.secure.cert) if self.secure and self.secure.cert else ""
         self.catalog = load_catalog(self.settings)
         self.agent: asyncio.subprocess.Process | None = None
-        self.stopping = False
+        self.stopping = asyncio.Event()
 
     def _secure(self, lan_host: str | None, lan_port: int) -> Listener:
         names = ["localhost", socket.gethostname(), lan_host or lan_address()]
@@ -112,8 +118,8 @@ class Up:
 
         async def ready() -> None:
             spare_pauses()
-            key = await first_key(app, self.settings, url=self.plain.url)
-            local.append(asyncio.create_task(self._local(app, key), name="local worker"))
+            keys = Keys(await first_key(app, self.settings, url=self.plain.url), await client_key(app, self.settings))
+            local.append(asyncio.create_task(self._local(app, keys), name="local worker"))
 
         try:
             await run_server(app, config, until=lambda: self._until(local), ready=ready)
@@ -142,32 +148,32 @@ class Up:
 
     async def _stop(self) -> None:
         """Let the worker finish and leave while the coordinator still answers."""
-        self.stopping = True
-        common.say("Stopping: the worker finishes what it has …")
-        await self._stop_agent()
+        self.stopping.set()
+        if self.agent is not None and self.agent.returncode is None:
+            await local_worker.stop(self.agent, drain_s=settings_of(str(self.home)).drain_s)
 
     # -- the local worker --------------------------------------------------------------------------------------
 
-    async def _local(self, app: Quart, key: str) -> None:
+    async def _local(self, app: Quart, keys: Keys) -> None:
         """Start the worker on this machine, show how it gets ready, then keep it running."""
         if self.no_agent:
-            await self._banner(app, key, ())
+            await self._banner(app, keys, ())
             return
         choice = await choose_runtimes(self.catalog, self.asked, self.home, self.sources)
         common.say(choice.sentence)
         token, _ = await pool_of(app).create_token(label="rma up", uses=1, ttl_s=3600)
         pause_s = FIRST_PAUSE_S
         shown = False
-        while True:
+        while not self.stopping.is_set():
             began = asyncio.get_running_loop().time()
             self.agent = await self._spawn(choice, token)
             if not shown:
                 services = await self._watch(app)
                 shown = services is not None
                 if services is not None:
-                    await self._banner(app, key, services)
-            code = await self.agent.wait()
-            if self.stopping:
+                    await self._banner(app, keys, services)
+            code = await local_worker.ended(self.agent, self._log)
+            if self.stopping.is_set():
                 return
             if asyncio.get_running_loop().time() - began > LONGEST_PAUSE_S:
                 pause_s = FIRST_PAUSE_S
@@ -195,6 +201,7 @@ class Up:
             "RMA_SERVICE_SOURCES": ",".join(map(str, self.sources)),
             "RMA_LOG_LEVEL": "info",
         }
+        await asyncio.to_thread(local_worker.shorten, self._log)
         log = None if self.verbose else self._log.open("ab")
         try:
             return await asyncio.create_subprocess_exec(
@@ -207,19 +214,6 @@ class Up:
             if log is not None:
                 log.close()
 
-    async def _stop_agent(self) -> None:
-        agent = self.agent
-        if agent is None or agent.returncode is not None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            agent.terminate()
-        try:
-            await asyncio.wait_for(agent.wait(), AGENT_STOP_S)
-        except TimeoutError:
-            common.say(f"The worker did not stop within {AGENT_STOP_S:.0f} s and is killed.")
-            agent.kill()
-            await agent.wait()
-
     async def _watch(self, app: Quart) -> tuple[ContainerStatus, ...] | None:
         """Tell how the worker and its services get ready; ``None`` when the agent ended before."""
         fleet, said, troubles = pool_of(app).fleet, dict[str, str](), Counter[str]()
@@ -227,7 +221,7 @@ class Up:
         def tell(name: str, words: str) -> None:
             if said.get(name) != words:
                 said[name] = words
-                common.say(f"  {name}: {words}")
+                common.say(common.printable(f"  {name}: {words}", keep=""))
 
         def settled(status: ContainerStatus) -> bool:
             words = _words(status)
@@ -248,16 +242,21 @@ class Up:
 
     # -- what is printed ---------------------------------------------------------------------------------------
 
-    async def _banner(self, app: Quart, key: str, services: tuple[ContainerStatus, ...]) -> None:
+    async def _banner(self, app: Quart, keys: Keys, services: tuple[ContainerStatus, ...]) -> None:
         """Print what a person needs next: the page, a key, a request that works, how to add a machine."""
         lines = [
             "",
-            f"Ready.  Status page  {self.plain.url}/#key={key}",
-            f"        Key          {key}   (all scopes; also in {self.home / common.CLIENT_FILE})",
+            f"Ready.  Status page  {self.plain.url}/#key={keys.admin}",
+            f"        Admin key    {keys.admin}   (all scopes; also in {self.home / common.CLIENT_FILE})",
+            f"        Client key   {keys.client}   (sends requests, nothing else)",
         ]
         if any(s.service == "notes" and s.state == "healthy" for s in services):
-            lines += ["", "Try it:", f"  {self._curl(key)}", "  rma infer notes YOUR.pdf"]
-        ill = [f"  {s.service} is not ready: {s.reason or s.state}" for s in services if s.state != "healthy"]
+            lines += ["", "Try it:", f"  {self._curl(keys.client)}", "  rma infer notes YOUR.pdf"]
+        ill = [
+            common.printable(f"  {s.service} is not ready: {s.reason or s.state}", keep="")
+            for s in services
+            if s.state != "healthy"
+        ]
         lines += ["", *ill, *await self._join_lines(app), "Ctrl-C stops everything."]
         common.say("\n".join(lines))
 

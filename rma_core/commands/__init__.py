@@ -10,6 +10,7 @@ import click
 import msgspec
 
 import rma_core
+from rma_core.commands import common
 from rma_core.errors import RMAError, UsageProblem, ValidationProblem
 from rma_core.hookspecs import COMMANDS_GROUP
 
@@ -54,7 +55,7 @@ class Commands(click.Group):
                         self._found[str(command.name)] = command
                     else:
                         words = f"rma: {command.name!r} of {_shipped_by(point)} is not used: {owner} has that command"
-                        click.echo(words, err=True)
+                        common.say(words)
         return self._found
 
 
@@ -71,7 +72,7 @@ def _commands(point: EntryPoint) -> list[click.Command]:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # noqa: BLE001 - a stranger's module may end in anything, SystemExit too
-        click.echo(f"rma: the commands of {point.name!r} cannot be loaded: {type(error).__name__}: {error}", err=True)
+        common.say(f"rma: the commands of {point.name!r} cannot be loaded: {type(error).__name__}: {error}")
         return []
 
 
@@ -140,12 +141,12 @@ def failed(error: RMAError, *, as_json: bool) -> int:
     """Tell a person, or a program, what went wrong and what to do; return the exit code."""
     if as_json:
         body: dict[str, Any] = {"code": error.code, "message": error.message, "hints": list(error.hints)}
-        click.echo(msgspec.json.encode({"error": body}).decode())
+        click.echo(common.escaped_json(msgspec.json.encode({"error": body}).decode()))
         return error.exit_code
     message = error.message
     if isinstance(error, ValidationProblem) and len(error.problems) > 1:
         message = "\n  ".join([f"{error.subject}:", *map(str, error.problems)])
-    click.echo(click.style("error: ", fg="red", bold=True) + message, err=True)
+    click.echo(click.style("error: ", fg="red", bold=True) + common.printable(message), err=True)
     for hint in error.hints:
-        click.echo(f"  → {hint}", err=True)
+        common.say(f"  → {hint}")
     return error.exit_code

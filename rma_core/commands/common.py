@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import sys
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import click
 import msgspec
 
-from rma_core.errors import NotAuthenticated, UsageProblem
+from rma_core.errors import NotAuthenticated, SettingProblem, UsageProblem
 from rma_core.models.strict import encode
 from rma_core.settings import ALIASES, default_home
 
@@ -28,6 +29,8 @@ F = TypeVar("F", bound="Callable[..., Any]")
 
 #: Columns of a table that is not read on a terminal.
 PIPE_WIDTH = 250
+#: Longest line of a log, in characters.
+LOG_LINE = 4000
 #: What `rma up` leaves for other commands on the same machine: where it answers, and a key.
 CLIENT_FILE = "client.json"
 
@@ -37,6 +40,7 @@ class ClientFile(msgspec.Struct, frozen=True, kw_only=True):
 
     url: str
     key: str = ""
+    client_key: str = ""
     certificate: str = ""
 
 
@@ -52,16 +56,32 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, 
 home_option = click.option("--home", envvar="RMA_HOME", metavar="FOLDER", help="State folder (default ~/.rma).")
 
 
+errors_option = click.option("--json", "as_json", is_flag=True, expose_value=False, help="Print errors as JSON.")
+
+
 def pool_options(command: F) -> F:
     """Add the options that say which pool, and with which key."""
     for option in (
-        click.option("--insecure-http", is_flag=True, help="Speak plain http to another machine."),
+        click.option(
+            "--insecure-http",
+            is_flag=True,
+            envvar="RMA_INSECURE_HTTP",
+            help="Speak plain http to another machine (RMA_INSECURE_HTTP).",
+        ),
         click.option("--key", metavar="KEY", help="Key to use (RMA_KEY; after `rma up`, its own)."),
         click.option("--coordinator", "url", metavar="URL", help="The pool's address (RMA_COORDINATOR_URL)."),
         home_option,
     ):
         command = option(command)
     return command
+
+
+def no_attach(attach: Sequence[str]) -> None:
+    """Refuse to attach model servers, which nothing serves yet. Raises SettingProblem."""
+    if attach:
+        raise SettingProblem(
+            "--attach comes with the llm service, which is not there yet", hints=("leave it out for now",)
+        )
 
 
 def folder(home: str | None) -> Path:
@@ -147,23 +167,24 @@ def pages(options: Mapping[str, Any], path: str, name: str) -> list[dict[str, An
             return items
 
 
-def console() -> Console:
-    """Return where people read data: stdout, in colour only on a terminal."""
+def console(*, err: bool = False) -> Console:
+    """Return where people read data: stdout (or stderr), in colour only on a terminal."""
     from rich.console import Console
 
+    stream = sys.stderr if err else sys.stdout
     # A pipe has no width: folding there would break what grep and awk look for.
-    return Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+    return Console(stderr=err, highlight=False, emoji=False, width=None if stream.isatty() else PIPE_WIDTH)
 
 
 def say(message: str) -> None:
-    """Tell the person something that is not data."""
-    click.echo(message, err=True)
+    """Tell the person something that is not data, in characters that a terminal only shows."""
+    click.echo(printable(message), err=True)
 
 
 def show(value: object, as_json: bool, human: Callable[[Console], None]) -> None:
     """Print data: as JSON for programs, else the way ``human`` prints it."""
     if as_json:
-        click.echo(msgspec.json.format(encode(value), indent=2).decode())
+        click.echo(plain_json(value))
     else:
         human(console())
 
@@ -176,23 +197,38 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, empty: st
         from rich.table import Table
 
         if not rows:
-            out.print(empty)
+            out.print(safe(empty))
             return
         made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for name in columns:
             made.add_column(name, overflow="fold")
         for row in rows:
-            made.add_row(*("" if cell is None else _safe(str(cell)) for cell in row))
+            made.add_row(*("" if cell is None else safe(str(cell)) for cell in row))
         out.print(made)
 
     return human
 
 
-def _safe(text: str) -> str:
-    """Return text from outside without rich's markup and without control characters a terminal would obey."""
+def printable(text: str, *, keep: str = "\n") -> str:
+    """Return text from outside without control characters, which a terminal would obey; ``keep`` lists exceptions."""
+    return "".join(c if c.isprintable() or c in keep else "�" for c in text)
+
+
+def safe(text: str) -> str:
+    """Return text from outside for rich: without control characters and without markup."""
     from rich.markup import escape
 
-    return escape("".join(c if c.isprintable() or c == "\n" else "�" for c in text))
+    return escape(printable(text))
+
+
+def plain_json(value: object) -> str:
+    """Return indented JSON in which what a terminal would obey is escaped: the same data, for eyes and programs."""
+    return escaped_json(msgspec.json.format(encode(value), indent=2).decode())
+
+
+def escaped_json(text: str) -> str:
+    """Return the same JSON with the unprintable characters of its strings written as escapes."""
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 
 def ago(when: str | None) -> str:
@@ -211,11 +247,33 @@ def run_async(main: Coroutine[Any, Any, T]) -> T:
     return asyncio.run(main)
 
 
+class OneLine(logging.Formatter):
+    """Writes each record on one line of at most LOG_LINE characters; only a traceback has lines of its own, indented.
+
+    What came from elsewhere can so neither pass for a record nor reach a terminal as a command.
+    """
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        """Return the record's line."""
+        return _log_line(super().formatMessage(record))
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record's line, and its traceback's lines."""
+        first, *more = super().format(record).split("\n")
+        return "\n".join([first, *(_log_line(f"  {line}") for line in more)])
+
+
+def _log_line(text: str) -> str:
+    # Cut first: what nobody will read need not be looked at.
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: LOG_LINE + 1])
+    return line if len(line) <= LOG_LINE else f"{line[: LOG_LINE - 1]}…"
+
+
 def set_up_logging(level: str) -> None:
     """Send log lines to stderr, for a person."""
-    logging.basicConfig(
-        level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S"
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(OneLine("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S"))
+    logging.basicConfig(level=level.upper(), handlers=[handler])
     # These say on INFO what each request did; that is ours to say.
     for name in ("httpx2", "httpcore2", "httpx", "httpcore", "websockets", "hypercorn.error", "docker", "urllib3"):
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))

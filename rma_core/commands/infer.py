@@ -52,7 +52,7 @@ def infer(
                 "POST", path, params=_query(extras), content=body, headers={"content-type": kind}
             ) as answer:
                 if not answer.is_success:
-                    raise http.error_of(answer.status_code, answer.headers, answer.read())
+                    raise http.error_of(answer.status_code, answer.headers, http.read_problem_sync(answer))
                 _print(answer, as_json=as_json)
         except http.HTTPError as error:
             raise http.unreachable(to.url, error) from None
@@ -89,13 +89,27 @@ def _pieces(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _print(answer: Response, *, as_json: bool) -> None:
-    """Write the answer as it comes; JSON on a terminal is indented for people."""
+    """Write the answer as it comes; to a file or pipe exactly, on a terminal without what that would obey."""
     is_json = answer.headers.get("content-type", "").startswith("application/json")
-    if is_json and (sys.stdout.isatty() or as_json):
-        click.echo(json.dumps(json.loads(answer.read()), indent=2, ensure_ascii=False))
-        return
-    for piece in answer.iter_bytes():
-        sys.stdout.buffer.write(piece)
-        sys.stdout.buffer.flush()
-    if is_json:
-        click.echo()
+    terminal = sys.stdout.isatty()
+    indented = _indented(answer.read()) if is_json and (terminal or as_json) else None
+    if indented is not None:
+        click.echo(indented)
+    elif terminal:
+        for text in answer.iter_text():
+            sys.stdout.write(common.printable(text.replace("\r\n", "\n"), keep="\n\t"))
+            sys.stdout.flush()
+    else:
+        for piece in answer.iter_bytes():
+            sys.stdout.buffer.write(piece)
+            sys.stdout.buffer.flush()
+        if is_json:
+            click.echo()
+
+
+def _indented(body: bytes) -> str | None:
+    """Return JSON as people read it, or nothing for what only claims to be JSON."""
+    try:
+        return common.escaped_json(json.dumps(json.loads(body), indent=2, ensure_ascii=False))
+    except (ValueError, RecursionError):
+        return None

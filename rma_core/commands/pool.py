@@ -36,7 +36,7 @@ def workers(worker_id: str | None, as_json: bool, **options: Any) -> None:
     rows = [
         (
             w["worker_id"],
-            f"{MARKS[w['status']]} {w['status']}" + (" (drains)" if w["draining"] else ""),
+            f"{MARKS.get(w['status'], '?')} {w['status']}" + (" (drains)" if w["draining"] else ""),
             w["tier"] or "-",
             w["capabilities"]["cpu_cores"],
             w["capabilities"]["ram"],
@@ -58,10 +58,12 @@ def workers(worker_id: str | None, as_json: bool, **options: Any) -> None:
 def _worker(out: Any, one: dict[str, Any]) -> None:
     short = one["capabilities"]
     gpu = f", {short['gpu_type']} {short['gpu_memory']}" if short["gpu_type"] else ""
-    status = f"{MARKS[one['status']]} {one['status']}" + (f": {one['status_reason']}" if one["status_reason"] else "")
-    out.print(f"{one['worker_id']}  {status}")
-    out.print(f"  {one['tier_reason']}")
-    out.print(f"  {short['cpu_cores']} cores, {short['ram']} memory, {short['storage']} free{gpu}")
+    status = f"{MARKS.get(one['status'], '?')} {one['status']}" + (
+        f": {one['status_reason']}" if one["status_reason"] else ""
+    )
+    out.print(common.safe(f"{one['worker_id']}  {status}"))
+    out.print(common.safe(f"  {one['tier_reason']}"))
+    out.print(common.safe(f"  {short['cpu_cores']} cores, {short['ram']} memory, {short['storage']} free{gpu}"))
     rows = [(c["service"], c["state"], c.get("runtime", ""), c.get("reason", "")) for c in one["containers"]]
     rows += [(service, "not here", "", reason) for service, reason in sorted(one["placement"].items())]
     common.table(("service", "state", "runtime", "why"), rows, empty="  No services.")(out)
@@ -143,7 +145,7 @@ def keys_create(client: bool, scopes: tuple[str, ...], label: str, ttl: float, a
     kind = "client" if client else "admin"
     body = {"kind": kind, "label": label, "scopes": list(scopes or DEFAULT_SCOPES[kind]), "ttl_s": ttl}
     made = common.call(_outer(options), "POST", "/api/admin/keys", body=body)
-    common.show(made, as_json, lambda out: out.print(made["key"]))
+    common.show(made, as_json, lambda out: out.print(common.safe(made["key"])))
 
 
 @keys.command("revoke")
@@ -153,7 +155,7 @@ def keys_create(client: bool, scopes: tuple[str, ...], label: str, ttl: float, a
 def keys_revoke(key_id: str, as_json: bool, **options: Any) -> None:
     """End a key at once."""
     done = common.call(_outer(options), "DELETE", f"/api/admin/keys/{key_id}")
-    common.show(done, as_json, lambda out: out.print(f"{key_id} is revoked"))
+    common.show(done, as_json, lambda out: out.print(common.safe(f"{key_id} is revoked")))
 
 
 @click.group(invoke_without_command=True)
@@ -187,7 +189,7 @@ def tokens_create(uses: int, ttl: float, label: str, as_json: bool, **options: A
     body = {"uses": uses, "ttl_s": ttl, "label": label}
     options = _outer(options)
     made = common.call(options, "POST", "/api/admin/tokens", body=body)
-    common.show(made, as_json, lambda out: out.print(made["token"]))
+    common.show(made, as_json, lambda out: out.print(common.safe(made["token"])))
     if not as_json:
         _say_how_to_join(made["url"] or common.target(options).url, made["token"])
 
@@ -209,7 +211,7 @@ def _say_how_to_join(url: str, token: str) -> None:
 def tokens_revoke(token_id: str, as_json: bool, **options: Any) -> None:
     """End a join token at once."""
     done = common.call(_outer(options), "DELETE", f"/api/admin/tokens/{token_id}")
-    common.show(done, as_json, lambda out: out.print(f"{token_id} is revoked"))
+    common.show(done, as_json, lambda out: out.print(common.safe(f"{token_id} is revoked")))
 
 
 def _outer(options: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import msgspec
 
 from rma_core.commands import common
 from rma_core.commands.machine import agent_settings, print_report, settings_of
-from rma_core.errors import SettingProblem, UsageProblem
+from rma_core.errors import AgentAbsent, SettingProblem, UsageProblem
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,13 +34,6 @@ if TYPE_CHECKING:
 LEAVE_WITHIN_S, LOOK_S = 90.0, 0.2
 
 
-def _no_attach(attach: tuple[str, ...]) -> None:
-    if attach:
-        raise SettingProblem(
-            "--attach comes with the llm service, which is not there yet", hints=("leave it out for now",)
-        )
-
-
 @click.command()
 @click.argument("url")
 @click.argument("token")
@@ -50,6 +43,7 @@ def _no_attach(attach: tuple[str, ...]) -> None:
 @click.option("--insecure-http", is_flag=True, help="Speak plain http to a coordinator that is not this machine.")
 @click.option("--attach", multiple=True, metavar="URL", help="A model server that already runs here (not served yet).")
 @common.home_option
+@common.json_option
 def join(
     url: str,
     token: str,
@@ -59,16 +53,19 @@ def join(
     insecure_http: bool,
     attach: tuple[str, ...],
     home: str | None,
+    as_json: bool,
 ) -> None:
     """Give this machine to the pool at URL.
 
     Shows what was detected, the tier the machine would get and what it would run, and asks before anything is kept.
     """
-    _no_attach(attach)
+    common.no_attach(attach)
     flags = {"runtimes": list(runtimes) or None, "insecure_http": insecure_http or None}
     settings = settings_of(home, coordinator_url=url, **flags)
-    _no_attach(tuple(settings.attach))
-    common.run_async(_join(settings, token, yes=yes))
+    common.no_attach(tuple(settings.attach))
+    answer = common.run_async(_join(settings, token, yes=yes, as_json=as_json))
+    if as_json:
+        common.show(_joined(settings, answer), as_json, lambda _: None)
     if enrol_only:
         common.say("Enrolled. Start working with:  rma agent")
         return
@@ -76,7 +73,18 @@ def join(
     _run_agent(settings)
 
 
-async def _join(settings: AgentSettings, token: str, *, yes: bool) -> None:
+def _joined(settings: AgentSettings, answer: RegisterResponse) -> dict[str, object]:
+    """Return what `join --json` prints."""
+    return {
+        "worker_id": answer.worker_id,
+        "coordinator": settings.coordinator_url,
+        "tier": answer.tier,
+        "tier_reason": answer.tier_reason,
+        "services": [assignment.service for assignment in answer.containers],
+    }
+
+
+async def _join(settings: AgentSettings, token: str, *, yes: bool, as_json: bool) -> RegisterResponse:
     from rma_core.agent import start
     from rma_core.agent.consent import Consent
     from rma_core.agent.join import enrol, invited, registration
@@ -97,7 +105,9 @@ async def _join(settings: AgentSettings, token: str, *, yes: bool) -> None:
     request = registration(
         report, runtimes=engines, plugins=plugins.reports(), services=services, labels=settings.labels
     )
-    offered = await _shown(invitation, request, report, engines)
+    # Whoever agrees must see it; stdout is the program's that asked for JSON.
+    out = common.console(err=as_json)
+    offered = await _shown(out, invitation, request, report, engines)
     if not yes:
         _ask()
     folder.prepare()
@@ -109,6 +119,7 @@ async def _join(settings: AgentSettings, token: str, *, yes: bool) -> None:
     finally:
         folder.unlock()
     common.say(f"This machine is {answer.worker_id} in the pool.")
+    return answer
 
 
 async def _probe(settings: AgentSettings, plugins: Any) -> tuple[RuntimeReport, ...]:
@@ -124,17 +135,20 @@ async def _probe(settings: AgentSettings, plugins: Any) -> tuple[RuntimeReport, 
 
 
 async def _shown(
-    invitation: Invitation, request: RegisterRequest, report: HardwareReport, engines: tuple[RuntimeReport, ...]
+    out: Console,
+    invitation: Invitation,
+    request: RegisterRequest,
+    report: HardwareReport,
+    engines: tuple[RuntimeReport, ...],
 ) -> RegisterResponse:
     """Ask the pool what it would make of this machine, and show that to the owner."""
     from rma_core.agent.join import preview
 
     offered = await preview(invitation, request)
-    out = common.console()
     print_report(out, report)
     rows = [(e.name, e.state, "yes" if e.isolated else "NO", e.reason or e.version) for e in engines]
     common.table(("runtime", "state", "isolated", "why"), rows, empty="No runtimes.")(out)
-    out.print(f"In the pool at {invitation.url}: {offered.tier_reason}")
+    out.print(common.safe(f"In the pool at {invitation.url}: {offered.tier_reason}"))
     if not offered.signed_catalog:
         out.print("The pool's catalog is not signed: it is a development pool.")
     runs = [
@@ -162,6 +176,7 @@ def _ask() -> None:
 @click.option("--attach", multiple=True, metavar="URL", help="A model server that already runs here (not served yet).")
 @click.option("--until-stdin-ends", is_flag=True, hidden=True, help="Stop when whoever started it is gone.")
 @common.home_option
+@common.errors_option
 def agent(
     coordinator_url: str | None,
     insecure_http: bool,
@@ -171,10 +186,10 @@ def agent(
     home: str | None,
 ) -> None:
     """Run the agent in the foreground: work for the pool that this machine has joined."""
-    _no_attach(attach)
+    common.no_attach(attach)
     flags = {"coordinator_url": coordinator_url, "insecure_http": insecure_http or None}
     settings = settings_of(home, runtimes=list(runtimes) or None, **flags)
-    _no_attach(tuple(settings.attach))
+    common.no_attach(tuple(settings.attach))
     common.set_up_logging(settings.log_level)
     _run_agent(settings, ready=_tied_to_stdin if until_stdin_ends else _untied)
 
@@ -220,11 +235,12 @@ def _agent_home(settings: AgentSettings) -> Path:
 
 def _print_status(out: Console, now: dict[str, Any]) -> None:
     why = f" ({now['standing_reason']})" if now["standing_reason"] else ""
-    out.print(f"{now['worker_id']} at {now['coordinator']}: {now['standing']}{why}, connection: {now['connection']}")
-    out.print(f"  {now['tier_reason']}")
+    where = f"{now['worker_id']} at {now['coordinator']}"
+    out.print(common.safe(f"{where}: {now['standing']}{why}, connection: {now['connection']}"))
+    out.print(common.safe(f"  {now['tier_reason']}"))
     state = "draining" if now["draining"] else f"paused: {now['paused']}" if now["paused"] else "working"
     done = f"{now['tasks_succeeded']} requests answered, {now['tasks_failed']} failed"
-    out.print(f"  {state}, load {now['current_load']:.0%}, {len(now['attempts'])} running, {done}")
+    out.print(common.safe(f"  {state}, load {now['current_load']:.0%}, {len(now['attempts'])} running, {done}"))
     rows = [(c["service"], c["state"], c.get("runtime", ""), c.get("reason", "")) for c in now["containers"]]
     common.table(("service", "state", "runtime", "why"), rows, empty="  No services.")(out)
     engines = [(r["name"], r["state"], r["reason"] or r["version"]) for r in now["runtimes"]]
@@ -236,26 +252,33 @@ def _print_status(out: Console, now: dict[str, Any]) -> None:
 
 @click.command()
 @common.home_option
-def drain(home: str | None) -> None:
+@common.json_option
+def drain(home: str | None, as_json: bool) -> None:
     """Let the agent on this machine finish what it has, return the rest, and stop."""
     from rma_core.agent.control import ask
 
-    common.run_async(ask(_agent_home(settings_of(home)), "drain"))
+    answer = common.run_async(ask(_agent_home(settings_of(home)), "drain"))
     common.say("The agent finishes what it has and stops.")
+    if as_json:
+        common.show(answer, as_json, lambda _: None)
 
 
 @click.command()
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @common.home_option
-def leave(yes: bool, home: str | None) -> None:
+@common.json_option
+def leave(yes: bool, home: str | None, as_json: bool) -> None:
     """Take this machine out of its pool: say goodbye, and forget the pool and the machine's key."""
     settings = settings_of(home)
     if not yes and not (sys.stdin.isatty() and click.confirm("Leave the pool for good?", default=False, err=True)):
         raise UsageProblem("nothing was changed", hints=("--yes leaves without being asked",))
-    common.say(common.run_async(_leave(_agent_home(settings))))
+    left = common.run_async(_leave(_agent_home(settings)))
+    common.say(f"This machine is no longer {left['worker_id']} of {left['coordinator']}; its key is gone.")
+    if as_json:
+        common.show(left, as_json, lambda _: None)
 
 
-async def _leave(home: Path) -> str:
+async def _leave(home: Path) -> dict[str, str]:
     from rma_core.agent.control import ask
     from rma_core.agent.state import StateFolder
 
@@ -263,7 +286,7 @@ async def _leave(home: Path) -> str:
     record = await asyncio.to_thread(lambda: folder.load_record() if home.exists() else None)
     if record is None:
         raise UsageProblem(f"the machine with the state folder {home} has joined no pool")
-    with contextlib.suppress(UsageProblem):
+    with contextlib.suppress(AgentAbsent, UsageProblem):
         # A running agent says goodbye itself once it has finished what it has.
         await ask(home, "drain")
     await _locked(folder)
@@ -271,7 +294,7 @@ async def _leave(home: Path) -> str:
         folder.forget()
     finally:
         folder.unlock()
-    return f"This machine is no longer {record.worker_id} of {record.coordinator_url}; its key is gone."
+    return {"worker_id": record.worker_id, "coordinator": record.coordinator_url}
 
 
 async def _locked(folder: StateFolder) -> None:

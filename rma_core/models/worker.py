@@ -13,7 +13,7 @@ from rma_core.models.hardware import Capabilities, HardwareReport, Name, Reason
 WorkerId = Annotated[str, Meta(pattern=r"^worker-[0-9a-f]{8}$")]
 TaskId = Annotated[str, Meta(pattern=r"^task-[0-9a-z]{20}$")]
 LeaseId = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}$")]
-Attempt = Annotated[int, Meta(ge=1, le=1000)]
+Attempt = Annotated[int, Meta(ge=1, le=1_000_000)]
 Load = Annotated[float, Meta(ge=0, le=1)]
 Seconds = Annotated[float, Meta(ge=0, le=31_536_000)]
 Generation = Annotated[int, Meta(ge=0, le=2**53)]
@@ -38,6 +38,8 @@ class RuntimeReport(msgspec.Struct, frozen=True, kw_only=True):
     state: Literal["healthy", "undetected", "unhealthy"]
     reason: Reason = ""
     version: Annotated[str, Meta(max_length=200)] = ""
+    #: What of a container it cannot limit (``memory``, ``swap``, ``cpu``, ``pids``).
+    cannot_limit: Annotated[tuple[Name, ...], Meta(max_length=8)] = ()
 
 
 class PluginReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,6 +71,7 @@ class Assignment(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     needs: Needs = msgspec.field(default_factory=Needs)
     limits: Limits = msgspec.field(default_factory=Limits)
     process: ProcessForm | None = None
+    trusted: bool = True
 
 
 class ContainerStatus(msgspec.Struct, frozen=True, kw_only=True):

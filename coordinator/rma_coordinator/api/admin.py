@@ -10,7 +10,7 @@ import rma_core
 from rma_coordinator import overview
 from rma_coordinator.api import pages
 from rma_coordinator.api.bodies import KeyRequest, PolicyPreview, TokenMake
-from rma_coordinator.api.routes import document
+from rma_coordinator.api.openapi import document
 from rma_coordinator.domain.credentials import JoinTokenRecord, KeyRecord, check_scopes
 from rma_coordinator.domain.fleet import iso
 from rma_core.errors import NotFound

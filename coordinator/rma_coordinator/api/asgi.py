@@ -7,9 +7,11 @@ was told to end would go on.
 from __future__ import annotations
 
 import asyncio
+import functools
 import ipaddress
 import re
-from typing import TYPE_CHECKING, Any
+import types
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import parse_qs
 
 from rma_coordinator.api.problems import HTTPProblem, problem
@@ -18,13 +20,24 @@ from rma_core.errors import NotAuthenticated
 from rma_core.models.strict import encode
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping, Sequence
+    from collections.abc import (
+        AsyncIterator,
+        Awaitable,
+        Callable,
+        Generator,
+        Iterable,
+        Mapping,
+        MutableMapping,
+        Sequence,
+    )
 
     from rma_core.errors import RMAError
 
     Message = MutableMapping[str, Any]
     Receive = Callable[[], Awaitable[Message]]
     Send = Callable[[Message], Awaitable[None]]
+
+T = TypeVar("T")
 
 #: A client or worker that sends nothing for this long, or does not take what it asked for, is cut.
 PATIENCE_S = 30.0
@@ -36,6 +49,9 @@ MOST_DIGITS = 15
 LINGER_S = 2.0
 #: The longest body of a control call (registration, heartbeat).
 CONTROL_BYTES = 4 * 1024 * 1024
+#: A body that says it is no longer than this must be whole within PATIENCE_S.
+QUICK_BYTES = 64 * 1024
+JSON, NO_STORE = (b"content-type", b"application/json"), (b"cache-control", b"no-store")
 #: What may not stand in a header's value (RFC 9110, 5.5).
 FORBIDDEN = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
@@ -53,27 +69,32 @@ class Lingering:
     def __init__(self, receive: Receive, send: Send) -> None:
         self._receive = receive
         self._send = send
-        self._over = asyncio.Event()
+        self._over = False
+        #: Made when somebody waits for the body's end, which is seldom.
+        self._end: asyncio.Event | None = None
 
     async def receive(self) -> Message:
         """Receive, and note the body's end."""
         message = await self._receive()
         if message["type"] != "http.request" or not message.get("more_body"):
-            self._over.set()
+            self._over = True
+            if self._end is not None:
+                self._end.set()
         return message
 
-    async def send(self, message: Message) -> None:
+    async def hand_on(self, message: Message) -> None:
         """Send; the end of an answer waits for the end of the body, for LINGER_S at most."""
         last = message["type"] == "http.response.body" and not message.get("more_body")
-        if last and not self._over.is_set():
+        if last and not self._over:
             await self._send({**message, "more_body": True})
             await self._drain()
             message = {"type": "http.response.body", "body": b"", "more_body": False}
         await self._send(message)
 
     async def _drain(self) -> None:
+        self._end = asyncio.Event()
         reading = asyncio.create_task(self._throw_away(), name="the rest of a body")
-        over = asyncio.create_task(self._wait(), name="the end of a body")
+        over = asyncio.create_task(self._end.wait(), name="the end of a body")
         try:
             await asyncio.wait({reading, over}, timeout=LINGER_S, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -82,40 +103,80 @@ class Lingering:
             await asyncio.wait({reading, over})
 
     async def _throw_away(self) -> None:
-        while not self._over.is_set():
+        # Somebody else may read the body meanwhile, and be given its end.
+        while not self._over:
             await self.receive()
 
-    async def _wait(self) -> None:
-        # Somebody else may read the body meanwhile.
-        await self._over.wait()
+
+async def within(seconds: float, awaitable: Awaitable[T]) -> T:
+    """Return what ``awaitable`` gives, as under `asyncio.timeout`. Raises TimeoutError.
+
+    Most receives and sends need not wait at all; then no timer is made, which would cost more than they do.
+    """
+    steps = awaitable.__await__()
+    try:
+        waits_for = next(steps)
+    except StopIteration as done:
+        value: T = done.value
+        return value
+    async with asyncio.timeout(seconds):
+        return await _rest(steps, waits_for)
 
 
-class Call:
+@types.coroutine
+def _rest(steps: Generator[Any, Any, T], waits_for: object) -> Generator[Any, Any, T]:
+    """Go on with what was begun, as ``yield from`` would have from its first step."""
+    while True:
+        try:
+            sent = yield waits_for
+        except BaseException as error:  # noqa: BLE001 - handed on to what waits, which decides
+            go_on = functools.partial(steps.throw, error)
+        else:
+            go_on = functools.partial(steps.send, sent)
+        try:
+            waits_for = go_on()
+        except StopIteration as done:
+            value: T = done.value
+            return value
+
+
+class Call(Lingering):
     """One HTTP request below Quart: its scope in convenient form, and bounded ways to read and answer."""
 
     def __init__(self, scope: Message, receive: Receive, send: Send, *, proxies: Sequence[str] = ()) -> None:
+        super().__init__(receive, send)
         self.scope = scope
-        self.receive = receive
-        self._send = send
         self.method: str = scope.get("method", "GET")
         self.path: str = scope["path"]
-        self.headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        self.query = {
-            name: values[-1] for name, values in parse_qs(scope.get("query_string", b"").decode("latin-1")).items()
-        }
+        self._raw: dict[bytes, bytes] = dict(scope["headers"])
         self.parts: dict[str, str] = {}
         self.started = False
         self._proxies = proxies
 
+    @functools.cached_property
+    def headers(self) -> dict[str, str]:
+        """The headers, their names in lower case; of one that is there twice, the last."""
+        return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in self._raw.items()}
+
+    @functools.cached_property
+    def query(self) -> dict[str, str]:
+        """The query; of a name that is there twice, the last value."""
+        text = self.scope.get("query_string", b"").decode("latin-1")
+        return {name: values[-1] for name, values in parse_qs(text).items()}
+
+    def _header(self, name: bytes) -> str:
+        # ASGI servers hand names over in lower case.
+        return self._raw.get(name, b"").decode("latin-1")
+
     @property
     def ip_address(self) -> str:
         """The caller's address; forwarding headers are believed from configured proxies only."""
-        return client_address(self.scope.get("client"), self.headers.get("x-forwarded-for", ""), self._proxies)
+        return client_address(self.scope.get("client"), self._header(b"x-forwarded-for"), self._proxies)
 
     @property
     def bearer(self) -> str:
         """The credential of the request. Raises NotAuthenticated."""
-        return bearer(self.headers.get("authorization", ""))
+        return bearer(self._header(b"authorization"))
 
     def number(self, name: str, default: float, *, least: float, most: float) -> float:
         """Return a number from the query. Raises HTTPProblem (400)."""
@@ -128,12 +189,17 @@ class Call:
             raise HTTPProblem(400, f"{name} is a number from {least:g} to {most:g}, not {text!r}", code="query")
         return value
 
-    def check_body(self, limit: int) -> None:
-        """Refuse, before reading, a body that is too large or encoded. Raises HTTPProblem."""
-        check_encoding(self.headers.get("content-encoding", ""))
-        length = self.headers.get("content-length", "0")
-        if not length.isdecimal() or len(length) > MOST_DIGITS or int(length) > limit:
+    def check_body(self, limit: int) -> int:
+        """Refuse, before reading, a body that is too large or encoded; return its length, 0 when it says none.
+
+        Raises HTTPProblem.
+        """
+        if b"content-encoding" in self._raw:
+            check_encoding(self._header(b"content-encoding"))
+        text = self._raw.get(b"content-length", b"0")
+        if not text.isdigit() or len(text) > MOST_DIGITS or (length := int(text)) > limit:
             raise too_large(limit)
+        return length
 
     async def chunks(
         self, limit: int, *, patience_s: float = PATIENCE_S, least_bytes_per_s: float = LEAST_BYTES_PER_S
@@ -146,8 +212,7 @@ class Call:
         began = loop.time()
         while True:
             try:
-                async with asyncio.timeout(patience_s):
-                    message = await self.receive()
+                message = await within(patience_s, self.receive())
             except TimeoutError:
                 raise HTTPProblem(408, f"nothing of the body came for {patience_s:.0f} s") from None
             if message["type"] == "http.disconnect":
@@ -164,22 +229,34 @@ class Call:
 
     async def body(self, limit: int = CONTROL_BYTES) -> bytes:
         """Return the whole body of a control call."""
-        self.check_body(limit)
+        # The server holds the sender to the length that it says.
+        if 0 < self.check_body(limit) <= QUICK_BYTES:
+            try:
+                return await within(PATIENCE_S, self._whole())
+            except TimeoutError:
+                raise HTTPProblem(408, f"the body was not whole within {PATIENCE_S:.0f} s") from None
         return b"".join([chunk async for chunk in self.chunks(limit)])
+
+    async def _whole(self) -> bytes:
+        body = b""
+        while not self._over:
+            message = await self.receive()
+            if message["type"] == "http.disconnect":
+                raise Gone
+            body += message.get("body", b"")
+        return body
 
     async def send(self, message: Message, *, patience_s: float = PATIENCE_S) -> None:
         """Send, or give up on one who does not read. Raises Gone."""
         try:
-            async with asyncio.timeout(patience_s):
-                await self._send(message)
+            await within(patience_s, self.hand_on(message))
         except (TimeoutError, OSError):
             raise Gone from None
 
     async def start(self, status: int, headers: Mapping[str, str]) -> None:
         """Begin an answer; headers that HTTP cannot carry are left out."""
-        raw = [(name.encode(), data) for name, value in headers.items() if (data := header_value(value)) is not None]
         self.started = True
-        await self.send({"type": "http.response.start", "status": status, "headers": raw})
+        await self.send({"type": "http.response.start", "status": status, "headers": _raw(headers)})
 
     async def write(self, data: bytes, *, more: bool = True) -> None:
         """Send a piece of the answer; ``more=False`` ends it."""
@@ -191,9 +268,24 @@ class Call:
         await self.start(status, {**headers, **length})
         await self.write(b"" if status in BODILESS else body, more=False)
 
-    async def json(self, value: object, status: int = 200) -> None:
+    async def json(self, value: object, status: int = 200, *, headers: Mapping[str, str] | None = None) -> None:
         """Send a record or plain data as JSON."""
-        await self.answer(status, {"content-type": "application/json", "cache-control": "no-store"}, encode(value))
+        body = encode(value)
+        # What answers a POST is kept by nobody who was not told to.
+        kind = [JSON] if self.method == "POST" else [JSON, NO_STORE]
+        await self._finish(status, [*kind, *_raw(headers or {}), (b"content-length", b"%d" % len(body))], body)
+
+    async def _finish(self, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
+        """Send a whole answer under one timeout. Raises Gone."""
+        self.started = True
+        try:
+            await within(PATIENCE_S, self._both(status, headers, body))
+        except (TimeoutError, OSError):
+            raise Gone from None
+
+    async def _both(self, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+        await self.hand_on({"type": "http.response.body", "body": body, "more_body": False})
 
     async def problem(self, error: RMAError, **more: object) -> None:
         """Send an expected failure."""
@@ -203,6 +295,11 @@ class Call:
         """Return when the client has gone; further parts of its request are thrown away."""
         while (await self.receive())["type"] != "http.disconnect":
             pass
+
+
+def _raw(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+    """Return headers as ASGI has them, without those that HTTP cannot carry."""
+    return [(name.encode(), data) for name, value in headers.items() if (data := header_value(value)) is not None]
 
 
 def header_value(text: str) -> bytes | None:
@@ -237,6 +334,8 @@ def bearer(header: str) -> str:
 def client_address(peer: Sequence[Any] | None, forwarded: str, proxies: Sequence[str]) -> str:
     """Return who calls: the peer, or what a trusted proxy says of it (the last address that is no proxy itself)."""
     address = str(peer[0]) if peer else ""
+    if not forwarded:
+        return address
     for hop in reversed([part.strip() for part in forwarded.split(",") if part.strip()]):
         if not _trusted(address, proxies) or not _is_address(hop):
             break

@@ -170,23 +170,30 @@ class Session:
         pool, worker = self.pool, self.worker
         pool.hub.attach(worker.id, self.channel)
         pool.fleet.touch(worker)
-        self.channel.assign(pool.answer(worker, -1))
         for attempt in pool.dispatcher.arrived(worker.id, keeps=hello.attempts):
             self._resume(attempt)
+        self.channel.assign(pool.answer(worker, -1, cancel=pool.unwanted(worker, hello.attempts)))
         pool.offers(worker, hello.slots)
 
     def _resume(self, attempt: Attempt) -> None:
-        """Go on with an attempt of the former connection, if none of its answer was on the way then."""
+        """Go on with an attempt of the former connection; what was on the way then comes once more, whole."""
         relay = self.pool.hub.relays.get(attempt.task.id)
-        if relay is None or relay.head is not None:
-            self.pool.dispatcher.fail(attempt, "coordinator", "the connection broke while the answer was on its way")
+        if relay is None:
             return
+        apart = relay.way_of(attempt) is not None and not isinstance(relay.way_of(attempt), Channel)
+        if relay.head is not None and not apart and not attempt.delivered:
+            if attempt.task.committed:
+                reason = "the connection broke while the answer was on its way"
+                self.pool.dispatcher.fail(attempt, "coordinator", reason)
+                return
+            relay.restart()
         stream = stream_of(attempt)
         self.channel.streams[stream] = (attempt, relay)
-        self._feed(stream, attempt, relay)
+        if not apart and not attempt.delivered:
+            self._feed(stream, attempt, relay)
 
     def _feed(self, stream: int, attempt: Attempt, relay: Relay) -> None:
-        relay.begin(attempt, lambda taken: self.channel.credit(stream, taken, at_least=CREDIT_STEP))
+        relay.begin(attempt, self.channel, lambda taken: self.channel.credit(stream, taken, at_least=CREDIT_STEP))
 
     def _take(self, message: Message) -> None:
         data, text = message.get("bytes"), message.get("text") or ""
@@ -237,8 +244,11 @@ class Session:
             return
         # Whatever a worker says of an attempt, it has begun.
         dispatcher.accept(attempt)
-        if not relay.fed_by(attempt):
+        if relay.way_of(attempt) is None:
             self._feed(frame.stream, attempt, relay)
+        if relay.way_of(attempt) is not self.channel:
+            # Its answer comes by a request of its own, which says by itself when it is whole.
+            return
         if isinstance(frame, frames.Head):
             relay.put_head(Head(frame.status, frame.headers))
         elif isinstance(frame, frames.End):
@@ -247,7 +257,7 @@ class Session:
     def _end(self, stream: int, attempt: Attempt, relay: Relay, usage: dict[str, float]) -> None:
         relay.end()
         self.channel.done(stream)
-        self.pool.dispatcher.succeed(attempt, usage=usage)
+        self.pool.dispatcher.delivered(attempt, usage=usage)
 
     def _data(self, message: bytes) -> None:
         stream, end, data = frames.unpack_data(message)
@@ -258,6 +268,8 @@ class Session:
         try:
             if len(data) > frames.MAX_DATA_BYTES:
                 raise Overrun(f"a data frame has at most {frames.MAX_DATA_BYTES} bytes")
+            if relay.way_of(attempt) not in (None, self.channel):
+                raise Overrun("its answer comes by a request of its own")
             relay.put(data)
             self.pool.dispatcher.accept(attempt)
             if end:

@@ -1,40 +1,42 @@
-"""The inference API below Quart: a request becomes a task, its answer is relayed as it comes."""
+"""The inference API below Quart: a request becomes a task, its answer is relayed as it comes.
+
+With ``Prefer: respond-async`` or an ``Idempotency-Key`` the task is durable: it is on disk before it is acknowledged,
+outlives its client, and its answer is kept for a while.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
-from typing import TYPE_CHECKING
+import re
+from typing import TYPE_CHECKING, NamedTuple
 
+from rma_coordinator.api import tasks
 from rma_coordinator.api.asgi import Gone
 from rma_coordinator.api.problems import HTTPProblem, problem, wrong_method
-from rma_coordinator.domain.tasks import Task
+from rma_coordinator.api.tasks import ANSWER_HEADERS, SAFETY
+from rma_coordinator.domain.records import idempotency_key
+from rma_coordinator.domain.tasks import Task, new_task_id
 from rma_core.errors import NotFound, RMAError, TryLater
 
 if TYPE_CHECKING:
     from rma_coordinator.api.asgi import Call
+    from rma_coordinator.domain.credentials import Principal
     from rma_coordinator.pool import Pool
-    from rma_coordinator.relay import Body, Head, Relay
+    from rma_coordinator.relay import Head, Relay
+    from rma_coordinator.spool import Body
     from rma_core.catalog import CatalogEntry
 
 logger = logging.getLogger(__name__)
 
 #: Headers of a client's request that the service sees; a credential is never among them.
 REQUEST_HEADERS = ("content-type", "accept", "accept-language", "user-agent")
-#: Headers of a service's answer that the client sees; a stranger's machine must not set cookies on our address.
-ANSWER_HEADERS = (
-    "content-type",
-    "content-encoding",
-    "content-disposition",
-    "content-language",
-    "cache-control",
-    "retry-after",
-)
 #: What a worker takes of an address and of one header; its contract refuses longer ones.
 MAX_PATH, MAX_HEADER = 4096, 8192
-#: An answer is a stranger's: a browser must neither guess its type nor run anything in it.
-SAFETY = {"x-content-type-options": "nosniff", "content-security-policy": "sandbox; default-src 'none'"}
+#: What an Idempotency-Key may be; quotes around it, as of a structured header, belong to it.
+IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
 
 async def infer(pool: Pool, call: Call) -> None:
@@ -43,26 +45,138 @@ async def infer(pool: Pool, call: Call) -> None:
     service, path = _target(call)
     entry = pool.check_service(service, principal)
     _check_route(entry, call.method, path)
-    headers = _request_headers(call)
-    pool.check_served(service)
+    _request_headers(call)
+    ask = Ask(principal, entry, path)
+    key = _idempotency_key(call)
+    detached = _respond_async(call)
     call.check_body(pool.settings.max_body_bytes)
-    body = pool.body()
+    if key or detached:
+        await _durable(pool, call, ask, key=key, detached=detached)
+        return
+    pool.check_store()
+    pool.check_served(service)
+    body = pool.spools.make()
     try:
         async for chunk in call.chunks(pool.settings.max_body_bytes):
             await body.write(chunk)
-        task = Task(
-            service=entry.service,
-            method=call.method,
-            path=path,
-            headers=headers,
-            body_bytes=body.size,
-            key_id=principal.id,
-            now=pool.clock(),
-            timeout_s=pool.settings.task_timeout_s,
-        )
-        await _run(pool, call, task, body)
+        await _run(pool, call, _task(pool, call, ask, body), body)
     finally:
         await body.close()
+
+
+class Ask(NamedTuple):
+    """A request that has been looked at: who asks, for which service, at which path of it."""
+
+    principal: Principal
+    entry: CatalogEntry
+    path: str
+
+
+def _task(pool: Pool, call: Call, ask: Ask, body: Body, *, durable: bool = False) -> Task:
+    settings = pool.settings
+    return Task(
+        task_id=body.name,
+        service=ask.entry.service,
+        method=call.method,
+        path=ask.path,
+        headers=_request_headers(call),
+        body_bytes=body.size,
+        key_id=ask.principal.id,
+        now=pool.clock(),
+        timeout_s=settings.async_timeout_s if durable else settings.task_timeout_s,
+        durable=durable,
+    )
+
+
+# -- durable tasks -----------------------------------------------------------------------------------------------
+
+
+def _idempotency_key(call: Call) -> str:
+    """Return the request's Idempotency-Key, if any. Raises HTTPProblem (400)."""
+    key: str = call.headers.get("idempotency-key", "")
+    if "idempotency-key" in call.headers and not IDEMPOTENCY_KEY.fullmatch(key):
+        raise HTTPProblem(400, "an Idempotency-Key has 1 to 255 visible ASCII characters", code="header")
+    return key
+
+
+def _respond_async(call: Call) -> bool:
+    """Say whether the client would rather be told later (RFC 7240)."""
+    preferences = [part.partition(";")[0].strip().lower() for part in call.headers.get("prefer", "").split(",")]
+    return "respond-async" in preferences
+
+
+async def _durable(pool: Pool, call: Call, ask: Ask, *, key: str, detached: bool) -> None:
+    """Keep the request as a durable task, or find the one that it is a repetition of; then answer as was asked."""
+    scope = idempotency_key(key_id=ask.principal.id, method=call.method, path=ask.path, key=key) if key else ""
+    pool.check_store()
+    body = pool.books.make_body(new_task_id())
+    digest = hashlib.sha256(call.headers.get("content-type", "").encode() + b"\0")
+    known: str | None = None
+    try:
+        async for chunk in call.chunks(pool.settings.max_body_bytes):
+            digest.update(chunk)
+            await body.write(chunk)
+        known = await pool.books.find(scope, digest.hexdigest()) if scope else None
+        if known is None:
+            _check_queue(pool)
+            task = _task(pool, call, ask, body, durable=True)
+            await pool.books.submit(task, body, key=scope, fingerprint=digest.hexdigest())
+    except BaseException:
+        await body.close()
+        raise
+    if known is not None:
+        await body.close()
+    await _answer_durable(pool, call, known or body.name, repeated=known is not None, detached=detached)
+
+
+def _check_queue(pool: Pool) -> None:
+    try:
+        pool.dispatcher.check_room()
+    except TryLater as error:
+        raise HTTPProblem(429, error.message, code="queue_full", retry_after_s=error.retry_after_s) from None
+
+
+async def _answer_durable(pool: Pool, call: Call, task_id: str, *, repeated: bool, detached: bool) -> None:
+    extra = {"idempotency-replayed": "true"} if repeated else {}
+    location = {"location": tasks.address(task_id)}
+    ended = await pool.books.wait(task_id, 0)
+    if repeated and not ended and not detached:
+        raise HTTPProblem(
+            409,
+            f"the request with this Idempotency-Key is {task_id}, and still runs",
+            code="still_running",
+            retry_after_s=5,
+            headers=location,
+            hints=(tasks.HINT,),
+        )
+    if not ended and not detached:
+        await _until_ended(pool, call, task_id)
+    record = await pool.books.record(task_id)
+    if record is None:
+        raise NotFound(f"{task_id} was kept for its time, and is gone", hints=("use a new Idempotency-Key",))
+    if detached:
+        applied = {"preference-applied": "respond-async"}
+        await call.json(await tasks.view(pool, record), 202, headers={**location, **applied, **extra})
+    else:
+        await tasks.answer(pool, call, record, extra=extra)
+
+
+async def _until_ended(pool: Pool, call: Call, task_id: str) -> None:
+    """Wait for the task's end. Raises Gone when the client leaves, which leaves the task as it is."""
+    left = asyncio.create_task(call.left(), name=f"{task_id} client")
+    ended = asyncio.create_task(pool.books.wait(task_id, pool.settings.async_timeout_s), name=f"{task_id} end")
+    try:
+        await asyncio.wait({left, ended}, return_when=asyncio.FIRST_COMPLETED)
+        if not ended.done():
+            raise Gone
+    finally:
+        for each in (left, ended):
+            each.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Gone):
+                await each
+
+
+# -- requests whose client waits ---------------------------------------------------------------------------------
 
 
 async def _run(pool: Pool, call: Call, task: Task, body: Body) -> None:
@@ -164,16 +278,7 @@ def trace(task: Task) -> dict[str, str]:
 
 async def _failed(call: Call, task: Task) -> None:
     """Answer a task that ended without an answer, with every reason."""
-    status = 504 if task.ended_at is not None and task.ended_at >= task.deadline else 502
-    code = "task_failed"
-    if task.fault == "request":
-        status, code = 400, "bad_request"
-    error = HTTPProblem(
-        status,
-        f"{task.service} did not answer: {'; '.join(task.reasons) or 'no reason known'}",
-        code=code,
-        retry_after_s=None if task.fault == "request" else 5,
-        hints=(f"`rma tasks` shows {task.id} with every attempt",),
-    )
+    too_late = task.ended_at is not None and task.ended_at >= task.deadline
+    error = tasks.failure(task.service, task.id, task.reasons, task.fault, too_late=too_late)
     status, headers, body = problem(error, task_id=task.id, attempts=len(task.attempts))
     await call.answer(status, {**headers, **trace(task)}, body)

@@ -5,22 +5,31 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import msgspec
-
 from rma_coordinator.api import bodies
 from rma_core.models import worker as wire
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    import msgspec
+
 Access = Literal["open", "admin:read", "admin:write", "admin:keys", "tasks:read", "infer", "join", "worker"]
+
+
+class Parameter(NamedTuple):
+    """A value that a call takes beside its body: what it means, and its JSON schema."""
+
+    words: str
+    form: Mapping[str, Any]
+    required: bool = False
 
 
 class Route(NamedTuple):
     """One call: how it is reached, who may, what goes in and out.
 
     ``lane`` is ``quart``, or ``raw`` for those that stream or are hot and stand below Quart; ``handler`` is the name
-    of the function that serves it.
+    of the function that serves it. ``also`` are further good statuses (without a body for 204), ``fails`` those of
+    failures that follow neither from who may call it nor from what it takes.
     """
 
     method: str
@@ -32,11 +41,42 @@ class Route(NamedTuple):
     takes: type[msgspec.Struct] | str | None = None
     gives: type[msgspec.Struct] | str | None = None
     status: int = 200
-    query: Mapping[str, str] = {}
+    query: Mapping[str, Parameter] = {}
+    headers: Mapping[str, Parameter] = {}
+    also: tuple[int, ...] = ()
+    fails: tuple[int, ...] = ()
 
 
-PAGE = {"limit": "entries at most (1 to 1000, default 100)", "after": "the `next` of the page before"}
-ATTEMPT = {"attempt": "number of the attempt", "lease_id": "its lease"}
+TEXT = {"type": "string"}
+
+
+def _number(least: int, most: int, *, whole: bool = False) -> dict[str, Any]:
+    return {"type": "integer" if whole else "number", "minimum": least, "maximum": most}
+
+
+PAGE = {
+    "limit": Parameter("entries at most (1 to 1000, default 100)", _number(1, 1000, whole=True)),
+    "after": Parameter("the `next` of the page before", TEXT),
+}
+ATTEMPT = {
+    "attempt": Parameter("number of the attempt", _number(1, 1_000_000, whole=True), required=True),
+    "lease_id": Parameter("its lease", TEXT, required=True),
+}
+ANSWER = {
+    "status": Parameter("HTTP status of the answer (default 200)", _number(200, 599, whole=True)),
+}
+ANSWER_HEADERS = {
+    "RMA-Answer-Headers": Parameter("the answer's headers: a JSON list of [name, value]", TEXT),
+}
+ASYNC = {
+    "Prefer": Parameter("`respond-async`: 202 and a task to ask after, instead of the answer", TEXT),
+    "Idempotency-Key": Parameter(
+        "repeated with the same request, it is done once (1 to 255 visible ASCII characters)",
+        {"type": "string", "pattern": "^[!-~]{1,255}$"},
+    ),
+}
+#: What may become of a request that runs on a worker.
+RUN_FAILS = (400, 404, 405, 409, 414, 429, 502, 503, 504)
 
 ROUTES: tuple[Route, ...] = (
     Route("GET", "/health", "health", "open", "Whether the coordinator works, and what it is.", gives="object"),
@@ -62,7 +102,9 @@ ROUTES: tuple[Route, ...] = (
         takes=wire.RegisterRequest,
         gives=wire.RegisterResponse,
         status=201,
-        query={"preview": "1: the same answer, nothing kept, no token spent"},
+        query={"preview": Parameter("1: the same answer, nothing kept, no token spent", TEXT)},
+        also=(200,),
+        fails=(409, 503),
     ),
     Route(
         "POST",
@@ -72,6 +114,7 @@ ROUTES: tuple[Route, ...] = (
         "A worker token for a signed assertion.",
         takes=wire.TokenRequest,
         gives=wire.TokenResponse,
+        fails=(401, 404, 409),
     ),
     Route(
         "GET",
@@ -81,6 +124,7 @@ ROUTES: tuple[Route, ...] = (
         "WebSocket: tasks down, answers and heartbeats up.",
         lane="channel",
         status=101,
+        fails=(426,),
     ),
     Route(
         "POST",
@@ -91,6 +135,7 @@ ROUTES: tuple[Route, ...] = (
         lane="raw",
         takes=wire.Heartbeat,
         gives=wire.HeartbeatAnswer,
+        fails=(403,),
     ),
     Route(
         "DELETE",
@@ -99,6 +144,7 @@ ROUTES: tuple[Route, ...] = (
         "worker",
         "Leave: the worker's tasks go to others at once.",
         gives="object",
+        fails=(403, 503),
     ),
     Route(
         "GET",
@@ -108,7 +154,11 @@ ROUTES: tuple[Route, ...] = (
         "Long poll for tasks: 200 with leases, or 204.",
         lane="raw",
         gives=wire.TaskOffers,
-        query={"wait": "seconds to wait (0 to 50, default 25)", "max": "tasks at most (1 to 64, default 1)"},
+        query={
+            "wait": Parameter("seconds to wait (0 to 50, default 25)", _number(0, 50)),
+            "max": Parameter("tasks at most (1 to 64, default 1)", _number(1, 64, whole=True)),
+        },
+        also=(204,),
     ),
     Route(
         "GET",
@@ -129,7 +179,8 @@ ROUTES: tuple[Route, ...] = (
         lane="raw",
         takes="application/octet-stream",
         gives="object",
-        query={**ATTEMPT, "status": "HTTP status of the answer (default 200)"},
+        query={**ATTEMPT, **ANSWER},
+        headers=ANSWER_HEADERS,
     ),
     Route(
         "POST",
@@ -140,6 +191,7 @@ ROUTES: tuple[Route, ...] = (
         lane="raw",
         takes=wire.TaskComplete,
         gives="object",
+        fails=(404,),
     ),
     # Admins
     Route("GET", "/api/admin/workers", "workers", "admin:read", "All workers.", gives="object", query=PAGE),
@@ -158,6 +210,7 @@ ROUTES: tuple[Route, ...] = (
         "admin:write",
         "Shut a worker out at once.",
         gives="object",
+        fails=(503,),
     ),
     Route(
         "POST",
@@ -166,6 +219,7 @@ ROUTES: tuple[Route, ...] = (
         "admin:write",
         "Let a worker in again.",
         gives="object",
+        fails=(503,),
     ),
     Route("GET", "/api/admin/stats", "stats", "admin:read", "The pool in numbers.", gives="object"),
     Route(
@@ -207,6 +261,7 @@ ROUTES: tuple[Route, ...] = (
         "Which tiers a policy would give, and why.",
         takes=bodies.PolicyPreview,
         gives="object",
+        fails=(404,),
     ),
     Route("GET", "/api/admin/keys", "keys", "admin:keys", "All keys, without their secrets.", gives="object"),
     Route(
@@ -218,8 +273,17 @@ ROUTES: tuple[Route, ...] = (
         takes=bodies.KeyRequest,
         gives="object",
         status=201,
+        fails=(503,),
     ),
-    Route("DELETE", "/api/admin/keys/{key_id}", "revoke_key", "admin:keys", "End a key at once.", gives="object"),
+    Route(
+        "DELETE",
+        "/api/admin/keys/{key_id}",
+        "revoke_key",
+        "admin:keys",
+        "End a key at once.",
+        gives="object",
+        fails=(503,),
+    ),
     Route(
         "GET",
         "/api/admin/tokens",
@@ -237,11 +301,49 @@ ROUTES: tuple[Route, ...] = (
         takes=bodies.TokenMake,
         gives="object",
         status=201,
+        fails=(503,),
     ),
     Route(
-        "DELETE", "/api/admin/tokens/{key_id}", "revoke_key", "admin:keys", "End a join token at once.", gives="object"
+        "DELETE",
+        "/api/admin/tokens/{key_id}",
+        "revoke_key",
+        "admin:keys",
+        "End a join token at once.",
+        gives="object",
+        fails=(503,),
     ),
     # Clients
+    Route(
+        "GET",
+        "/api/inference/tasks/{task_id}",
+        "task",
+        "infer",
+        "What became of an asynchronous task; its result when it is small JSON.",
+        lane="raw",
+        gives="object",
+        query={"wait": Parameter("seconds to wait for its end (0 to 50, default 0)", _number(0, 50))},
+        fails=(503,),
+    ),
+    Route(
+        "GET",
+        "/api/inference/tasks/{task_id}/result",
+        "task_result",
+        "infer",
+        "The answer of an asynchronous task, as the service gave it.",
+        lane="raw",
+        gives="*/*",
+        fails=(400, 409, 502, 503, 504),
+    ),
+    Route(
+        "DELETE",
+        "/api/inference/tasks/{task_id}",
+        "cancel_task",
+        "infer",
+        "Cancel an asynchronous task.",
+        lane="raw",
+        gives="object",
+        fails=(409, 503),
+    ),
     Route(
         "POST",
         "/api/inference/{service}",
@@ -251,6 +353,9 @@ ROUTES: tuple[Route, ...] = (
         lane="raw",
         takes="*/*",
         gives="*/*",
+        headers=ASYNC,
+        also=(202,),
+        fails=RUN_FAILS,
     ),
     Route(
         "POST",
@@ -261,6 +366,9 @@ ROUTES: tuple[Route, ...] = (
         lane="raw",
         takes="*/*",
         gives="*/*",
+        headers=ASYNC,
+        also=(202,),
+        fails=RUN_FAILS,
     ),
 )
 
@@ -275,10 +383,16 @@ class Router:
     """Finds the raw route for a request."""
 
     def __init__(self, routes: tuple[Route, ...] = ROUTES) -> None:
-        self._routes = [(pattern(route.path), route) for route in routes if route.lane != "quart"]
+        raw = [route for route in routes if route.lane != "quart"]
+        self._routes = [(pattern(route.path), route) for route in raw]
+        #: Paths without parts, among them the hot ones, need no search.
+        self._plain = {(route.method, route.path): route for route in raw if "{" not in route.path}
 
     def find(self, method: str, path: str) -> tuple[Route | None, dict[str, str], tuple[str, ...]]:
         """Return (route, its path's parts, the methods the path takes); no methods when the path is not a raw one."""
+        plain = self._plain.get((method, path))
+        if plain is not None:
+            return plain, {}, (method,)
         allowed: list[str] = []
         for shape, route in self._routes:
             if found := shape.fullmatch(path):
@@ -286,84 +400,3 @@ class Router:
                     return route, found.groupdict(), (method,)
                 allowed.append(route.method)
         return None, {}, tuple(allowed)
-
-
-def document(version: str, issuer: str) -> dict[str, Any]:
-    """Return the OpenAPI document."""
-    structs = {kind for route in ROUTES for kind in (route.takes, route.gives) if isinstance(kind, type)}
-    _, components = msgspec.json.schema_components(
-        sorted(structs, key=lambda kind: kind.__name__), ref_template="#/components/schemas/{name}"
-    )
-    paths: dict[str, dict[str, Any]] = {}
-    for route in ROUTES:
-        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
-    return {
-        "openapi": "3.1.0",
-        "info": {
-            "title": "RMA coordinator",
-            "version": version,
-            "description": f"A pool of volunteers' machines ({issuer}).",
-        },
-        "paths": paths,
-        "components": {
-            "schemas": {**components, "Problem": PROBLEM},
-            "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}},
-        },
-    }
-
-
-PROBLEM = {
-    "type": "object",
-    "description": "RFC 9457",
-    "required": ["type", "title", "status", "detail", "code"],
-    "properties": {
-        "type": {"type": "string"},
-        "title": {"type": "string"},
-        "status": {"type": "integer"},
-        "detail": {"type": "string"},
-        "code": {"type": "string"},
-        "hints": {"type": "array", "items": {"type": "string"}},
-    },
-}
-
-
-def _operation(route: Route) -> dict[str, Any]:
-    parameters = [
-        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-        for name in re.findall(r"\{(\w+)\}", route.path)
-    ] + [
-        {"name": name, "in": "query", "description": words, "schema": {"type": "string"}}
-        for name, words in route.query.items()
-    ]
-    operation: dict[str, Any] = {
-        "operationId": _operation_id(route),
-        "summary": route.summary,
-        "responses": {
-            str(route.status): {"description": "done", **_content(route.gives)},
-            "default": {
-                "description": "a problem",
-                "content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}},
-            },
-        },
-    }
-    if parameters:
-        operation["parameters"] = parameters
-    if route.access != "open":
-        operation["security"] = [{"bearer": []}]
-        operation["description"] = f"Needs: {route.access}."
-    if route.takes is not None:
-        operation["requestBody"] = {"required": True, **_content(route.takes)}
-    return operation
-
-
-def _operation_id(route: Route) -> str:
-    """Return a name that no other call has: the method and the path, in words."""
-    return "_".join([route.method.lower(), *re.findall(r"\w+", route.path)])
-
-
-def _content(kind: type[msgspec.Struct] | str | None) -> dict[str, Any]:
-    if kind is None:
-        return {}
-    if isinstance(kind, str):
-        return {"content": {"application/json": {"schema": {"type": "object"}}} if kind == "object" else {kind: {}}}
-    return {"content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}}}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import itertools
 import re
 import secrets
 import zlib
@@ -150,12 +151,14 @@ class Nonces:
         """Make a fresh MAC key."""
         self._clock = clock
         self._key = secrets.token_bytes(32)
+        self._numbers = itertools.count()
         self._used: dict[str, float] = {}
         self._limit = limit
 
     def make(self) -> str:
         """Return a fresh nonce."""
-        body = f"{int(self._clock() * 1000)}.{secrets.token_hex(8)}"
+        # The number makes it unlike any other, the MAC makes it one that nobody foresees.
+        body = f"{int(self._clock() * 1000)}.{next(self._numbers):x}"
         return f"{body}.{self._mac(body)}"
 
     def spend(self, nonce: str) -> bool:
@@ -180,4 +183,5 @@ class Nonces:
             del self._used[next(iter(self._used))]
 
     def _mac(self, body: str) -> str:
-        return hmac.new(self._key, body.encode(), "sha256").hexdigest()[:32]
+        # Each heartbeat's answer has one, and this costs a sixth of an HMAC.
+        return hashlib.blake2b(body.encode(), key=self._key, digest_size=16).hexdigest()

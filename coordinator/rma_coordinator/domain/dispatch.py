@@ -1,7 +1,9 @@
 """Dispatch: tasks meet free workers; attempts, leases and blame. Pure: a clock goes in, effects come out.
 
 A task is `queued` until a worker with a free slot for its service exists, `running` while an attempt has it, and ends
-exactly once. (task, attempt) is the fence: only the newest attempt may speak for its task.
+exactly once. (task, attempt) is the fence: only the newest attempt may speak for its task, unless an earlier one comes
+with its whole answer while nothing final is known and nothing of a later one has gone to the client.
+A durable task ends in two steps: its end is decided (`closing`), written down, and only then known (`closed`).
 """
 
 from __future__ import annotations
@@ -44,8 +46,14 @@ class Effects(Protocol):
     def withdraw(self, attempt: Attempt, reason: str) -> None:
         """Tell the worker that nobody wants this attempt's answer any more."""
 
+    def accepted(self, attempt: Attempt) -> None:
+        """The worker has begun."""
+
     def restarted(self, task: Task) -> None:
         """The attempt was lost before anything reached the client; another one will follow."""
+
+    def closing(self, task: Task) -> None:
+        """The end of a durable task is decided; once it is written down, `Dispatcher.closed` is to be called."""
 
     def finished(self, task: Task) -> None:
         """The task has ended; its state says how."""
@@ -78,18 +86,40 @@ class Dispatcher:
         """How many tasks an attempt has."""
         return sum(1 for task in self.tasks.values() if task.state == "running")
 
-    def submit(self, task: Task) -> None:
-        """Take a task in. Raises TryLater when the queue is full."""
+    def check_room(self) -> None:
+        """Raise TryLater when as many tasks wait as may."""
         if self.queued >= self._max_queued:
             raise TryLater(f"{self.queued} requests are waiting already", retry_after_s=5)
+
+    def submit(self, task: Task) -> None:
+        """Take a task in. Raises TryLater when the queue is full, unless the task was acknowledged already."""
+        if not task.durable:
+            self.check_room()
         self.tasks[task.id] = task
         self._queues.setdefault(task.service, deque()).append(task)
         self._match(task.service)
+
+    def restore(self, task: Task, given: Attempt | None) -> None:
+        """Take a durable task up again after the coordinator's restart; ``given`` is the attempt that may still run."""
+        self.tasks[task.id] = task
+        task.excluded |= {attempt.worker_id for attempt in task.attempts if attempt.state in ("failed", "returned")}
+        if given is None:
+            self._queues.setdefault(task.service, deque()).append(task)
+            return
+        given.state, given.restored = "running", True
+        task.state, task.holder = "running", given
+        self.progress(given)
+        self.seat(given.worker_id).running[given.lease_id] = given
 
     def cancel(self, task: Task, reason: str) -> None:
         """End a task that nobody wants any more."""
         if not task.final:
             self._close(task, "cancelled", reason)
+
+    def closed(self, task: Task) -> None:
+        """The end of a durable task is on disk: from now on it is known."""
+        if task.closing is not None and not task.final:
+            self._finish(task, task.closing)
 
     def find(self, task_id: str) -> Task:
         """Return a task, also one that ended a while ago. Raises NotFound."""
@@ -106,12 +136,13 @@ class Dispatcher:
 
     def seat(self, worker_id: str) -> Seat:
         """Return the worker's seat, made when it is first needed."""
-        return self.seats.setdefault(worker_id, Seat(worker_id))
+        return self.seats.get(worker_id) or self.seats.setdefault(worker_id, Seat(worker_id))
 
     def arrived(self, worker_id: str, *, keeps: Collection[AttemptRef] = ()) -> list[Attempt]:
         """A worker can be reached (again); attempts it does not list are lost at once. Return those that go on.
 
-        It is given nothing new before `offers` tells what it can take now.
+        One that was given up meanwhile goes on too, when its task still waits for another worker. The worker is given
+        nothing new before `offers` tells what it can take now.
         """
         seat = self.seat(worker_id)
         leases = {ref.lease_id for ref in keeps}
@@ -119,8 +150,29 @@ class Dispatcher:
         for attempt in list(seat.running.values()):
             if attempt.lease_id not in leases:
                 self._lose(attempt, "the connection broke and the worker did not keep the task")
+            attempt.restored = False
+        for ref in keeps:
+            lost = self._find(ref.task_id, ref.attempt, ref.lease_id, worker_id)
+            if lost is not None and not lost.open and lost.task.state == "queued":
+                self.revive(lost)
         seat.slots, seat.reachable, seat.gone_at = {}, True, None
         return list(seat.running.values())
+
+    def heard(self, worker_id: str, refs: Collection[AttemptRef]) -> None:
+        """A worker without a channel lists what it works on: what it had before our restart and lists no more is free.
+
+        Listing an attempt accepts it, or renews its lease.
+        """
+        seat = self.seats.get(worker_id)
+        if seat is None:
+            return
+        leases = {ref.lease_id for ref in refs}
+        for attempt in list(seat.running.values()):
+            if attempt.lease_id in leases:
+                attempt.restored = False
+                self.accept(attempt)
+            elif attempt.restored:
+                self._lose(attempt, "its worker did not keep it over the coordinator's restart")
 
     def polling(self, worker_id: str, *, waiting: bool) -> None:
         """A worker without a channel opened or ended a long poll: it can be given tasks only while it waits."""
@@ -156,24 +208,62 @@ class Dispatcher:
         """Say whether any worker that may be given work offers the service now."""
         return any(s.usable and s.slots.get(service, 0) > 0 and s.worker_id not in besides for s in self.seats.values())
 
+    def spare(self) -> dict[str, int]:
+        """Return for each service how many reachable workers have room for it; none while its tasks wait."""
+        counts: dict[str, int] = {}
+        for seat in self.seats.values():
+            if seat.usable and seat.reachable:
+                for service in seat.slots:
+                    counts[service] = counts.get(service, 0) + (seat.room(service) > 0)
+        return {service: 0 if self._queues.get(service) else count for service, count in counts.items()}
+
     # -- attempts ----------------------------------------------------------------------------------------------
 
     def current(self, task_id: str, number: int, lease_id: str, worker_id: str) -> Attempt:
         """Return the open attempt that a worker speaks for. Raises NotFound when it is outdated or another's."""
-        task = self.tasks.get(task_id)
-        attempt = task.attempt if task else None
-        if attempt is None or not attempt.belongs(number, lease_id, worker_id):
+        attempt = self._find(task_id, number, lease_id, worker_id)
+        if attempt is None or not attempt.open:
             raise NotFound(
                 f"attempt {number} of {task_id} is not yours or is outdated",
                 hints=("drop it: the task goes on elsewhere or has ended",),
             )
         return attempt
 
+    def named(self, task_id: str, number: int, lease_id: str, worker_id: str) -> Attempt:
+        """Return the attempt that a worker names, whatever became of it. Raises NotFound."""
+        attempt = self._find(task_id, number, lease_id, worker_id)
+        return attempt or self.current(task_id, number, lease_id, worker_id)
+
+    def may_come_late(self, attempt: Attempt) -> bool:
+        """Say whether an attempt that was given up may still end its task, if it comes with a whole answer."""
+        holder = attempt.task.holder
+        overtaken = holder is not None and holder.delivered
+        return attempt.state in ("lost", "failed") and attempt.task.undecided and not overtaken
+
+    def revive(self, attempt: Attempt) -> bool:
+        """Let an attempt that was given up speak for its task again; a later one that runs is told to stop."""
+        if not self.may_come_late(attempt):
+            return False
+        task, rival = attempt.task, attempt.task.holder
+        if rival is not None and rival.open:
+            self._end(rival, "cancelled", "an earlier attempt has delivered after all")
+            self._effects.withdraw(rival, rival.reason)
+        self._unqueue(task)
+        task.state, task.holder = "running", attempt
+        task.excluded.discard(attempt.worker_id)
+        attempt.state, attempt.reason, attempt.ended_at, attempt.broken_at = "running", "", None, None
+        self.seat(attempt.worker_id).running[attempt.lease_id] = attempt
+        self._effects.restarted(task)
+        self.progress(attempt)
+        self._match_all()
+        return True
+
     def accept(self, attempt: Attempt) -> None:
         """The worker has begun."""
         if attempt.state == "offered":
             attempt.state = "running"
             attempt.started_at = self._clock()
+            self._effects.accepted(attempt)
         self.progress(attempt)
 
     def progress(self, attempt: Attempt) -> None:
@@ -187,22 +277,35 @@ class Dispatcher:
 
     def give_back(self, attempt: Attempt, reason: str) -> None:
         """The attempt never reached its worker: it goes back, and the same worker may be given the task again."""
-        self._lose(attempt, reason, exclude=False)
+        self._lose(attempt, reason)
 
-    def succeed(self, attempt: Attempt, *, usage: dict[str, float]) -> None:
-        """The answer is whole."""
+    def delivered(self, attempt: Attempt, *, usage: dict[str, float]) -> None:
+        """The whole answer is here. A durable task has succeeded once it is also kept: then `succeed` is called."""
+        if not attempt.open:
+            return
+        attempt.task.usage = usage
+        attempt.delivered = True
+        if not attempt.task.durable:
+            self.succeed(attempt)
+
+    def spoilt(self, attempt: Attempt, fault: Fault, reason: str) -> None:
+        """What has come of an answer cannot be kept, by no fault of the worker's."""
+        attempt.delivered = False
+        self.fail(attempt, fault, reason)
+
+    def succeed(self, attempt: Attempt) -> None:
+        """The answer is whole, and wherever it is to be."""
         if not attempt.open:
             return
         self._end(attempt, "succeeded", "")
         seat = self.seats.get(attempt.worker_id)
         if seat:
             seat.double(attempt.task.service)
-        attempt.task.usage = usage
         self._close(attempt.task, "succeeded", "")
 
     def fail(self, attempt: Attempt, fault: Fault, reason: str) -> None:
         """The attempt ended without a whole answer; whose fault it was decides what follows."""
-        if not attempt.open:
+        if not attempt.open or attempt.delivered:
             return
         attempt.task.fault = fault
         if fault == "request":
@@ -210,6 +313,9 @@ class Dispatcher:
             self._close(attempt.task, "failed", reason)
         elif fault in BLAMED:
             self._lose(attempt, reason, blame=True)
+        elif fault == "coordinator":
+            # Nothing speaks against the worker: with nobody else there, it may have the task again.
+            self._lose(attempt, reason)
         else:
             self._lose(attempt, reason, state="returned")
 
@@ -221,7 +327,7 @@ class Dispatcher:
         self._ticked = now
         for seat in list(self.seats.values()):
             self._check_seat(seat, now)
-        for task in [t for t in self.tasks.values() if now > t.deadline]:
+        for task in [t for t in self.tasks.values() if now > t.deadline and not (t.holder and t.holder.delivered)]:
             what = "no worker was free" if task.state == "queued" else "no whole answer"
             self._close(task, "failed", f"{what} within {task.deadline - task.created_at:.0f} s")
         self._match_all()
@@ -241,7 +347,7 @@ class Dispatcher:
 
     def _check_seat(self, seat: Seat, now: float) -> None:
         away = seat.gone_at is not None and now - seat.gone_at > RESUME_WITHIN_S
-        for attempt in list(seat.running.values()):
+        for attempt in [attempt for attempt in seat.running.values() if not attempt.delivered]:
             if away:
                 self._lose(attempt, "the worker's connection broke", blame=attempt.state == "running")
             elif attempt.broken_at is not None and now - attempt.broken_at > RESUME_WITHIN_S:
@@ -252,7 +358,9 @@ class Dispatcher:
             seat.gone_at = None
 
     def _expire(self, seat: Seat, attempt: Attempt) -> None:
-        if attempt.state == "offered":
+        if attempt.restored:
+            self._lose(attempt, "its worker did not come back after the coordinator's restart")
+        elif attempt.state == "offered":
             seat.halve(attempt.task.service)
             self._lose(attempt, f"not accepted within {ACCEPT_WITHIN_S:.0f} s", exclude=True)
         else:
@@ -269,18 +377,17 @@ class Dispatcher:
     ) -> None:
         """End an attempt without an answer; the task goes back to the queue unless it cannot.
 
-        The worker is not given the task again, unless nothing speaks against it (``exclude``; by default an attempt
-        that its worker never took costs it nothing).
+        A worker that is blamed or gave it back is not given the task again (``exclude`` says otherwise).
         """
-        if not attempt.open:
+        if not attempt.open or attempt.delivered:
             return
-        task, taken = attempt.task, attempt.state == "running"
+        task = attempt.task
         self._end(attempt, "failed" if blame else state, reason)
         self._effects.withdraw(attempt, reason)
         seat = self.seats.get(attempt.worker_id)
         if blame and seat:
             seat.halve(task.service)
-        if exclude if exclude is not None else (taken or blame or state == "returned"):
+        if exclude if exclude is not None else (blame or state == "returned"):
             task.excluded.add(attempt.worker_id)
         task.reasons.append(f"{attempt.worker_id}: {reason}")
         self._go_on(task, reason)
@@ -288,11 +395,13 @@ class Dispatcher:
     def _go_on(self, task: Task, reason: str) -> None:
         """Queue a task again whose attempt was lost, or end it with every reason."""
         blamed = {attempt.worker_id for attempt in task.attempts if attempt.state == "failed"}
+        tried = sum(attempt.number > task.base for attempt in task.attempts)
+        patient = task.durable and not blamed
         if task.committed:
             self._close(task, "failed", f"the answer broke off: {reason}")
-        elif len(blamed) >= MAX_BLAMED or len(task.attempts) >= MAX_ATTEMPTS:
+        elif len(blamed) >= MAX_BLAMED or tried >= MAX_ATTEMPTS:
             self._close(task, "failed", f"given up after {len(task.attempts)} attempts")
-        elif not self.can_serve(task.service, besides=task.excluded):
+        elif not patient and not self.can_serve(task.service, besides=task.excluded):
             self._close(task, "failed", f"no other worker offers {task.service}")
         else:
             task.state = "queued"
@@ -306,18 +415,39 @@ class Dispatcher:
         if seat:
             seat.running.pop(attempt.lease_id, None)
 
+    def _find(self, task_id: str, number: int, lease_id: str, worker_id: str) -> Attempt | None:
+        task = self.tasks.get(task_id) or self.finished.get(task_id)
+        attempts = task.attempts if task else ()
+        return next((attempt for attempt in attempts if attempt.belongs(number, lease_id, worker_id)), None)
+
+    def _unqueue(self, task: Task) -> None:
+        queue = self._queues.get(task.service)
+        if queue and task.state == "queued" and task in queue:
+            queue.remove(task)
+
     def _close(self, task: Task, state: TaskState, reason: str) -> None:
-        """Record the end of a task, once, and tell everyone."""
+        """Decide the end of a task, once."""
+        if task.closing is not None:
+            return
         attempt = task.attempt
         if attempt and attempt.open:
             self._end(attempt, "cancelled", reason)
             self._effects.withdraw(attempt, reason)
-        queue = self._queues.get(task.service)
-        if queue and task.state == "queued" and task in queue:
-            queue.remove(task)
-        task.state, task.ended_at = state, self._clock()
+        self._unqueue(task)
         if reason:
             task.reasons.append(reason)
+        task.closing, task.ended_at = state, self._clock()
+        if task.durable:
+            self._effects.closing(task)
+        else:
+            self._finish(task, state)
+        self._match(task.service)
+
+    def _finish(self, task: Task, state: TaskState) -> None:
+        """Record the end of a task and tell everyone."""
+        task.state = state
+        # Nobody asks for these any more, and a client may have sent many of them.
+        task.headers, task.path = (), ""
         self.succeeded += state == "succeeded"
         self.failed += state == "failed"
         self.tasks.pop(task.id, None)
@@ -326,7 +456,6 @@ class Dispatcher:
             self.finished.popitem(last=False)
         _log(task)
         self._effects.finished(task)
-        self._match(task.service)
 
     def _match_all(self) -> None:
         for service in [name for name, queue in self._queues.items() if queue]:
@@ -350,8 +479,9 @@ class Dispatcher:
             queue.extendleft(reversed(waiting))
 
     def _best(self, task: Task) -> Seat | None:
+        tried = {attempt.worker_id for attempt in task.attempts}
         free = [
-            (room, -seat.last_given, seat.worker_id)
+            (seat.worker_id not in tried, room, -seat.last_given, seat.worker_id)
             for seat in self.seats.values()
             if seat.usable
             and seat.reachable
@@ -359,13 +489,13 @@ class Dispatcher:
             and (room := seat.room(task.service)) > 0
             and self._effects.ready(seat.worker_id)
         ]
-        return self.seats[max(free)[2]] if free else None
+        return self.seats[max(free)[-1]] if free else None
 
     def _give(self, task: Task, seat: Seat) -> None:
         now = self._clock()
-        attempt = Attempt(task, len(task.attempts) + 1, seat.worker_id, now)
+        attempt = Attempt(task, task.next_number, seat.worker_id, now)
         task.attempts.append(attempt)
-        task.state = "running"
+        task.state, task.holder = "running", attempt
         seat.running[attempt.lease_id] = attempt
         seat.last_given = now
         if not self._effects.offer(attempt):

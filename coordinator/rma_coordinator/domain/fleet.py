@@ -14,7 +14,7 @@ from rma_core.models.hardware import Capabilities, HardwareReport
 from rma_core.models.worker import Assignment, ContainerStatus, PluginReport, RuntimeReport, WorkerStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from rma_core.models.worker import Heartbeat
 
@@ -53,7 +53,6 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     generation: int = 0
     epoch: int = 0
     disabled: bool = False
-    tasks_completed: int = 0
     last_seen_at: float = 0.0
     #: Why it was offline when this was written; empty when it was not.
     away: str = ""
@@ -63,6 +62,7 @@ class Worker:
     """One worker as it is now: its lasting record and what its heartbeats said."""
 
     __slots__ = (
+        "completed",
         "containers",
         "counted",
         "current_load",
@@ -74,7 +74,9 @@ class Worker:
         "reason",
         "record",
         "said",
+        "slots",
         "status",
+        "written",
     )
 
     def __init__(self, record: WorkerRecord, *, now: float) -> None:
@@ -88,10 +90,16 @@ class Worker:
         self.said: tuple[str, str] = ("healthy", "")
         self.current_load = 0.0
         self.containers: tuple[ContainerStatus, ...] = ()
+        #: Containers as its heartbeats by HTTP write them, by hash, and what that text says.
+        self.written: tuple[int, tuple[ContainerStatus, ...]] = (0, ())
+        #: The slots it offers, and the containers and the assignment from which they were counted.
+        self.slots: tuple[tuple[ContainerStatus, ...], tuple[Assignment, ...], dict[str, int]] = ((), (), {})
         #: The services for which the fleet counts it, kept by `Fleet.recount`.
         self.counted: tuple[str, ...] = ()
         self.draining = False
         self.left = False
+        #: Tasks that the ledger has of it.
+        self.completed = 0
 
     @property
     def id(self) -> str:
@@ -107,6 +115,32 @@ class Worker:
     def usable(self) -> bool:
         """Whether it may be given new work."""
         return self.status == "healthy" and not self.draining and not self.record.disabled and not self.left
+
+    def offered(self, said: Mapping[str, int] | None = None) -> dict[str, int]:
+        """Return the slots it offers: those it says, else those of its healthy containers.
+
+        Never more than it was assigned: who claims a thousand slots would be given all there is.
+        """
+        assignment = self.record.assignment
+        if said is not None:
+            return _within(said, assignment)
+        known = self.slots
+        if known[0] is not self.containers or known[1] is not assignment:
+            healthy = [one for one in self.containers if one.state == "healthy"]
+            known = self.slots = (self.containers, assignment, _within(_count(healthy), assignment))
+        return known[2]
+
+
+def _within(slots: Mapping[str, int], assignment: Iterable[Assignment]) -> dict[str, int]:
+    most = _count(assignment)
+    return {service: min(count, most[service]) for service, count in slots.items() if service in most}
+
+
+def _count(parts: Iterable[Assignment] | Iterable[ContainerStatus]) -> dict[str, int]:
+    counted: dict[str, int] = {}
+    for one in parts:
+        counted[one.service] = counted.get(one.service, 0) + one.slots
+    return counted
 
 
 class Fleet:
@@ -175,13 +209,16 @@ class Fleet:
         worker.draining = False
         worker.said = ("healthy", "")
         self._seen(worker)
+        self.recount(worker)
         return worker
 
     def beat(self, worker: Worker, heartbeat: Heartbeat, *, ip_address: str) -> None:
         """Take a heartbeat in."""
         worker.said = (heartbeat.status, heartbeat.reason)
         worker.current_load = heartbeat.current_load
-        worker.containers = heartbeat.containers
+        if worker.containers != heartbeat.containers:
+            # What was counted from them is known by their identity.
+            worker.containers = heartbeat.containers
         worker.draining = heartbeat.draining
         worker.ip_address = ip_address
         self._seen(worker)
@@ -246,7 +283,8 @@ class Fleet:
 
     def _to(self, worker: Worker, status: WorkerStatus, reason: str) -> None:
         """Change a state and log it, once."""
-        if worker.status != status:
+        moved = worker.status != status
+        if moved:
             logger.info(
                 "%s is %s%s",
                 worker.id,
@@ -261,7 +299,8 @@ class Fleet:
             seen = self.last_seen(worker)
             worker.record = msgspec.structs.replace(worker.record, away=away, last_seen_at=seen)
             self.changed.add(worker.id)
-        self.recount(worker)
+        if moved:
+            self.recount(worker)
 
     def running(self) -> dict[str, int]:
         """Return how many healthy copies of each service there are, on workers that may be given work."""
@@ -314,7 +353,7 @@ class Fleet:
             "registered_at": iso(record.registered_at),
             "last_heartbeat": iso(self.last_seen(worker)),
             "current_load": worker.current_load,
-            "tasks_completed": record.tasks_completed,
+            "tasks_completed": worker.completed,
             "agent_version": record.agent_version,
             "capabilities": capabilities_view(record.report.capabilities),
             "assigned_containers": [assignment_view(a) for a in record.assignment],

@@ -87,6 +87,7 @@ def assignment(entry: CatalogEntry, *, env: Mapping[str, str]) -> Assignment:
         needs=entry.needs,
         limits=entry.limits,
         process=entry.process,
+        trusted=entry.trusted,
     )
 
 
@@ -130,6 +131,8 @@ def _take(entry: CatalogEntry, room: Room, runtimes: Collection[RuntimeReport]) 
 def _forms(entry: CatalogEntry, runtimes: Collection[RuntimeReport]) -> list[bool]:
     """Return how the service can run here: ``True`` as a container, ``False`` as a process."""
     usable = [runtime for runtime in runtimes if runtime.state == "healthy"]
+    if not entry.trusted:
+        return [True] * any(runtime.isolated and not runtime.cannot_limit for runtime in usable)
     contained = not runtimes or any(runtime.isolated for runtime in usable)
     as_process = entry.process is not None and entry.service not in ISOLATED_ONLY
     bare = as_process and any(not runtime.isolated for runtime in usable)
@@ -141,6 +144,10 @@ def _no_runtime(entry: CatalogEntry, runtimes: Collection[RuntimeReport]) -> str
         sorted(f"{r.name}: {r.reason}" for r in runtimes if r.isolated and r.reason and r.state != "healthy")
     )
     why = f" ({ill})" if ill else ""
+    loose = [r for r in runtimes if r.isolated and r.state == "healthy"]
+    if not entry.trusted and (loose or not runtimes):
+        told = "; ".join(sorted(f"{r.name} cannot limit {', '.join(r.cannot_limit)}" for r in loose))
+        return f"its image is not trusted, and no engine here can limit it ({told or 'the worker told of none'})"
     if entry.process is None or entry.service in ISOLATED_ONLY:
         return f"only as a container, and no engine works here{why}"
     return f"no engine works here{why}, and the owner does not let services run as plain processes"

@@ -24,23 +24,25 @@ class Attempt:
 
     __slots__ = (
         "broken_at",
+        "delivered",
         "ended_at",
         "lease_id",
         "lease_until",
         "number",
         "offered_at",
         "reason",
+        "restored",
         "started_at",
         "state",
         "task",
         "worker_id",
     )
 
-    def __init__(self, task: Task, number: int, worker_id: str, now: float) -> None:
+    def __init__(self, task: Task, number: int, worker_id: str, now: float, *, lease_id: str = "") -> None:
         self.task = task
         self.number = number
         self.worker_id = worker_id
-        self.lease_id = secrets.token_hex(16)
+        self.lease_id = lease_id or secrets.token_hex(16)
         self.offered_at = now
         self.started_at: float | None = None
         self.ended_at: float | None = None
@@ -49,6 +51,10 @@ class Attempt:
         self.lease_until = now + ACCEPT_WITHIN_S
         self.state: AttemptState = "offered"
         self.reason = ""
+        #: The whole answer is here; nothing that happens to its worker now can harm it.
+        self.delivered = False
+        #: It was given before the coordinator's last start, and its worker has not confirmed it yet.
+        self.restored = False
 
     @property
     def open(self) -> bool:
@@ -56,25 +62,36 @@ class Attempt:
         return self.state in ("offered", "running")
 
     def belongs(self, number: int, lease_id: str, worker_id: str) -> bool:
-        """Say whether this is the open attempt that a worker names and proves with its lease."""
-        same = self.open and self.number == number and self.worker_id == worker_id
+        """Say whether this is the attempt that a worker names and proves with its lease."""
+        same = self.number == number and self.worker_id == worker_id
         # compare_digest takes text in ASCII only, and a request may say anything.
         return same and lease_id.isascii() and secrets.compare_digest(self.lease_id, lease_id)
 
 
 class Task:
-    """One client request to a service. Times are monotonic seconds of the dispatcher's clock."""
+    """One client request to a service. Times are monotonic seconds of the dispatcher's clock.
+
+    A ``durable`` task was acknowledged before it ran: it outlives its client, and its end is on disk before anyone is
+    told. ``base`` is where its attempts' numbers begin: higher after each restart, so that they only ever grow.
+    """
 
     __slots__ = (
+        "answer_bytes",
         "attempts",
+        "base",
         "body_bytes",
+        "closing",
         "committed",
         "created_at",
         "deadline",
+        "durable",
         "ended_at",
         "excluded",
         "fault",
+        "first_byte_s",
+        "gap_s",
         "headers",
+        "holder",
         "http_status",
         "id",
         "key_id",
@@ -97,8 +114,13 @@ class Task:
         key_id: str,
         now: float,
         timeout_s: float,
+        task_id: str = "",
+        durable: bool = False,
+        base: int = 0,
+        first_byte_s: float | None = None,
+        gap_s: float = LEASE_S,
     ) -> None:
-        self.id = "task-" + "".join(secrets.choice("0123456789abcdefghijklmnopqrstuvwxyz") for _ in range(20))
+        self.id = task_id or new_task_id()
         self.service = service
         self.method = method
         self.path = path
@@ -107,27 +129,52 @@ class Task:
         self.key_id = key_id
         self.created_at = now
         self.deadline = now + timeout_s
+        self.durable = durable
+        self.base = base
+        #: How long the service may take to its first byte (``None``: all the time there is), and between two.
+        self.first_byte_s = first_byte_s
+        self.gap_s = gap_s
         self.state: TaskState = "queued"
         self.ended_at: float | None = None
         self.attempts: list[Attempt] = []
+        #: The attempt that speaks for the task: the newest, unless an earlier one has delivered after all.
+        self.holder: Attempt | None = None
         self.excluded: set[str] = set()
         self.reasons: list[str] = []
         #: Whether any of an answer has gone to the client; from then on no other attempt can take over.
         self.committed = False
+        #: The end that a durable task has come to, while that is being written down.
+        self.closing: TaskState | None = None
         self.http_status: int | None = None
+        self.answer_bytes = 0
         #: Whose fault the last failure was, as its worker said it.
         self.fault: Fault | None = None
         self.usage: dict[str, float] = {}
 
     @property
     def attempt(self) -> Attempt | None:
-        """The newest attempt, if any."""
-        return self.attempts[-1] if self.attempts else None
+        """The attempt that speaks for the task, if any."""
+        return self.holder
+
+    @property
+    def next_number(self) -> int:
+        """The number of its next attempt."""
+        return max(self.base, max((attempt.number for attempt in self.attempts), default=0)) + 1
 
     @property
     def final(self) -> bool:
         """Whether it has ended."""
         return self.state in ("succeeded", "failed", "cancelled")
+
+    @property
+    def undecided(self) -> bool:
+        """Whether another attempt's answer could still become its end: none is known, and none is on its way out."""
+        return not self.final and self.closing is None and not self.committed
+
+
+def new_task_id() -> str:
+    """Return an id that nobody can guess."""
+    return "task-" + "".join(secrets.choice("0123456789abcdefghijklmnopqrstuvwxyz") for _ in range(20))
 
 
 class Seat:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-#: First and longest wait of an agent for its coordinator.
+#: First and longest wait unless others are given.
 BASE_S = 2.0
 CAP_S = 300.0
 
