@@ -188,9 +188,10 @@ def http() -> str:
         routes = [route for route in ROUTES if _start(route) == start]
         parts += [f"## {title}", words, table(("call", "needs", "does", "takes", "gives"), map(_route, routes))]
         parts += [
-            f"`{r.method} {r.path}` takes in its query: " + "; ".join(f"`{k}` {v}" for k, v in r.query.items()) + "."
+            f"`{r.method} {r.path}` takes {where}: " + "; ".join(f"`{k}` {v.words}" for k, v in named.items()) + "."
             for r in routes
-            if r.query
+            for where, named in (("in its query", r.query), ("as headers", r.headers))
+            if named
         ]
     return "\n\n".join([*parts, "## Bodies", "Fields without a `?` are required.", *_bodies()])
 

@@ -65,6 +65,7 @@ CASES: dict[tuple[str, str], Case] = {
     ("POST", "/api/admin/workers/{worker_id}/enable"): Case("/api/admin/workers/worker-00000000/enable", status=404),
     ("GET", "/api/admin/stats"): Case("/api/admin/stats"),
     ("GET", "/api/admin/health"): Case("/api/admin/health"),
+    ("POST", "/api/admin/backup"): Case("/api/admin/backup", status=201),
     ("GET", "/api/admin/tasks"): Case("/api/admin/tasks"),
     ("GET", "/api/admin/plugins"): Case("/api/admin/plugins"),
     ("GET", "/api/admin/services"): Case("/api/admin/services"),

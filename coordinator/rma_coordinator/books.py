@@ -105,7 +105,8 @@ class Books:
         for record in await self._store.load(IdempotencyRecord):
             self._idempotency[record.key] = record
         records = await self._store.load(TaskRecord)
-        files = {name for record in records for name in (record.task_id, _answer_name(record.task_id))}
+        # A body is of use until its task has ended, an answer from then on; what a crash left over is neither.
+        files = {one.task_id if one.ended_at is None else _answer_name(one.task_id) for one in records}
         await asyncio.to_thread(self._spools.sweep, files)
         for task in sorted(records, key=lambda record: record.created_at):
             self._keys[task.task_id] = task.idempotency

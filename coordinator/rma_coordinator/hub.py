@@ -6,7 +6,6 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Protocol
 
-from rma_coordinator.domain.tasks import LEASE_S
 from rma_core.models.channel import MAX_DATA_BYTES, Assign, Cancel, Credit, Task, pack, pack_data
 from rma_core.models.worker import INLINE_BODY_BYTES, TaskOffer
 
@@ -64,7 +63,7 @@ def make_offer(attempt: Attempt, relay: Relay, *, inline: bool, now: float) -> T
         body_bytes=body.size,
         body=small if inline else None,
         body_url=f"/api/worker/tasks/{task.id}/body" if small is None else None,
-        lease_s=LEASE_S,
+        lease_s=attempt.lease_s,
         first_byte_s=left if task.first_byte_s is None else min(left, task.first_byte_s),
         gap_s=task.gap_s,
         total_s=left,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -26,6 +27,7 @@ from rma_core.models.worker import HeartbeatAnswer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
+    from pathlib import Path
 
     from rma_coordinator.domain.placement import Placement
     from rma_coordinator.domain.tasks import Attempt, Task
@@ -41,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 #: How often leases and deadlines are looked at.
 TICK_S = 0.5
+#: Backups that are kept; an older one is removed when a new one has been made.
+KEPT_BACKUPS = 7
 #: Below this share of `max_channels` nobody is parked.
 CHANNELS_LOW = 0.9
 #: Workers with room that each service keeps reachable while others are parked.
@@ -89,7 +93,9 @@ class Pool:
         self.policies = policies
         self.catalog = {entry.service: _registry(entry, settings.image_registry) for entry in catalog}
         self.hub = Hub(on_accepted=self._accepted, on_closing=self._closing, on_finished=self.completed)
-        self.dispatcher = Dispatcher(self.hub, clock=clock, max_queued=settings.max_queued_tasks)
+        self.dispatcher = Dispatcher(
+            self.hub, clock=clock, max_queued=settings.max_queued_tasks, lease_s=settings.lease_s
+        )
         self.spools = Spools(
             settings.home_path / "spool",
             memory_bytes=settings.memory_body_bytes,
@@ -226,6 +232,20 @@ class Pool:
             words = f"no new work is taken: {reason}" if reason else "the store can be written again"
             logger.log(level, "%s", words, extra={"action": "store_ill" if reason else "store_well"})
         self.store_reason = reason
+
+    async def backup(self) -> tuple[Path, int]:
+        """Copy the store to a new file in the state folder; the newest KEPT_BACKUPS are kept. Return it and its size.
+
+        Raises SettingProblem for a store that has nothing to copy, OutOfSpace, StoreFailed.
+        """
+        folder = self.settings.home_path / "backups"
+        await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True, mode=0o700)
+        stamp = datetime.fromtimestamp(self.wall(), UTC).strftime("%Y%m%dT%H%M%S.%f")
+        path = folder / f"coordinator-{stamp}Z.db"
+        size = await self.store.backup(path)
+        await asyncio.to_thread(_keep_newest, folder, "coordinator-*.db", KEPT_BACKUPS)
+        logger.info("the state was copied to %s (%d bytes)", path, size, extra={"action": "backup"})
+        return path, size
 
     # -- keys --------------------------------------------------------------------------------------------------
 
@@ -499,6 +519,12 @@ class Pool:
         worker = self.fleet.workers.get(task.attempt.worker_id) if task.attempt else None
         if worker is not None:
             worker.completed += 1
+
+
+def _keep_newest(folder: Path, pattern: str, count: int) -> None:
+    # Their names begin with their time.
+    for path in sorted(folder.glob(pattern))[:-count]:
+        path.unlink(missing_ok=True)
 
 
 def _registry(entry: CatalogEntry, registry: str) -> CatalogEntry:

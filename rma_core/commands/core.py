@@ -7,19 +7,23 @@ from typing import TYPE_CHECKING
 from rma_core.commands import volunteer
 from rma_core.commands.infer import infer
 from rma_core.commands.machine import detect, doctor, plugins
-from rma_core.commands.pool import keys, policies, services, tasks, tokens, workers
+from rma_core.commands.pool import backup, keys, policies, services, tasks, tokens, workers
+from rma_core.commands.results import cancel, result
 
 if TYPE_CHECKING:
     import click
 
 COMMANDS: list[click.Command] = [
     *volunteer.COMMANDS,
+    backup,
+    cancel,
     detect,
     doctor,
     infer,
     keys,
     plugins,
     policies,
+    result,
     services,
     tasks,
     tokens,

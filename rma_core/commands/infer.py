@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import mimetypes
 import sys
@@ -14,7 +15,7 @@ from rma_core.commands import common
 from rma_core.errors import UsageProblem
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from rma_core.http import Response
 
@@ -30,32 +31,57 @@ PIECE_BYTES = 64 * 1024
     "-o", "--option", "extras", multiple=True, metavar="NAME=VALUE", help="An option of the service; repeatable."
 )
 @click.option("--type", "content_type", metavar="TYPE", help="Media type of the file, where its name does not tell.")
+@click.option("--detach", is_flag=True, help="Print the task's id at once; `rma result ID` waits for its answer.")
+@click.option("--idempotency-key", metavar="KEY", help="Sent again under the same key, the request is not done again.")
 @common.pool_options
 @common.json_option
 def infer(
-    service: str, source: str | None, extras: tuple[str, ...], content_type: str | None, as_json: bool, **options: Any
+    service: str,
+    source: str | None,
+    extras: tuple[str, ...],
+    content_type: str | None,
+    detach: bool,
+    idempotency_key: str | None,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Send a request to SERVICE and print its answer.
 
     The request is a file's content, stdin (`-`), or a text. `rma infer notes paper.pdf`
     """
-    from rma_core import http
-
-    to = common.target(options)
     service, _, rest = service.partition("/")
     path = f"/api/inference/{service}" + (f"/{rest}" if rest else "")
     body, kind = _body(source, content_type)
+    headers = {"content-type": kind}
+    if detach:
+        headers["prefer"] = "respond-async"
+    if idempotency_key:
+        headers["idempotency-key"] = idempotency_key
+    show = _print_task if detach and not as_json else functools.partial(_print, as_json=as_json)
+    stream(options, "POST", path, params=_query(extras), content=body, headers=headers, show=show)
+
+
+def stream(
+    options: dict[str, Any], method: str, path: str, *, show: Callable[[Response], None] | None = None, **more: Any
+) -> None:
+    """Make one call to the pool and write its answer as it comes. Raises CoordinatorError."""
+    from rma_core import http
+
+    to = common.target(options)
     context = http.tls_context(to.certificate) if to.certificate else None
     with http.open_sync_client(to.url, context=context, token=to.key, timeout_s=GAP_S) as client:
         try:
-            with client.stream(
-                "POST", path, params=_query(extras), content=body, headers={"content-type": kind}
-            ) as answer:
+            with client.stream(method, path, **more) as answer:
                 if not answer.is_success:
                     raise http.error_of(answer.status_code, answer.headers, http.read_problem_sync(answer))
-                _print(answer, as_json=as_json)
+                (show or functools.partial(_print, as_json=False))(answer)
         except http.HTTPError as error:
             raise http.unreachable(to.url, error) from None
+
+
+def _print_task(answer: Response) -> None:
+    """Write the id of a task that was acknowledged."""
+    click.echo(common.safe(json.loads(answer.read())["task_id"]))
 
 
 def _query(extras: tuple[str, ...]) -> dict[str, str]:

@@ -100,6 +100,19 @@ def tasks(as_json: bool, **options: Any) -> None:
 @click.command()
 @common.pool_options
 @common.json_option
+def backup(as_json: bool, **options: Any) -> None:
+    """Copy the coordinator's state to a file in its own folder, while it runs.
+
+    The newest seven are kept. To go back to one: stop the coordinator and put the copy in the place of coordinator.db.
+    """
+    found = common.call(options, "POST", "/api/admin/backup")
+    words = f"{found['path']} ({found['bytes']} bytes)"
+    common.show(found, as_json, lambda out: out.print(common.safe(words)))
+
+
+@click.command()
+@common.pool_options
+@common.json_option
 def services(as_json: bool, **options: Any) -> None:
     """List the pool's services: wanted, assigned, healthy."""
     found = common.call(options, "GET", "/api/admin/services")

@@ -112,6 +112,12 @@ async def admin_health(pool: Pool, web: Web) -> object:  # noqa: ARG001 - every 
     }
 
 
+async def backup(pool: Pool, web: Web) -> object:  # noqa: ARG001 - every handler has the same form
+    """Copy the state to a file in the coordinator's folder, while it runs."""
+    path, size = await pool.backup()
+    return {"path": str(path), "bytes": size}
+
+
 async def services(pool: Pool, web: Web) -> object:  # noqa: ARG001 - every handler has the same form
     """Services: wanted, assigned, healthy."""
     return {"services": [{"service": name, **row} for name, row in overview.services(pool).items()]}

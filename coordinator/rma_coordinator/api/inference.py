@@ -83,8 +83,10 @@ def _task(pool: Pool, call: Call, ask: Ask, body: Body, *, durable: bool = False
         body_bytes=body.size,
         key_id=ask.principal.id,
         now=pool.clock(),
-        timeout_s=settings.async_timeout_s if durable else settings.task_timeout_s,
+        timeout_s=settings.async_timeout_s if durable else ask.entry.timeout_s or settings.task_timeout_s,
         durable=durable,
+        first_byte_s=ask.entry.first_byte_s,
+        gap_s=ask.entry.gap_s,
     )
 
 

@@ -231,6 +231,15 @@ ROUTES: tuple[Route, ...] = (
         gives="object",
     ),
     Route(
+        "POST",
+        "/api/admin/backup",
+        "backup",
+        "admin:write",
+        "Copy the state to a file in the coordinator's folder, while it runs.",
+        gives="object",
+        status=201,
+    ),
+    Route(
         "GET",
         "/api/admin/tasks",
         "tasks",

@@ -62,10 +62,13 @@ class Effects(Protocol):
 class Dispatcher:
     """Queues, seats and open attempts; every method leaves them consistent and then matches again."""
 
-    def __init__(self, effects: Effects, *, clock: Callable[[], float], max_queued: int) -> None:
+    def __init__(
+        self, effects: Effects, *, clock: Callable[[], float], max_queued: int, lease_s: float = LEASE_S
+    ) -> None:
         self._effects = effects
         self._clock = clock
         self._max_queued = max_queued
+        self._lease_s = lease_s
         self._ticked = clock()
         self.seats: dict[str, Seat] = {}
         self.tasks: dict[str, Task] = {}
@@ -141,6 +144,7 @@ class Dispatcher:
     def arrived(self, worker_id: str, *, keeps: Collection[AttemptRef] = ()) -> list[Attempt]:
         """A worker can be reached (again); attempts it does not list are lost at once. Return those that go on.
 
+        Listing an attempt accepts it, or renews its lease: the time without a connection is not held against it.
         One that was given up meanwhile goes on too, when its task still waits for another worker. The worker is given
         nothing new before `offers` tells what it can take now.
         """
@@ -148,9 +152,11 @@ class Dispatcher:
         leases = {ref.lease_id for ref in keeps}
         seat.reachable = False
         for attempt in list(seat.running.values()):
-            if attempt.lease_id not in leases:
-                self._lose(attempt, "the connection broke and the worker did not keep the task")
             attempt.restored = False
+            if attempt.lease_id in leases:
+                self.accept(attempt)
+            else:
+                self._lose(attempt, "the connection broke and the worker did not keep the task")
         for ref in keeps:
             lost = self._find(ref.task_id, ref.attempt, ref.lease_id, worker_id)
             if lost is not None and not lost.open and lost.task.state == "queued":
@@ -253,7 +259,10 @@ class Dispatcher:
         task.excluded.discard(attempt.worker_id)
         attempt.state, attempt.reason, attempt.ended_at, attempt.broken_at = "running", "", None, None
         self.seat(attempt.worker_id).running[attempt.lease_id] = attempt
+        attempt.started_at = self._clock() if attempt.started_at is None else attempt.started_at
         self._effects.restarted(task)
+        # It may never have been accepted in this life of the coordinator: somebody must take its answer in.
+        self._effects.accepted(attempt)
         self.progress(attempt)
         self._match_all()
         return True
@@ -268,7 +277,7 @@ class Dispatcher:
 
     def progress(self, attempt: Attempt) -> None:
         """The attempt lives: its lease is renewed."""
-        attempt.lease_until = self._clock() + LEASE_S
+        attempt.lease_until = self._clock() + self._lease_s
 
     def broke(self, attempt: Attempt, reason: str) -> None:
         """The stream of an answer broke; the worker has RESUME_WITHIN_S to say why before it is charged."""
@@ -364,7 +373,7 @@ class Dispatcher:
             seat.halve(attempt.task.service)
             self._lose(attempt, f"not accepted within {ACCEPT_WITHIN_S:.0f} s", exclude=True)
         else:
-            self._lose(attempt, f"no progress for {LEASE_S:.0f} s", blame=True)
+            self._lose(attempt, f"no progress for {self._lease_s:.0f} s", blame=True)
 
     def _lose(
         self,
@@ -494,6 +503,7 @@ class Dispatcher:
     def _give(self, task: Task, seat: Seat) -> None:
         now = self._clock()
         attempt = Attempt(task, task.next_number, seat.worker_id, now)
+        attempt.lease_s = self._lease_s
         task.attempts.append(attempt)
         task.state, task.holder = "running", attempt
         seat.running[attempt.lease_id] = attempt

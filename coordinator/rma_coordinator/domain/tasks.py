@@ -27,6 +27,7 @@ class Attempt:
         "delivered",
         "ended_at",
         "lease_id",
+        "lease_s",
         "lease_until",
         "number",
         "offered_at",
@@ -48,6 +49,8 @@ class Attempt:
         self.ended_at: float | None = None
         #: When the stream of its answer broke; the worker has a moment to say why.
         self.broken_at: float | None = None
+        #: How long its claim lasts without progress, as its worker is told.
+        self.lease_s = LEASE_S
         self.lease_until = now + ACCEPT_WITHIN_S
         self.state: AttemptState = "offered"
         self.reason = ""

@@ -152,7 +152,8 @@ def lock(path: Path) -> int | None:
     """
     if sys.platform == "win32":
         return None
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    # Opened for reading, so that it does not keep a disk that failed from being mounted anew.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -50,12 +50,12 @@ LOG_HEAD_BYTES, FRAME_HEAD_BYTES = 32, 24
 
 
 def connect(path: Path, *, create: bool, vfs: str | None = None) -> apsw.Connection:
-    """Open the file for this process alone. Raises RMAError when it is read-only, apsw.Error, OSError."""
+    """Open the file for this process alone, for writing. Raises SettingProblem, apsw.Error, OSError."""
     flags = apsw.SQLITE_OPEN_READWRITE | (apsw.SQLITE_OPEN_CREATE if create else 0)
     connection = apsw.Connection(str(path), flags=flags, vfs=vfs)
     try:
         if connection.readonly("main"):
-            raise read_only(path).error()
+            raise apsw.ReadOnlyError(f"{path} could only be opened for reading")
         if path.stat().st_mode & 0o077:
             path.chmod(0o600)
         connection.set_busy_timeout(0)

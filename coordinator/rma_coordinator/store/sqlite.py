@@ -133,7 +133,7 @@ class SqliteStore:
     def _read(self, kind: type[R], key: str, data: object) -> R:
         try:
             return msgspec.json.decode(data, type=kind) if isinstance(data, bytes) else msgspec.convert(data, kind)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             where = f"{self._path} holds a {kind.__name__} ({key}) that cannot be read"
             hints = layout.damaged(self._path, error).hints
             raise StoreFailed(f"{where}: {error}", hints=hints[:1]) from error

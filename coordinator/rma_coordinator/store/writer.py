@@ -323,6 +323,11 @@ class Writer:
                 return ask.done, None, StoreFailed(f"{self.options.path} did not answer: {error}")
             self._enter(state)
             return ask.done, None, state.error()
+        except UnicodeDecodeError as error:
+            hints = layout.damaged(self.options.path, error).hints[:1]
+            return ask.done, None, StoreFailed(f"{self.options.path} holds text that is none: {error}", hints=hints)
+        except Exception as error:  # noqa: BLE001 - whoever asked gets it; the writer must outlive any question
+            return ask.done, None, error
 
     # -- states ----------------------------------------------------------------------------------------------------
 
