@@ -13,7 +13,7 @@ import sys
 from collections import Counter
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import msgspec
 
@@ -32,6 +32,8 @@ from rma_core.interfaces import ContainerSpec
 from rma_core.settings import FILE_NAME, FILE_VARIABLE, AgentSettings
 
 if TYPE_CHECKING:
+    from asyncio.subprocess import Process
+
     from quart import Quart
 
     from rma_core.catalog import CatalogEntry
@@ -47,6 +49,8 @@ MORE_PORTS = 20
 PROBE_S = 10.0
 #: Seconds between two starts of a worker that ends by itself: doubled each time, with jitter.
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
+#: The service of the printed request: when it answers, `rma up` is ready, and others may still be on their way.
+EXAMPLE = "notes"
 #: So often a service may fail while it gets ready before `rma up` goes on without it; the worker goes on trying.
 TROUBLES = 2
 #: How often the state of the local worker is looked at while it gets ready.
@@ -103,6 +107,8 @@ class Up:
         self.catalog = load_catalog(self.settings)
         self.agent: asyncio.subprocess.Process | None = None
         self.stopping = asyncio.Event()
+        #: Whether it was said what a person needs next.
+        self.shown = False
 
     def _secure(self, lan_host: str | None, lan_port: int) -> Listener:
         names = ["localhost", socket.gethostname(), lan_host or lan_address()]
@@ -163,16 +169,15 @@ class Up:
         common.say(choice.sentence)
         token, _ = await pool_of(app).create_token(label="rma up", uses=1, ttl_s=3600)
         pause_s = FIRST_PAUSE_S
-        shown = False
         while not self.stopping.is_set():
             began = asyncio.get_running_loop().time()
             self.agent = await self._spawn(choice, token)
-            if not shown:
-                services = await self._watch(app)
-                shown = services is not None
-                if services is not None:
-                    await self._banner(app, keys, services)
-            code = await local_worker.ended(self.agent, self._log)
+            watching = asyncio.create_task(self._watch(app, keys), name="services get ready")
+            try:
+                code = await self._ended(watching)
+            finally:
+                watching.cancel()
+                await asyncio.wait({watching})
             if self.stopping.is_set():
                 return
             if asyncio.get_running_loop().time() - began > LONGEST_PAUSE_S:
@@ -214,8 +219,19 @@ class Up:
             if log is not None:
                 log.close()
 
-    async def _watch(self, app: Quart) -> tuple[ContainerStatus, ...] | None:
-        """Tell how the worker and its services get ready; ``None`` when the agent ended before."""
+    async def _ended(self, watching: asyncio.Task[None]) -> int:
+        """Wait for the worker's end and return its exit code; what goes wrong in watching it is not lost."""
+        ended = asyncio.create_task(local_worker.ended(cast("Process", self.agent), self._log), name="worker's end")
+        try:
+            await asyncio.wait({ended, watching}, return_when=asyncio.FIRST_COMPLETED)
+            if watching.done():
+                watching.result()
+            return await ended
+        finally:
+            ended.cancel()
+
+    async def _watch(self, app: Quart, keys: Keys) -> None:
+        """Tell how the worker and its services get ready; once the first one is, say what a person needs next."""
         fleet, said, troubles = pool_of(app).fleet, dict[str, str](), Counter[str]()
 
         def tell(name: str, words: str) -> None:
@@ -229,16 +245,21 @@ class Up:
             tell(status.service, words)
             return status.state in ("healthy", "failed", "refused") or troubles[status.name] >= TROUBLES
 
-        common.say("Detecting this machine's hardware …")
+        if not self.shown:
+            common.say("Detecting this machine's hardware …")
         while self.agent is not None and self.agent.returncode is None:
             worker = next((w for w in fleet.workers.values() if w.status != "offline"), None)
             if worker is not None:
                 tell(worker.id, worker.record.tier_reason)
                 done = {status.name for status in worker.containers if settled(status)}
-                if {assignment.name for assignment in worker.record.assignment} <= done:
-                    return worker.containers
+                all_done = {assignment.name for assignment in worker.record.assignment} <= done
+                answers = any(s.service == EXAMPLE and s.state == "healthy" for s in worker.containers)
+                if (all_done or answers) and not self.shown:
+                    self.shown = True
+                    await self._banner(app, keys, worker.containers)
+                if all_done:
+                    return
             await asyncio.sleep(LOOK_S)
-        return None
 
     # -- what is printed ---------------------------------------------------------------------------------------
 
@@ -250,10 +271,10 @@ class Up:
             f"        Admin key    {keys.admin}   (all scopes; also in {self.home / common.CLIENT_FILE})",
             f"        Client key   {keys.client}   (sends requests, nothing else)",
         ]
-        if any(s.service == "notes" and s.state == "healthy" for s in services):
+        if any(s.service == EXAMPLE and s.state == "healthy" for s in services):
             lines += ["", "Try it:", f"  {self._curl(keys.client)}", "  rma infer notes YOUR.pdf"]
         ill = [
-            common.printable(f"  {s.service} is not ready: {s.reason or s.state}", keep="")
+            common.printable(f"  {s.service} is not ready yet: {s.reason or s.state}", keep="")
             for s in services
             if s.state != "healthy"
         ]
