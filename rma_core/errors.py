@@ -18,6 +18,7 @@ RMAError
 │   └── NotSupported         this runtime cannot do that
 ├── ConsentRefused           the machine's owner has not agreed to this
 ├── AgentAbsent              no agent runs on this machine with that state folder
+├── Bug                      what a person is told of a failure that nobody expected
 └── CoordinatorError         what a coordinator, or the way to it, answered
     ├── CoordinatorUnreachable   (exit 7)
     ├── NotAuthenticated         (exit 4)
@@ -174,6 +175,12 @@ class AgentAbsent(RMAError):
     """No agent runs on this machine with that state folder."""
 
     code = "no_agent"
+
+
+class Bug(RMAError):
+    """A failure that nobody expected, as a person is told of it; its traceback is there for who asks."""
+
+    code = "bug"
 
 
 class CoordinatorError(RMAError):

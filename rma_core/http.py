@@ -6,8 +6,11 @@ problem documents become the exceptions of `rma_core.errors`, with their hints.
 
 from __future__ import annotations
 
-import ipaddress
+import asyncio
+import contextlib
+import math
 import ssl
+import time
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -15,6 +18,7 @@ import httpx2
 import msgspec
 from httpx2 import AsyncClient, Client, Headers, HTTPError, Request, Response, StreamError, TimeoutException
 
+from rma_core.addresses import is_loopback
 from rma_core.errors import (
     CoordinatorError,
     CoordinatorUnreachable,
@@ -42,10 +46,15 @@ __all__ = [
     "endpoint_client",
     "endpoint_request",
     "error_of",
+    "is_loopback",
     "open_client",
     "open_sync_client",
     "problem_of",
     "raise_for",
+    "read_problem",
+    "read_problem_sync",
+    "read_sync",
+    "retry_after_s",
     "tls_context",
     "unreachable",
 ]
@@ -61,19 +70,17 @@ KEPT_CONNECTIONS = 8
 #: Seconds a connection to a service is kept: less than the 5 s after which common servers close it, so that no
 #: request is sent into a connection that is just being closed.
 ENDPOINT_KEEP_S = 2.0
-#: A problem document is never read further.
+#: A problem document is never read further, nor waited for longer than so many seconds.
 MAX_PROBLEM_BYTES = 64 * 1024
+PROBLEM_TIMEOUT_S = 10.0
+#: The longest answer to an ordinary call, and the seconds in which it must be whole.
+MAX_ANSWER_BYTES = 64 * 1024 * 1024
+ANSWER_TIMEOUT_S = 120.0
+#: The longest wait that another side may ask for.
+MAX_RETRY_AFTER_S = 86_400.0
 
 _BY_STATUS: dict[int, type[CoordinatorError]] = {401: NotAuthenticated, 403: Forbidden, 404: NotFound}
 _LATER = frozenset({408, 425, 429, 500, 502, 503, 504})
-
-
-def is_loopback(host: str) -> bool:
-    """Say whether a host name or address can only mean this machine."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
 
 
 def check_url(url: str, *, insecure_http: bool = False) -> str:
@@ -81,11 +88,18 @@ def check_url(url: str, *, insecure_http: bool = False) -> str:
 
     Plain http is refused unless it stays on this machine or ``insecure_http`` says otherwise. Raises UsageProblem.
     """
-    parts = urlsplit(url.strip())
+    wrong = UsageProblem(
+        f"{url!r} is not the address of a coordinator", hints=("it looks like https://pool.example:8080",)
+    )
+    try:
+        parts = urlsplit(url.strip())
+        port, made = parts.port, httpx2.URL(url.strip())
+    except (ValueError, httpx2.InvalidURL):
+        raise wrong from None
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query or parts.fragment:
-        raise UsageProblem(
-            f"{url!r} is not the address of a coordinator", hints=("it looks like https://pool.example:8080",)
-        )
+        raise wrong
+    if port == 0 or not made.host:
+        raise wrong
     if parts.scheme == "http" and not insecure_http and not is_loopback(parts.hostname):
         raise UsageProblem(
             f"{url} would send credentials in the clear",
@@ -203,16 +217,58 @@ def error_of(status: int, headers: Mapping[str, str], content: bytes) -> Coordin
     if status in _BY_STATUS:
         return _BY_STATUS[status](message, hints=hints)
     if status in _LATER:
-        return TryLater(message, retry_after_s=_seconds(headers.get("retry-after")), hints=hints)
+        return TryLater(message, retry_after_s=retry_after_s(headers.get("retry-after")), hints=hints)
     return Refused(message, hints=hints)
 
 
 async def raise_for(response: Response) -> Response:
-    """Return a good answer as it is; read a bad one and raise the exception that it means."""
+    """Return a good answer as it is; read a bad one as far as it is worth and raise the exception that it means."""
     if response.is_success:
         return response
-    content = await response.aread()
-    raise error_of(response.status_code, response.headers, content)
+    raise error_of(response.status_code, response.headers, await read_problem(response))
+
+
+async def read_problem(response: Response) -> bytes:
+    """Return the beginning of an error's body, streamed or already read, and close the response.
+
+    At most MAX_PROBLEM_BYTES, and what has come within PROBLEM_TIMEOUT_S. Raises HTTPError.
+    """
+    content = bytearray()
+    try:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(PROBLEM_TIMEOUT_S), contextlib.aclosing(response.aiter_bytes()) as chunks:
+                async for chunk in chunks:
+                    content += chunk[: MAX_PROBLEM_BYTES - len(content)]
+                    if len(content) >= MAX_PROBLEM_BYTES:
+                        break
+    finally:
+        await response.aclose()
+    return bytes(content)
+
+
+def read_problem_sync(response: Response) -> bytes:
+    """Return the beginning of an error's body, at most MAX_PROBLEM_BYTES, and close the response. Raises HTTPError."""
+    content = bytearray()
+    try:
+        for chunk in response.iter_bytes():
+            content += chunk[: MAX_PROBLEM_BYTES - len(content)]
+            if len(content) >= MAX_PROBLEM_BYTES:
+                break
+    finally:
+        response.close()
+    return bytes(content)
+
+
+def read_sync(response: Response, *, limit_bytes: int = MAX_ANSWER_BYTES, within_s: float = ANSWER_TIMEOUT_S) -> bytes:
+    """Return a streamed answer's whole body. Raises CoordinatorError for one too long or too slow, HTTPError."""
+    content, ends = bytearray(), time.monotonic() + within_s
+    for chunk in response.iter_bytes():
+        content += chunk
+        if len(content) > limit_bytes:
+            raise CoordinatorError(f"the coordinator's answer is longer than {limit_bytes} bytes")
+        if time.monotonic() > ends:
+            raise CoordinatorUnreachable(f"the coordinator's answer was not whole within {within_s:.0f} s")
+    return bytes(content)
 
 
 def unreachable(url: str, error: Exception) -> CoordinatorUnreachable:
@@ -224,12 +280,13 @@ def unreachable(url: str, error: Exception) -> CoordinatorUnreachable:
     return CoordinatorUnreachable(f"the coordinator at {url} cannot be reached: {words}", hints=hints)
 
 
-def _seconds(text: str | None) -> float | None:
-    """Return a Retry-After in seconds; the date form is not used between RMA's programs."""
+def retry_after_s(text: str | None) -> float | None:
+    """Return a Retry-After in seconds, at most MAX_RETRY_AFTER_S; RMA's programs do not use the date form."""
     try:
-        return min(max(float(text or ""), 0.0), 86_400.0)
+        seconds = float(text or "")
     except ValueError:
         return None
+    return None if math.isnan(seconds) else min(max(seconds, 0.0), MAX_RETRY_AFTER_S)
 
 
 def _list(value: object) -> list[object]:

@@ -134,8 +134,11 @@ class RollingLog:
             os.write(self._file, data)
         self._size += len(data)
         if self._size >= LOG_FILE_BYTES:
+            # Forgotten before it is closed: when no new file can be had, its number may soon be another file's.
+            full, self._file = self._file, -1
             with contextlib.suppress(OSError):
-                os.close(self._file)
+                os.close(full)
+            with contextlib.suppress(OSError):
                 self._path.replace(f"{self._path}.1")
             self._begin()
 

@@ -84,6 +84,14 @@ class LocalService:
             writer.write(b"2\r\n" + f"{number}\n".encode() + b"\r\n")
         writer.write(b"0\r\n\r\n")
 
+    async def do_halves(self, length: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Ten bytes with Content-Length, the second half only after `go_on`."""
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 10\r\n\r\nfirst")
+        await writer.drain()
+        self.sent_bytes += 5
+        await self.go_on.wait()
+        writer.write(b"+half")
+
     async def do_flood(self, length: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Send as much as is taken."""
         writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")

@@ -13,6 +13,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rma_core import http, tls
 from rma_core.agent.client import CoordinatorClient
@@ -32,6 +34,7 @@ from rma_core.errors import (
 )
 from rma_core.models.hardware import Capabilities, HardwareReport
 from rma_core.models.worker import Heartbeat
+from tests.agent_service import PATIENCE_S, LocalService, local_service
 from tests.agent_stand_in import StandIn, offer, stand_in
 
 if TYPE_CHECKING:
@@ -208,6 +211,88 @@ async def test_an_answer_without_an_end_is_not_read_to_its_end(
     pool.fail["/api/worker/nonce"] = (200, {}, b"x" * 2000)
     with pytest.raises(CoordinatorError, match="larger than"):
         await client.nonce()
+
+
+class EndlessErrors(LocalService):
+    """Says that something went wrong, and never stops saying it; or falls silent in the middle."""
+
+    async def do_api_worker_nonce(
+        self, length: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        writer.write(b"HTTP/1.1 503 Busy\r\nTransfer-Encoding: chunked\r\nRetry-After: 7\r\n\r\n")
+        while True:
+            writer.write(b"8000\r\n" + b" " * 0x8000 + b"\r\n")
+            await writer.drain()
+            self.sent_bytes += 0x8000
+
+    async def do_silent(self, length: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        problem = b'{"detail": "not here"}'
+        writer.write(b"HTTP/1.1 404 No\r\nTransfer-Encoding: chunked\r\n\r\n16\r\n" + problem + b"\r\n")
+        await writer.drain()
+        await self.go_on.wait()
+
+
+@pytest.fixture
+async def endless() -> AsyncIterator[LocalService]:
+    async with local_service(EndlessErrors()) as service:
+        yield service
+
+
+async def test_an_error_without_an_end_is_read_no_further_than_a_problem_document(endless: LocalService) -> None:
+    client = CoordinatorClient(endless.url, DeviceKey.generate())
+    async with asyncio.timeout(PATIENCE_S):
+        with pytest.raises(TryLater) as found:
+            await client.nonce()
+    assert found.value.retry_after_s == 7
+    await client.aclose()
+
+
+async def test_a_streamed_answer_that_is_an_endless_error_is_closed_and_raised(endless: LocalService) -> None:
+    client = http.open_client(endless.url)
+    response = await client.send(client.build_request("GET", "/api/worker/nonce"), stream=True)
+    async with asyncio.timeout(PATIENCE_S):
+        with pytest.raises(TryLater):
+            await http.raise_for(response)
+    assert response.is_closed
+    await client.aclose()
+
+
+async def test_an_error_that_falls_silent_in_the_middle_is_raised_with_what_came(
+    endless: LocalService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http, "PROBLEM_TIMEOUT_S", 0.2)
+    client = http.open_client(endless.url)
+    response = await client.send(client.build_request("GET", "/silent"), stream=True)
+    async with asyncio.timeout(PATIENCE_S):
+        with pytest.raises(NotFound, match="not here"):
+            await http.raise_for(response)
+    await client.aclose()
+
+
+async def test_an_error_that_has_been_read_already_is_raised_in_its_own_words(pool: StandIn) -> None:
+    pool.fail["/api/worker/nonce"] = (404, {}, b'{"detail": "not here"}')
+    client = http.open_client(pool.url)
+    with pytest.raises(NotFound, match="not here"):
+        await http.raise_for(await client.get("/api/worker/nonce"))
+    await client.aclose()
+
+
+async def test_a_blocking_call_reads_an_endless_error_no_further_either(endless: LocalService) -> None:
+    def call() -> bytes:
+        with (
+            http.open_sync_client(endless.url) as client,
+            client.stream("GET", "/api/worker/nonce", timeout=PATIENCE_S) as answer,
+        ):
+            return http.read_problem_sync(answer)
+
+    async with asyncio.timeout(PATIENCE_S):
+        assert len(await asyncio.to_thread(call)) == http.MAX_PROBLEM_BYTES
+
+
+@given(st.one_of(st.text(), st.floats().map(str), st.integers().map(str)))
+def test_a_time_to_wait_is_always_one_that_can_be_waited(text: str) -> None:
+    found = http.retry_after_s(text)
+    assert found is None or 0 <= found <= http.MAX_RETRY_AFTER_S
 
 
 async def test_nobody_there_is_unreachable() -> None:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rma_core import http
+from rma_core.agent import attempts as attempts_module
 from rma_core.agent.attempts import Attempts, Stop
 from rma_core.agent.execute import MAX_HEADER_BYTES, passed_on
 from rma_core.agent.flow import Window
@@ -33,6 +34,8 @@ class MemoryUplink:
         self.frames = 0
         self.failure: tuple[str, str] | None = None
         self.heard = True
+        self.signs = 0
+        self.came_late = False
         self.over = asyncio.Event()
         self.news = asyncio.Event()
 
@@ -51,7 +54,11 @@ class MemoryUplink:
         self.news.set()
 
     async def progress(self) -> bool:
+        self.signs += 1
         return self.heard
+
+    def late(self) -> None:
+        self.came_late = True
 
     async def end(self, usage: Mapping[str, float], timings: Mapping[str, float]) -> None:
         assert 0 <= timings["first_byte"] <= timings["total"]
@@ -233,13 +240,152 @@ async def test_a_service_that_does_not_read_its_request_is_found_out(bench: Benc
     assert up.failure[0] == "service"
 
 
-async def test_an_attempt_that_nobody_hears_of_ends_before_its_lease(bench: Bench) -> None:
+async def test_an_attempt_that_nobody_hears_of_ends_before_its_lease(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempts_module, "LEAST_SIGN_S", 0.1)
     up = MemoryUplink()
     up.heard = False
     await bench.run(offer("/wait", lease_s=0.3), up)
     assert up.failure == ("", "abandoned")
     async with asyncio.timeout(PATIENCE_S):
         await bench.service.left.wait()
+
+
+class Frozen:
+    """A clock that stands still, and jumps when the machine wakes up."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+async def test_an_agent_that_was_frozen_past_its_lease_sends_nothing_more_of_an_answer(bench: Bench) -> None:
+    clock, up = Frozen(), MemoryUplink()
+    bench.attempts = Attempts(lambda _: bench.place, clock=clock)
+    bench.begin(offer("/stream"), up)
+    await eventually(lambda: bytes(up.received) == b"0\n1\n")
+    clock.now += 50.0
+    bench.service.go_on.set()
+    await eventually(up.over.is_set)
+    assert (up.failure, bytes(up.received)) == (("", "abandoned"), b"0\n1\n")
+
+
+async def test_an_agent_that_wakes_up_past_its_lease_lets_the_service_go(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempts_module, "LOOK_S", 0.02)
+    clock, up = Frozen(), MemoryUplink()
+    bench.attempts = Attempts(lambda _: bench.place, clock=clock)
+    bench.begin(offer("/wait"), up)
+    await eventually(lambda: bench.service.requests)
+    clock.now += 3600.0
+    await eventually(up.over.is_set)
+    assert up.failure == ("", "abandoned")
+    async with asyncio.timeout(PATIENCE_S):
+        await bench.service.left.wait()
+
+
+async def test_an_answer_that_is_whole_when_the_agent_wakes_up_comes_late_but_comes(bench: Bench) -> None:
+    clock = Frozen()
+
+    class Sleepy(MemoryUplink):
+        async def data(self, chunk: bytes) -> None:
+            await super().data(chunk)
+            clock.now += 60.0
+
+    up = Sleepy()
+    bench.attempts = Attempts(lambda _: bench.place, clock=clock)
+    bench.begin(offer("/echo", method="POST", body_bytes=2), up, pieces(b"ok"))
+    await eventually(lambda: up.over.is_set() and not len(bench.attempts))
+    assert (up.failure, bytes(up.received), up.came_late) == (None, b"ok", True)
+
+
+async def test_a_sign_counts_from_when_it_was_sent_not_from_when_it_was_answered(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempts_module, "LOOK_S", 0.02)
+    clock = Frozen()
+
+    class Slow(MemoryUplink):
+        async def progress(self) -> bool:
+            self.signs += 1
+            clock.now += 45.0 * (self.signs == 1)
+            return self.signs == 1
+
+    up = Slow()
+    bench.attempts = Attempts(lambda _: bench.place, clock=clock)
+    bench.begin(offer("/wait"), up)
+    await eventually(lambda: bench.service.requests)
+    # The sign leaves after 20 s and is answered after 65 s: the attempt's end is 70 s after it began, not 115 s.
+    clock.now += 20.0
+    await eventually(lambda: up.signs)
+    assert clock.now == 165.0
+    clock.now += 5.0
+    await eventually(up.over.is_set)
+    assert up.failure == ("", "abandoned")
+
+
+async def test_where_an_attempt_has_no_way_of_its_own_a_heartbeat_keeps_its_lease(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempts_module, "LEAST_SIGN_S", 0.1)
+    up, beats = MemoryUplink(), 0
+    up.heard = False
+
+    async def beat() -> bool:
+        nonlocal beats
+        beats += 1
+        return True
+
+    bench.attempts = Attempts(lambda _: bench.place, beat=beat)
+    bench.begin(offer("/wait", lease_s=0.3), up)
+    await eventually(lambda: beats > 4)
+    assert up.failure is None
+    bench.service.go_on.set()
+    await eventually(up.over.is_set)
+    assert bytes(up.received) == b"ready"
+
+
+async def test_a_lease_of_no_time_does_not_make_the_agent_send_signs_without_pause(bench: Bench) -> None:
+    up = MemoryUplink()
+    bench.begin(offer("/wait", lease_s=0), up)
+    await eventually(lambda: bench.service.requests)
+    for number in range(2, 12):
+        other = MemoryUplink()
+        bench.begin(offer("/echo", number=number), other)
+        await eventually(other.over.is_set)
+    assert up.signs < 10
+    bench.service.go_on.set()
+    await eventually(up.over.is_set)
+    assert bytes(up.received) == b"ready"
+
+
+async def test_a_lease_that_is_offered_twice_is_served_once_and_the_second_offer_is_answered(bench: Bench) -> None:
+    first, second = MemoryUplink(), MemoryUplink()
+    bench.begin(offer("/wait"), first)
+    bench.begin(offer("/wait"), second)
+    await eventually(second.over.is_set)
+    assert second.failure == ("coordinator", "an attempt with this lease runs already")
+    bench.service.go_on.set()
+    await eventually(first.over.is_set)
+    assert (bytes(first.received), first.failure) == (b"ready", None)
+
+
+async def test_beyond_the_most_attempts_a_machine_runs_a_task_goes_back_with_the_reason(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempts_module, "MAX_ATTEMPTS", 2)
+    uplinks = [MemoryUplink() for _ in range(3)]
+    for number, up in enumerate(uplinks, start=1):
+        bench.begin(offer("/wait", number=number), up)
+    await eventually(uplinks[2].over.is_set)
+    assert uplinks[2].failure == ("owner", "this machine works on 2 tasks already")
+    assert len(bench.attempts) == 2
+    bench.service.go_on.set()
+    await eventually(lambda: not len(bench.attempts))
 
 
 async def test_without_room_a_task_goes_back_and_blames_nobody(bench: Bench) -> None:

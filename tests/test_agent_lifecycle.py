@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pytest
 
-from rma_core import tls
+from rma_core import http, tls
 from rma_core.agent import channel as channel_module
 from rma_core.agent import heart as heart_module
-from rma_core.agent.backoff import Backoff
 from rma_core.agent.control import ask
 from rma_core.agent.lifecycle import Agent
 from rma_core.agent.start import EVERYTHING, opened, run_agent
-from rma_core.errors import SettingProblem, UsageProblem
+from rma_core.backoff import Backoff
+from rma_core.errors import AgentAbsent, SettingProblem, UsageProblem
 from rma_core.models import channel as frames
 from rma_core.models.hardware import Capabilities, HardwareReport
 from rma_core.settings import AgentSettings
@@ -77,14 +77,20 @@ def slots(frame: frames.Up) -> dict[str, int]:
     return frame.slots if isinstance(frame, frames.Hello | frames.Beat) else {}
 
 
-@pytest.fixture
-async def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[House]:
+@contextlib.asynccontextmanager
+async def open_house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[House]:
     monkeypatch.setattr("rma_core.agent.membership.Backoff", lambda: Backoff(base_s=0.05, cap_s=0.2))
     monkeypatch.setattr(heart_module, "GATHER_HTTP_S", 0.05)
     monkeypatch.setattr(channel_module, "RETRY_BASE_S", 0.02)
     async with stand_in() as pool, local_service() as service:
         pool.assignments = (wanted(slots=2),)
         yield House(pool, service, tmp_path / "home")
+
+
+@pytest.fixture
+async def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[House]:
+    async with open_house(tmp_path, monkeypatch) as found:
+        yield found
 
 
 async def test_a_machine_enrols_runs_its_container_and_serves_a_task(house: House) -> None:
@@ -170,12 +176,15 @@ async def test_a_broken_channel_is_mended_and_what_was_being_worked_on_goes_on(h
         line.drop.set()
         again = await house.pool.line(1)
         hello = await again.frame(frames.Hello)
-        assert [ref.lease_id for ref in hello.attempts] == [offer().lease_id]  # the half-sent answer is lost
+        assert {ref.lease_id for ref in hello.attempts} == {offer().lease_id, offer(number=2).lease_id}
         await again.frame(frames.Accept, 9)
         house.service.go_on.set()
         await again.frame(frames.Head, 9)
         assert await again.bytes_of(9, 5) == b"ready"
         await again.frame(frames.End, 9)
+        await house.pool.until(lambda: house.pool.results)
+        assert house.pool.results[offer(number=2).task_id][1] == b"0\n1\n2\n3\n4\n"
+        assert 10 not in again.data
 
 
 async def test_an_answer_whose_channel_stays_away_is_delivered_by_http(
@@ -192,6 +201,36 @@ async def test_an_answer_whose_channel_stays_away_is_delivered_by_http(
         house.service.go_on.set()
         await house.pool.until(lambda: house.pool.results)
         assert house.pool.results[offer().task_id][1] == b"ready"
+
+
+@pytest.mark.parametrize("text", ["9" * 400, "1e300", "nan", "-5", "Wed, 21 Oct 2026 07:28:00 GMT"])
+async def test_whatever_a_refused_upgrade_asks_to_wait_the_agent_waits_a_bounded_time(
+    house: House, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    waits: list[float] = []
+
+    class Noting(Backoff):
+        def next_s(self, retry_after_s: float | None = None) -> float:
+            waits.append(wait_s := super().next_s(retry_after_s))
+            return wait_s
+
+    monkeypatch.setattr(channel_module, "Backoff", Noting)
+    house.pool.fail["/api/worker/channel"] = (503, {"Retry-After": text}, b"")
+    async with house.agent():
+        await house.pool.until(lambda: waits)
+    assert 0 < waits[0] <= 1.1 * http.MAX_RETRY_AFTER_S
+
+
+async def test_a_runtime_that_cannot_be_closed_does_not_keep_the_agent_from_ending(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def breaks() -> None:
+        raise ValueError("a bug in the plugin")
+
+    monkeypatch.setattr(house.runtime, "aclose", breaks)
+    async with house.agent() as agent:
+        await house.serving()
+    assert agent.client._http.is_closed
 
 
 async def test_new_generations_arrive_over_the_channel_and_slots_are_told_at_once(house: House) -> None:
@@ -316,19 +355,6 @@ async def test_the_channel_and_its_results_go_over_tls_with_the_pinned_certifica
             assert len(pool.results[offer().task_id][1]) == 3 * 2**20
 
 
-async def test_a_parked_worker_heartbeats_by_http_until_it_is_called_back(house: House) -> None:
-    async with house.agent():
-        line = await house.serving()
-        house.pool.interval_s, house.pool.answer_more["connect"] = 0.1, False
-        await line.say(frames.Assign(answer=house.pool.answer(1)))
-        async with asyncio.timeout(PATIENCE_S):
-            await line.closed.wait()
-        await house.pool.until(lambda: len(house.pool.beats) >= 3)
-        assert len(house.pool.lines) == 1
-        house.pool.answer_more["connect"] = True
-        await house.pool.line(1)
-
-
 async def test_heartbeats_go_on_while_every_slot_is_busy(house: House) -> None:
     house.pool.interval_s = 0.1
     async with house.agent():
@@ -398,7 +424,7 @@ async def test_the_control_socket_answers_its_owner(house: House) -> None:
         with pytest.raises(UsageProblem, match="knows no call"):
             await ask(house.home, "dance")
         assert await ask(house.home, "drain") == {"running": 0}
-    with pytest.raises(UsageProblem, match="no agent runs"):
+    with pytest.raises(AgentAbsent, match="no agent runs"):
         await ask(house.home, "status")
 
 

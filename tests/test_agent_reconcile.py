@@ -13,11 +13,15 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from rma_core.agent import engines as engines_module
+from rma_core.agent import reconcile as reconcile_module
 from rma_core.agent.consent import Consent
-from rma_core.agent.engines import in_order
+from rma_core.agent.engines import in_order, stopped
 from rma_core.agent.keeper import spec_hash
 from rma_core.agent.reconcile import Reconciler
 from rma_core.catalog import Needs, ProcessForm
+from rma_core.errors import RuntimeFailure
+from rma_core.interfaces import ContainerHandle, ContainerSpec, ContainerState, RuntimeHealth
 from rma_core.models.hardware import ContainerAccess, Device
 from rma_core.models.worker import Assignment
 from tests.agent_runtimes import (
@@ -322,7 +326,209 @@ async def test_a_runtime_with_a_bug_costs_its_container_and_not_the_agent(caplog
     machine = Machine(RaisingRuntime())
     machine.reconciler.want(1, [wanted()])
     await machine.rounds()
-    assert "the runtime failed unexpectedly: KeyError" in machine.reason()
+    assert "the plugin failed unexpectedly: KeyError" in machine.reason()
+
+
+class BreaksWhenAskedToStop(MemoryRuntime):
+    """Starts what ends at once; its `stop` and `logs` raise what no contract mentions."""
+
+    def __init__(self, error: BaseException, *, exits: bool = False) -> None:
+        super().__init__()
+        self.error, self.exits, self.broken = error, exits, True
+
+    async def start(self, spec: ContainerSpec) -> ContainerHandle:
+        handle = await super().start(spec)
+        if self.exits:
+            self.states[handle.id] = ContainerState(state="exited", exit_code=3)
+        return handle
+
+    async def logs(self, handle: ContainerHandle, *, tail_lines: int = 100) -> str:
+        raise self.error
+
+    async def stop(self, handle: ContainerHandle, *, grace_s: float = 10.0) -> None:
+        if self.broken:
+            self.calls.append("stop")
+            raise self.error
+        await super().stop(handle, grace_s=grace_s)
+
+
+UNEXPECTED = [KeyError("oops"), OSError(5, "oops"), SystemExit(3), asyncio.CancelledError(), TimeoutError()]
+
+
+@pytest.mark.parametrize("error", UNEXPECTED, ids=lambda error: type(error).__name__)
+async def test_a_runtime_that_breaks_while_a_failure_is_cleared_away_does_not_end_the_keeper(
+    error: BaseException,
+) -> None:
+    machine = Machine(runtime := BreaksWhenAskedToStop(error, exits=True))
+    machine.reconciler.want(1, [wanted()])
+    machine.reconciler.start()
+    await eventually(lambda: runtime.calls.count("stop") >= 1)
+    await eventually(lambda: machine.states() == {"rma-notes": "backoff"})
+    assert "ended with exit code 3" in machine.reason()
+    runtime.broken = False
+    await machine.reconciler.close(stop=True)
+    assert runtime.containers == {}
+
+
+@pytest.mark.parametrize("error", UNEXPECTED, ids=lambda error: type(error).__name__)
+async def test_a_container_that_cannot_be_stopped_does_not_hold_its_successor_for_ever(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reconcile_module, "TAKE_DOWN_PAUSE_S", 0.0)
+    machine = Machine(runtime := BreaksWhenAskedToStop(error))
+    machine.reconciler.want(1, [wanted()])
+    machine.reconciler.start()
+    await eventually(machine.reconciler.free)
+    machine.reconciler.want(2, [wanted(env={"MODEL": "new"})])
+    # It is tried in spite of the old one, which is left to whoever finds its engine well again.
+    await eventually(lambda: runtime.calls.count("stop") >= 5)
+    runtime.broken = False
+    machine.reconciler.want(3, [wanted(env={"MODEL": "newer"})])
+    await eventually(machine.reconciler.free)
+    assert [handle.spec_hash for handle in runtime.containers.values()] == [spec_hash(wanted(env={"MODEL": "newer"}))]
+    await machine.reconciler.close(stop=True)
+
+
+@pytest.mark.parametrize("error", UNEXPECTED, ids=lambda error: type(error).__name__)
+async def test_what_an_earlier_run_left_and_cannot_be_stopped_does_not_end_the_watch(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reconcile_module, "ENGINE_WAIT_S", 0.01)
+    machine = Machine(runtime := BreaksWhenAskedToStop(error))
+    machine.reconciler.want(1, [wanted()])
+    await machine.rounds()
+    machine.reconciler = machine.fresh()  # as after kill -9
+    machine.reconciler.want(2, [])
+    machine.reconciler.start()
+    await eventually(lambda: runtime.calls.count("stop") >= 3)
+    runtime.broken = False
+    await eventually(lambda: not runtime.containers)
+    await machine.reconciler.close(stop=False)
+
+
+class HangsWhenAskedToStop(MemoryRuntime):
+    """Its `stop` never returns."""
+
+    async def stop(self, handle: ContainerHandle, *, grace_s: float = 10.0) -> None:
+        await asyncio.Event().wait()
+
+
+async def test_a_runtime_that_hangs_is_a_failure_with_its_name_and_a_cancellation_stays_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runtime = HangsWhenAskedToStop()
+    handle = ContainerHandle(runtime="memory", id="c1", name="rma-notes", service="notes", spec_hash="")
+    stopping = asyncio.create_task(stopped(runtime, handle))
+    await asyncio.sleep(0)
+    stopping.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await stopping
+    monkeypatch.setattr(engines_module, "STOP_GRACE_S", 0.01)
+    monkeypatch.setattr(engines_module, "STOP_SLACK_S", 0.01)
+    with pytest.raises(RuntimeFailure, match="memory: no answer within"):
+        await stopped(runtime, handle)
+
+
+class FallsSilent(MemoryRuntime):
+    """One of its calls never returns once it is told so."""
+
+    silent = ""
+
+    async def _call(self, name: str) -> None:
+        if name == self.silent:
+            await asyncio.Event().wait()
+
+    async def has_image(self, spec: ContainerSpec) -> bool:
+        await self._call("has_image")
+        return await super().has_image(spec)
+
+    async def inspect(self, handle: ContainerHandle) -> ContainerState:
+        await self._call("inspect")
+        return await super().inspect(handle)
+
+    async def endpoint(self, handle: ContainerHandle) -> str:
+        await self._call("endpoint")
+        return await super().endpoint(handle)
+
+
+@pytest.mark.parametrize("call", ["has_image", "inspect", "endpoint"])
+async def test_a_runtime_that_does_not_say_how_things_stand_counts_as_absent_until_it_does(
+    monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    monkeypatch.setattr(engines_module, "LOOK_TIMEOUT_S", 0.02)
+    runtime = FallsSilent()
+    machine = Machine(runtime)
+    runtime.silent = call
+    machine.reconciler.want(1, [wanted()])
+    await machine.rounds(2, seconds=20)
+    assert "memory: no answer within" in machine.reason()
+    assert "stop" not in runtime.calls
+    runtime.silent = ""
+    await machine.rounds(4, seconds=20)
+    assert machine.states() == {"rma-notes": "healthy"}
+
+
+async def test_a_container_whose_runtime_falls_silent_goes_on_serving(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines_module, "LOOK_TIMEOUT_S", 0.02)
+    machine = Machine(runtime := FallsSilent())
+    machine.reconciler.want(1, [wanted()])
+    await machine.rounds()
+    runtime.silent = "inspect"
+    await machine.rounds(3, seconds=20)
+    assert machine.states() == {"rma-notes": "healthy"}
+    assert "stop" not in runtime.calls
+
+
+class ExitsOnStart(MemoryRuntime):
+    """A plugin that takes itself for the program."""
+
+    async def start(self, spec: ContainerSpec) -> ContainerHandle:
+        raise SystemExit(3)
+
+
+async def test_a_runtime_that_exits_when_it_should_start_costs_its_container_and_not_the_agent() -> None:
+    machine = Machine(ExitsOnStart())
+    machine.reconciler.want(1, [wanted()])
+    machine.reconciler.start()
+    await eventually(lambda: "the plugin failed unexpectedly: SystemExit" in machine.reason())
+    await machine.reconciler.close(stop=False)
+
+
+class AnswersNonsense(MemoryRuntime):
+    """Its health is nothing, and what it owns are no handles."""
+
+    sane_health = False
+
+    async def probe(self) -> RuntimeHealth:
+        return await super().probe() if self.sane_health else None  # type: ignore[return-value]
+
+    async def list_owned(self, worker_id: str) -> list[ContainerHandle]:
+        return [None]  # type: ignore[list-item]
+
+
+async def test_a_runtime_that_answers_nonsense_is_unhealthy_with_a_reason() -> None:
+    machine = Machine(runtime := AnswersNonsense())
+    engine = machine.reconciler.engines[0]
+    await machine.rounds(1)
+    assert (engine.health.state, engine.health.reason) == ("unhealthy", "memory: its health is a NoneType")
+    runtime.sane_health = True
+    await machine.rounds(2, seconds=20)
+    assert engine.health.state == "unhealthy"
+    assert "memory: the plugin failed unexpectedly: AttributeError" in engine.health.reason
+
+
+async def test_a_container_that_nobody_looks_after_any_more_is_reported_as_failed() -> None:
+    machine = Machine(CrashLoopRuntime())
+
+    def breaks(low: float, high: float) -> float:
+        raise ZeroDivisionError
+
+    machine.reconciler.uniform = breaks
+    machine.reconciler.want(1, [wanted()])
+    machine.reconciler.start()
+    await eventually(lambda: machine.states() == {"rma-notes": "failed"})
+    assert "a bug in the agent, whose log has the details: ZeroDivisionError" in machine.reason()
+    await machine.reconciler.close(stop=True)
 
 
 async def test_a_coordinator_cannot_want_more_containers_than_a_heartbeat_can_list() -> None:

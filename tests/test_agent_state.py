@@ -13,11 +13,11 @@ import jwt
 import pytest
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from rma_core.agent.backoff import Backoff
 from rma_core.agent.consent import Consent, repository
 from rma_core.agent.flow import Pipe, Window
 from rma_core.agent.keys import DeviceKey
 from rma_core.agent.state import StateFolder, WorkerRecord
+from rma_core.backoff import Backoff
 from rma_core.errors import SettingProblem
 from rma_core.models.worker import Assignment
 

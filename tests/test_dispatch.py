@@ -1,112 +1,19 @@
-"""Dispatch: attempts, leases and blame, with a clock that the tests turn, and a machine that tries everything."""
+"""Dispatch: attempts, leases and blame, with a clock that the tests turn."""
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from rma_coordinator.domain.dispatch import MAX_ATTEMPTS, REMEMBERED, Dispatcher
-from rma_coordinator.domain.tasks import LEASE_S, Attempt, Seat, Task
+from rma_coordinator.domain.dispatch import MAX_ATTEMPTS, REMEMBERED
+from rma_coordinator.domain.tasks import LEASE_S
 from rma_core.errors import NotFound, TryLater
 from rma_core.models.worker import AttemptRef
+from tests.dispatch_bench import Bench
 
 if TYPE_CHECKING:
     from rma_core.models.worker import Fault
-
-
-class Recording:
-    """Effects that take everything down; ``deaf`` workers cannot be handed anything, ``full`` ones not now."""
-
-    def __init__(self) -> None:
-        self.offered: list[Attempt] = []
-        self.withdrawn: list[Attempt] = []
-        self.again: list[Task] = []
-        self.ended: Counter[str] = Counter()
-        self.to_write: list[Task] = []
-        self.deaf: set[str] = set()
-        self.full: set[str] = set()
-        self.seats: dict[str, Seat] = {}
-
-    def ready(self, worker_id: str) -> bool:
-        return worker_id not in self.full
-
-    def offer(self, attempt: Attempt) -> bool:
-        seat = self.seats[attempt.worker_id]
-        assert seat.room(attempt.task.service) >= 0, "more than its slots"
-        assert (seat.usable, seat.reachable) == (True, True)
-        earlier = [a for a in attempt.task.attempts[:-1] if a.worker_id == attempt.worker_id]
-        assert not [a for a in earlier if a.state in ("failed", "returned")], "never to the same worker again"
-        self.offered.append(attempt)
-        return attempt.worker_id not in self.deaf
-
-    def withdraw(self, attempt: Attempt, reason: str) -> None:
-        assert reason
-        assert not attempt.open
-        self.withdrawn.append(attempt)
-
-    def accepted(self, attempt: Attempt) -> None:
-        assert attempt.state == "running"
-
-    def closing(self, task: Task) -> None:
-        assert task.durable
-        self.to_write.append(task)
-
-    def restarted(self, task: Task) -> None:
-        assert not task.committed
-        self.again.append(task)
-
-    def finished(self, task: Task) -> None:
-        assert task.final
-        self.ended[task.id] += 1
-
-
-class Bench:
-    """A dispatcher with everything a test needs of it."""
-
-    def __init__(self, *, max_queued: int = 100) -> None:
-        self.now = 1000.0
-        self.effects = Recording()
-        self.dispatcher = Dispatcher(self.effects, clock=lambda: self.now, max_queued=max_queued)
-        self.effects.seats = self.dispatcher.seats
-
-    def task(self, service: str = "notes", *, timeout_s: float = 600) -> Task:
-        task = Task(
-            service=service,
-            method="POST",
-            path=f"/{service}",
-            headers=(),
-            body_bytes=0,
-            key_id="key:1",
-            now=self.now,
-            timeout_s=timeout_s,
-        )
-        self.dispatcher.submit(task)
-        return task
-
-    def worker(self, name: str, slots: int = 1, service: str = "notes") -> Seat:
-        self.dispatcher.arrived(name)
-        self.dispatcher.offers(name, {service: slots}, usable=True)
-        return self.dispatcher.seat(name)
-
-    def running(self, service: str = "notes") -> Attempt:
-        """Return a task's first attempt, accepted."""
-        attempt = self.attempt(self.task(service))
-        self.dispatcher.accept(attempt)
-        return attempt
-
-    def attempt(self, task: Task) -> Attempt:
-        assert task.attempt is not None
-        return task.attempt
-
-    def turn(self, seconds: float) -> None:
-        for _ in range(int(seconds * 2)):
-            self.now += 0.5
-            self.dispatcher.tick()
 
 
 @pytest.fixture
@@ -252,6 +159,16 @@ def test_a_broken_upload_waits_a_moment_for_its_workers_reason(bench: Bench) -> 
     assert (silent.state, silent.reason) == ("failed", "the answer broke off")
 
 
+def test_a_broken_upload_whose_worker_still_has_it_is_not_charged(bench: Bench) -> None:
+    bench.worker("w1")
+    attempt = bench.running()
+    bench.dispatcher.broke(attempt, "the answer broke off")
+    bench.turn(5)
+    bench.dispatcher.heard("w1", [AttemptRef(task_id=attempt.task.id, attempt=1, lease_id=attempt.lease_id)])
+    bench.turn(20)
+    assert attempt.open
+
+
 def test_an_answer_that_has_begun_to_go_out_is_never_begun_again(bench: Bench) -> None:
     bench.worker("w1")
     attempt = bench.running()
@@ -345,166 +262,3 @@ def test_finished_tasks_are_remembered_up_to_a_bound(bench: Bench) -> None:
     assert len(bench.dispatcher.finished) == REMEMBERED
     assert bench.dispatcher.tasks == {}
     assert bench.dispatcher.succeeded == REMEMBERED + 5
-
-
-WORKERS = st.sampled_from(["w1", "w2", "w3", "w4"])
-SERVICES = st.sampled_from(["notes", "ner"])
-SLOTS = st.fixed_dictionaries({"notes": st.integers(0, 3)}, optional={"ner": st.integers(0, 2)})
-FAULTS: st.SearchStrategy[Fault] = st.sampled_from(["worker", "service", "owner", "coordinator", "request"])
-
-
-class Everything(RuleBasedStateMachine):
-    """Workers come, go, break and lie, clients ask and leave, time passes: nothing may be lost or done twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bench = Bench(max_queued=20)
-        self.dispatcher, self.effects = self.bench.dispatcher, self.bench.effects
-        self.submitted: list[Task] = []
-        self.grown: dict[str, list[Attempt]] = {}
-
-    def any_open(self, data: st.DataObject) -> Attempt | None:
-        attempts = [a for task in self.dispatcher.tasks.values() if (a := task.attempt) and a.open]
-        return data.draw(st.sampled_from(attempts)) if attempts else None
-
-    @rule(service=SERVICES)
-    def submit(self, service: str) -> None:
-        try:
-            self.submitted.append(self.bench.task(service))
-        except TryLater:
-            assert self.dispatcher.queued >= 20
-
-    @precondition(lambda self: self.dispatcher.tasks)
-    @rule(data=st.data())
-    def client_leaves(self, data: st.DataObject) -> None:
-        task = data.draw(st.sampled_from(list(self.dispatcher.tasks.values())))
-        self.dispatcher.cancel(task, "the client left")
-
-    @rule(name=WORKERS, slots=SLOTS, usable=st.sampled_from([True, True, True, False]), keeps=st.booleans())
-    def arrive(self, name: str, slots: dict[str, int], *, usable: bool, keeps: bool) -> None:
-        running = self.dispatcher.seat(name).running.values() if keeps else ()
-        refs = [AttemptRef(task_id=a.task.id, attempt=a.number, lease_id=a.lease_id) for a in running]
-        self.dispatcher.arrived(name, keeps=refs)
-        self.dispatcher.offers(name, slots, usable=usable)
-
-    @rule(name=WORKERS, slots=SLOTS, waits=st.booleans())
-    def poll(self, name: str, slots: dict[str, int], *, waits: bool) -> None:
-        self.dispatcher.offers(name, slots, usable=True)
-        self.dispatcher.polling(name, waiting=True)
-        if not waits:
-            self.dispatcher.polling(name, waiting=False)
-
-    @rule(name=WORKERS)
-    def depart(self, name: str) -> None:
-        self.dispatcher.departed(name)
-
-    @rule(name=WORKERS, blame=st.booleans())
-    def go(self, name: str, *, blame: bool) -> None:
-        self.dispatcher.gone(name, "offline", blame=blame)
-
-    @rule(names=st.sets(WORKERS), deaf=st.sets(WORKERS, max_size=1))
-    def fill(self, names: set[str], deaf: set[str]) -> None:
-        self.effects.full, self.effects.deaf = names, deaf
-        # A way that is free again is looked at by the next tick.
-        self.dispatcher.tick()
-
-    @rule(data=st.data())
-    def accept(self, data: st.DataObject) -> None:
-        if attempt := self.any_open(data):
-            self.dispatcher.accept(attempt)
-
-    @rule(data=st.data())
-    def commit(self, data: st.DataObject) -> None:
-        if attempt := self.any_open(data):
-            self.dispatcher.accept(attempt)
-            attempt.task.committed = True
-
-    @rule(data=st.data())
-    def succeed(self, data: st.DataObject) -> None:
-        if attempt := self.any_open(data):
-            self.dispatcher.succeed(attempt)
-            self.dispatcher.succeed(attempt)
-
-    @rule(data=st.data(), fault=FAULTS)
-    def fail(self, data: st.DataObject, fault: Fault) -> None:
-        if attempt := self.any_open(data):
-            self.dispatcher.fail(attempt, fault, "it broke")
-            self.dispatcher.fail(attempt, fault, "it broke again")
-
-    @rule(data=st.data())
-    def break_upload(self, data: st.DataObject) -> None:
-        if attempt := self.any_open(data):
-            self.dispatcher.broke(attempt, "it broke off")
-
-    @rule(data=st.data())
-    def give_back(self, data: st.DataObject) -> None:
-        if attempt := self.any_open(data):
-            self.dispatcher.give_back(attempt, "nobody took it")
-
-    @rule(seconds=st.sampled_from([0.5, 1.0, 6.0, 12.0, 61.0, 700.0]), awake=st.booleans())
-    def time_passes(self, seconds: float, *, awake: bool) -> None:
-        if awake:
-            self.bench.turn(min(seconds, 61.0))
-        else:
-            self.bench.now += seconds
-            self.dispatcher.tick()
-
-    @invariant()
-    def every_task_ends_once_or_is_still_there(self) -> None:
-        for task in self.submitted:
-            assert self.effects.ended[task.id] == task.final
-            assert (task.id in self.dispatcher.tasks) != task.final
-
-    @invariant()
-    def at_most_one_attempt_is_open_and_it_is_the_newest(self) -> None:
-        for task in self.submitted:
-            assert not any(attempt.open for attempt in task.attempts[:-1])
-            assert not (task.final and task.attempt and task.attempt.open)
-            assert (task.state == "running") == bool(task.attempt and task.attempt.open)
-
-    @invariant()
-    def attempts_only_grow_and_never_go_back_to_an_excluded_worker(self) -> None:
-        for task in self.submitted:
-            known = self.grown.get(task.id, [])
-            assert task.attempts[: len(known)] == known
-            assert [a.number for a in task.attempts] == list(range(1, len(task.attempts) + 1))
-            assert len(task.attempts) <= MAX_ATTEMPTS
-            blamed = [a.worker_id for a in task.attempts if a.state in ("failed", "returned")]
-            assert len(blamed) == len(set(blamed))
-            self.grown[task.id] = list(task.attempts)
-
-    @invariant()
-    def queued_tasks_are_in_one_queue_and_counters_agree(self) -> None:
-        queued = [task for queue in self.dispatcher._queues.values() for task in queue]
-        assert Counter(task.id for task in queued) == Counter(
-            task.id for task in self.dispatcher.tasks.values() if task.state == "queued"
-        )
-        assert self.dispatcher.queued == len(queued)
-        states = Counter(task.state for task in self.submitted)
-        assert self.dispatcher.running == states["running"]
-        assert (self.dispatcher.succeeded, self.dispatcher.failed) == (states["succeeded"], states["failed"])
-
-    @invariant()
-    def no_seat_holds_what_is_not_its_own_or_has_ended(self) -> None:
-        held = [a for seat in self.dispatcher.seats.values() for a in seat.running.values()]
-        assert all(a.open for a in held)
-        assert len(held) == self.dispatcher.running
-        for seat in self.dispatcher.seats.values():
-            assert all(a.worker_id == seat.worker_id for a in seat.running.values())
-            assert all(quota >= 1 for quota in seat.quota.values())
-
-    @invariant()
-    def nothing_waits_while_somebody_who_may_take_it_is_free(self) -> None:
-        for task in self.dispatcher.tasks.values():
-            if task.state == "queued":
-                free = [
-                    seat.worker_id
-                    for seat in self.dispatcher.seats.values()
-                    if seat.usable and seat.reachable and seat.room(task.service) > 0
-                    if seat.worker_id not in task.excluded and self.effects.ready(seat.worker_id)
-                ]
-                assert free == []
-
-
-Everything.TestCase.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
-test_nothing_is_lost_or_done_twice = Everything.TestCase

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -14,7 +15,10 @@ import psutil
 import pytest
 
 from rma_core import process_tree
+from rma_core.builtin.process_service import refuse_dangerous
+from rma_core.errors import NotSupported
 from rma_core.supervise import LOG_FILE_BYTES, Event, Order, RollingLog, State
+from tests.tiny_service import tiny_spec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -214,6 +218,35 @@ def test_a_log_keeps_the_last_of_it_in_two_bounded_files(tmp_path: Path) -> None
     assert max(sizes) <= LOG_FILE_BYTES + 100_000
     assert (tmp_path / "log").read_bytes().endswith(b"the end")
     assert (tmp_path / "log").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_log_without_a_new_file_never_writes_into_another_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = RollingLog(tmp_path / "log")
+
+    def no_more_files(*_: object) -> int:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rma_core.supervise.os.open", no_more_files)
+        log.write(b"x" * LOG_FILE_BYTES)
+    numbers = [os.open(tmp_path / f"other-{n}", os.O_WRONLY | os.O_CREAT) for n in range(16)]
+    try:
+        log.write(b"late")
+    finally:
+        for number in numbers:
+            os.close(number)
+    assert [path.read_bytes() for path in tmp_path.glob("other-*")] == [b""] * 16
+    log.write(b"x" * LOG_FILE_BYTES)
+    log.write(b"back")
+    assert (tmp_path / "log").read_bytes() == b"back"
+
+
+@pytest.mark.parametrize("name", ["SYSTEMROOT", "COMSPEC", "PATHEXT", "WINDIR", "Path", "Ld_Preload"])
+def test_a_catalog_cannot_change_what_a_process_is_given_under_any_spelling(name: str) -> None:
+    with pytest.raises(NotSupported, match=name):
+        refuse_dangerous(tiny_spec(more={name: "evil"}))
 
 
 def test_a_log_on_a_full_disk_holds_nobody_up() -> None:

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, cast
 from quart import Quart, Response
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
-from rma_coordinator import enrolment
+from rma_coordinator import enrolment, tokens
 from rma_coordinator.api import admin, channel, inference, plain, tasks, worker
-from rma_coordinator.api.asgi import CONTROL_BYTES, Call, Gone, Lingering
+from rma_coordinator.api.asgi import CONTROL_BYTES, Call, Gone
 from rma_coordinator.api.problems import STATUS_WORDS, HTTPProblem, problem, unexpected, wrong_method
 from rma_coordinator.api.routes import ROUTES, Route, Router
-from rma_coordinator.api.web import Web
+from rma_coordinator.api.web import CALL, Web, without_body
 from rma_coordinator.pool import Pool
 from rma_core.catalog import load_folder
 from rma_core.errors import RMAError, SettingProblem
@@ -102,6 +102,7 @@ async def _serving(pool: Pool) -> AsyncGenerator[None, None]:
         asyncio.create_task(pool.keep_time(), name="the pool's clock"),
         asyncio.create_task(pool.keep_books(), name="the pool's counters"),
         asyncio.create_task(pool.books.run(), name="the pool's books"),
+        asyncio.create_task(tokens.warm(), name="what checks tokens"),
     ]
     for task in upkeep:
         task.add_done_callback(_never_silent)
@@ -138,9 +139,13 @@ def _add(app: Quart, pool: Pool, route: Route) -> None:
 async def _failed(error: Exception) -> Response:
     """Turn whatever a handler raised into a problem; a bug is logged with its traceback."""
     if isinstance(error, RMAError):
-        status, headers, body = problem(error)
+        # Its frames hold what was read of the body, and Quart holds the error.
+        status, headers, body = problem(error.with_traceback(None))
     elif isinstance(error, HTTPException):
         status, headers, body = problem(_refusal(error))
+    elif isinstance(error, Gone):
+        # Nobody is there to read it.
+        status, headers, body = problem(HTTPProblem(400, "the body broke off"))
     else:
         logger.error("a handler failed", exc_info=error)
         status, headers, body = unexpected()
@@ -201,8 +206,8 @@ class Lanes:
             return
         route, parts, allowed = self._router.find(scope["method"], scope["path"])
         if route is None and not allowed:
-            ends = Lingering(receive, send)
-            await self._quart(scope, ends.receive, ends.hand_on)
+            call = Call(scope, receive, send, proxies=self._pool.settings.trusted_proxies)
+            await self._quart({**scope, CALL: call}, without_body(), call.hand_on)
             return
         call = Call(scope, receive, send, proxies=self._pool.settings.trusted_proxies)
         call.parts = parts

@@ -292,7 +292,9 @@ class Books:
                     return False
                 await body.write(piece)
             await body.sync()
-            if attempt is None or relay.starts != starts or not attempt.delivered or not relay.complete:
+            if attempt is None or not attempt.open or not attempt.delivered:
+                return False
+            if relay.starts != starts or not relay.complete:
                 return False
             self._answers[task.id] = Answer(head, body)
             task.http_status, task.answer_bytes = head.status, body.size
@@ -451,6 +453,8 @@ class Books:
         self.totals |= totals
         for _ in old:
             self._rows.popleft()
+        # There may be more than one lot: the next round comes at once.
+        self._work.set()
 
     async def _expire(self) -> None:
         """Forget finished tasks whose time is over, or that are too many."""

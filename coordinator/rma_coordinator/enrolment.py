@@ -97,7 +97,7 @@ def worker_of(pool: Pool, token: str) -> Worker:
     """Return the worker that holds a worker token. Raises NotAuthenticated."""
     claims = pool.worker_tokens.check(token)
     worker = pool.fleet.workers.get(claims.worker_id)
-    if worker is None or claims.epoch != worker.record.epoch or worker.record.disabled:
+    if worker is None or claims.epoch != worker.brief.epoch or worker.brief.disabled:
         raise NotAuthenticated(
             "this worker token was revoked, or the pool has forgotten the worker", hints=("enrol the machine again",)
         )

@@ -16,7 +16,7 @@ def stats(pool: Pool) -> dict[str, Any]:
     workers, dispatcher = list(pool.fleet.workers.values()), pool.dispatcher
     tiers: dict[str, list[Worker]] = {}
     for worker in workers:
-        tiers.setdefault(str(worker.record.tier or "none"), []).append(worker)
+        tiers.setdefault(str(worker.brief.tier or "none"), []).append(worker)
     return {
         "total_workers": len(workers),
         "healthy_workers": sum(worker.status == "healthy" for worker in workers),
@@ -30,7 +30,7 @@ def stats(pool: Pool) -> dict[str, Any]:
             "failed": dispatcher.failed,
         },
         "services": services(pool),
-        "uptime_s": round(pool.wall() - pool.started_at, 1),
+        "uptime_s": pool.uptime_s,
         "tier_policy": pool.settings.tier_policy,
         "signed_catalog": False,
     }

@@ -52,6 +52,14 @@ SPARE_SEATS = 8
 #: Counters that only heartbeats and finished tasks move are written at most this often.
 FLUSH_S = 10.0
 
+#: What anyone may know of a store that takes nothing; the whole reason, with its paths, is the admin's to read.
+UNWELL: dict[str, str] = {
+    "full": "the coordinator's disk is full",
+    "stalled": "the coordinator's disk does not answer",
+    "read_only": "the coordinator's disk cannot be written",
+    "damaged": "the coordinator's state is damaged",
+}
+
 
 class PoolRecord(msgspec.Struct, frozen=True, kw_only=True):
     """What makes the pool itself: its name in tokens, the secret that signs them, and how often it was started."""
@@ -111,19 +119,29 @@ class Pool:
             clock=clock,
             wall=wall,
         )
-        self.nonces = Nonces(wall)
+        # They end with the process, so no step of the wall clock need cost anyone theirs.
+        self.nonces = Nonces(clock)
         #: What the plugin host says of the coordinator's own plugins.
         self.plugins = plugins
         #: Follows a join token when the certificate is not publicly trusted: `.` and the hash of its key.
         self.pin = pin
-        self.started_at = wall()
+        self._made_at = clock()
         self._started = False
         self._placed: dict[str, int] = {}
         self._need = 0
-        #: Why the store cannot be written now; empty while it can.
-        self.store_reason = ""
         self._channels = 0
         self._spare: dict[str, int] = {}
+
+    @property
+    def unwell(self) -> str:
+        """Why no new work is taken, in words for anyone; empty while it is."""
+        state = self.store.state
+        return "" if state.ok else UNWELL.get(state.code, "the coordinator's store has failed")
+
+    @property
+    def uptime_s(self) -> float:
+        """Seconds since it was made, whatever was done to the wall clock meanwhile."""
+        return round(self.clock() - self._made_at, 1)
 
     # -- life --------------------------------------------------------------------------------------------------
 
@@ -184,7 +202,6 @@ class Pool:
             try:
                 self.dispatcher.tick()
                 self._count_channels()
-                self._watch_store()
                 if self.clock() - swept >= SWEEP_S:
                     swept = self.clock()
                     self.sweep()
@@ -223,15 +240,6 @@ class Pool:
             if not isinstance(error, RMAError):
                 raise
             logger.debug("%s; it is tried again", error)
-
-    def _watch_store(self) -> None:
-        """Say once when the store can no longer be written, and once when it can again."""
-        reason = self.store.state.reason
-        if bool(reason) != bool(self.store_reason):
-            level = logging.ERROR if reason else logging.INFO
-            words = f"no new work is taken: {reason}" if reason else "the store can be written again"
-            logger.log(level, "%s", words, extra={"action": "store_ill" if reason else "store_well"})
-        self.store_reason = reason
 
     async def backup(self) -> tuple[Path, int]:
         """Copy the store to a new file in the state folder; the newest KEPT_BACKUPS are kept. Return it and its size.
@@ -390,7 +398,7 @@ class Pool:
 
     def answer(self, worker: Worker, generation: int, *, cancel: tuple[AttemptRef, ...] = ()) -> HeartbeatAnswer:
         """Return what a worker that runs ``generation`` should do next."""
-        record = worker.record
+        record = worker.brief
         return HeartbeatAnswer(
             heartbeat_interval_s=self.fleet.interval_s,
             generation=record.generation,
@@ -465,7 +473,8 @@ class Pool:
         """Refuse new work while nothing can be written: its end could not be kept. Raises StoreFailed, OutOfSpace."""
         state = self.store.state
         if not state.ok:
-            raise StoreFailed(f"no new work is taken: {state.reason}", hints=("try again later",))
+            hints = ("what runs goes on; try again later", "the pool's admin sees why in /api/admin/health")
+            raise StoreFailed(f"no new work is taken now: {self.unwell}", hints=hints)
 
     def check_service(self, service: str, principal: Principal) -> CatalogEntry:
         """Return the catalog entry that a client may use. Raises NotFound, Forbidden."""
@@ -484,7 +493,7 @@ class Pool:
         coming = [
             w
             for w in self.fleet.workers.values()
-            if w.present and not w.draining and any(a.service == service for a in w.record.assignment)
+            if w.present and not w.draining and any(a.service == service for a in w.brief.assignment)
         ]
         states = [c for w in coming for c in w.containers if c.service == service]
         if any(c.state in ("pending", "pulling", "starting", "healthy", "backoff") for c in states) or (

@@ -54,6 +54,10 @@ RELIEF = 0.1
 #: New objects after which young ones are searched for cycles: with Python's 700, a thousand workers that join made it
 #: search everything every few seconds, 130 ms at a time.
 GC_YOUNG = 10_000
+#: File descriptors that are not for connections: the store, bodies on disk, libraries, and those just being closed.
+KEPT_DESCRIPTORS = 256
+#: Asked for where the system names no limit; macOS refuses more.
+MOST_DESCRIPTORS = 10_240
 
 
 class Places:
@@ -215,7 +219,7 @@ async def run_server(
     start raised, and SettingProblem when an address was taken meanwhile.
     """
     pool = pool_of(app)
-    config.places.limit = pool.settings.max_connections
+    config.places.limit = connections_for(pool.settings.max_connections, raise_descriptors())
     # Before the lifespan, which would turn a refusal into a traceback and lose its hints.
     await pool.start()
     failures: list[Exception] = []
@@ -300,6 +304,42 @@ async def _until(until: Callable[[], Awaitable[None]], stop: asyncio.Event) -> N
         await until()
     finally:
         stop.set()
+
+
+def raise_descriptors() -> int:
+    """Take as many file descriptors as this process may have; return how many that is, 0 where nobody counts them."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        # macOS says "no limit" and refuses more than its kernel's own.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (_most(hard), hard))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 0 if soft == resource.RLIM_INFINITY else soft
+
+
+def _most(hard: int) -> int:
+    import resource
+
+    return MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else hard
+
+
+def connections_for(wanted: int, descriptors: int) -> int:
+    """Return how many connections there may be: as many as are wanted, while enough descriptors stay for the rest."""
+    if not descriptors:
+        return wanted
+    fit = max(1, descriptors - min(KEPT_DESCRIPTORS, descriptors // 2))
+    if fit < wanted:
+        logger.warning(
+            "%d file descriptors are enough for %d connections, not for %d: raise the limit (ulimit -n, LimitNOFILE=)",
+            descriptors,
+            fit,
+            wanted,
+            extra={"action": "few_descriptors"},
+        )
+    return min(wanted, fit)
 
 
 def spare_pauses() -> None:

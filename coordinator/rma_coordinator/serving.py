@@ -13,11 +13,11 @@ from rma_coordinator.app import create_app, pool_of
 from rma_coordinator.certificate import pin_of
 from rma_coordinator.server import Listener, free_port, make_config, run_server, spare_pauses
 from rma_coordinator.store import make_store
+from rma_core.addresses import is_loopback
 from rma_core.agent.state import StateFolder
 from rma_core.commands import common
 from rma_core.errors import UsageProblem
 from rma_core.host import Plugins
-from rma_core.http import is_loopback
 
 if TYPE_CHECKING:
     from quart import Quart

@@ -250,9 +250,9 @@ class Up:
         while self.agent is not None and self.agent.returncode is None:
             worker = next((w for w in fleet.workers.values() if w.status != "offline"), None)
             if worker is not None:
-                tell(worker.id, worker.record.tier_reason)
+                tell(worker.id, worker.brief.tier_reason)
                 done = {status.name for status in worker.containers if settled(status)}
-                all_done = {assignment.name for assignment in worker.record.assignment} <= done
+                all_done = {assignment.name for assignment in worker.brief.assignment} <= done
                 answers = any(s.service == EXAMPLE and s.state == "healthy" for s in worker.containers)
                 if (all_done or answers) and not self.shown:
                     self.shown = True

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import time
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from rma_core.agent.answers import NOT_NOW, LinkLostError
 from rma_core.agent.execute import LOAD_ATTEMPTS, AttemptFailed, forward
-from rma_core.agent.uplink import LinkLostError
-from rma_core.errors import CoordinatorError
+from rma_core.backoff import Backoff
+from rma_core.errors import CoordinatorError, CoordinatorUnreachable
 from rma_core.models.worker import AttemptRef
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 
     from rma_core import http
     from rma_core.agent.uplink import Uplink
@@ -27,11 +29,30 @@ logger = logging.getLogger(__name__)
 LEASE_MARGIN_S = 10.0
 #: An attempt says that it lives this often within one lease.
 SIGNS_PER_LEASE = 3
-#: Seconds to tell the coordinator that an attempt was stopped.
-TELL_TIMEOUT_S = 5.0
+#: Seconds between two such signs at least, however short a lease the coordinator gives.
+LEAST_SIGN_S = 3.0
+#: Seconds between two looks at a lease at most: timers stand still while a machine sleeps, its lease does not.
+LOOK_S = 5.0
+#: Attempts that run at one time, whatever slots the coordinator wants: each holds connections and buffers.
+MAX_ATTEMPTS = 1024
+#: Seconds to tell the coordinator that an attempt was stopped, and the first wait between two tries.
+TELL_TIMEOUT_S, TELL_RETRY_S = 10.0, 0.5
 
 #: Attempts whose end is being told at one time; a coordinator that offers more than fits and does not read hears less.
 MAX_TELLING = 256
+
+EXPIRED = "nobody heard of it until its lease ended"
+
+
+def lease_clock() -> float:
+    """Return monotonic seconds that pass while this machine sleeps, too: its leases end meanwhile."""
+    if sys.platform == "linux":
+        now = time.clock_gettime(time.CLOCK_BOOTTIME)
+    elif sys.platform == "darwin":
+        now = time.clock_gettime(time.CLOCK_MONOTONIC)
+    else:
+        now = time.monotonic()
+    return now
 
 
 class Place(Protocol):
@@ -63,9 +84,18 @@ class Attempt:
     def __init__(self, offer: TaskOffer, uplink: Uplink, place: Place, *, now: float) -> None:
         self.offer, self.uplink, self.place = offer, uplink, place
         self.ref = AttemptRef(task_id=offer.task_id, attempt=offer.attempt, lease_id=offer.lease_id)
-        self.started_at = self.renewed_at = now
+        #: When the newest sign that was heard was sent, and how long the lease lasts from there.
+        self.renewed_at = now
+        self.lease_s = max(offer.lease_s, SIGNS_PER_LEASE * LEAST_SIGN_S)
+        #: The service has answered: what is left is to deliver that.
+        self.finished = False
         self.stopped: Stop | None = None
         self.task: asyncio.Task[Stop | None] | None = None
+
+    @property
+    def deadline(self) -> float:
+        """The moment at which it stops by itself, unless it is heard of before."""
+        return self.renewed_at + max(self.lease_s - LEASE_MARGIN_S, self.lease_s / 2)
 
     def stop(self, stop: Stop) -> None:
         """Stop it now; the first reason counts."""
@@ -74,16 +104,60 @@ class Attempt:
             self.task.cancel()
 
 
+class LeaseEndedError(LinkLostError):
+    """The attempt's lease has ended: its task may be another worker's by now."""
+
+    code = "lease_ended"
+
+
+class Fenced:
+    """An attempt's way up that its lease closes: an `Uplink` for the work, which may have stood still for a while."""
+
+    def __init__(self, attempt: Attempt, clock: Callable[[], float]) -> None:
+        self._attempt, self._uplink, self._clock = attempt, attempt.uplink, clock
+        self.accept, self.progress, self.late = self._uplink.accept, self._uplink.progress, self._uplink.late
+        self.error, self.abandon = self._uplink.error, self._uplink.abandon
+
+    @property
+    def _expired(self) -> bool:
+        return self._clock() >= self._attempt.deadline
+
+    def _check(self) -> None:
+        if self._expired:
+            raise LeaseEndedError(EXPIRED)
+
+    async def head(self, status: int, headers: Sequence[tuple[str, str]], length: int | None) -> None:
+        """Send status and headers, while the lease lasts. Raises LeaseEndedError."""
+        self._check()
+        await self._uplink.head(status, headers, length)
+
+    async def data(self, chunk: bytes) -> None:
+        """Send a part, while the lease lasts. Raises LeaseEndedError."""
+        self._check()
+        await self._uplink.data(chunk)
+
+    async def end(self, usage: Mapping[str, float], timings: Mapping[str, float]) -> None:
+        """End the answer; one that is whole is worth something without a lease, too."""
+        self._attempt.finished = True
+        if self._expired:
+            self._uplink.late()
+        await self._uplink.end(usage, timings)
+
+
 class Attempts:
-    """Every attempt that runs here; ``place`` finds a container for a service, or says why there is none."""
+    """Every attempt that runs here; ``place`` finds a container for a service, or says why there is none.
+
+    ``beat`` sends a heartbeat, which lists the attempts, and says whether it was answered.
+    """
 
     def __init__(
         self,
         place: Callable[[str], Place | str],
         *,
-        clock: Callable[[], float] = time.monotonic,
+        beat: Callable[[], Awaitable[bool]] | None = None,
+        clock: Callable[[], float] = lease_clock,
     ) -> None:
-        self._place, self._clock = place, clock
+        self._place, self._beat, self._clock = place, beat, clock
         self._running: dict[str, Attempt] = {}
         self._telling: set[asyncio.Task[None]] = set()
         self._idle = asyncio.Event()
@@ -95,25 +169,36 @@ class Attempts:
     def __len__(self) -> int:
         return len(self._running)
 
-    def refs(self) -> tuple[AttemptRef, ...]:
-        """Return what a heartbeat lists."""
-        return tuple(attempt.ref for attempt in self._running.values())
+    def __contains__(self, lease_id: object) -> bool:
+        return lease_id in self._running
 
-    def begin(self, offer: TaskOffer, body: BodySource, uplink: Uplink) -> None:
-        """Begin an attempt, or give it back at once when there is no room for it."""
+    def refs(self) -> tuple[AttemptRef, ...]:
+        """Return what goes on here."""
+        return tuple(attempt.ref for attempt in self._running.values() if attempt.stopped is None)
+
+    def begin(self, offer: TaskOffer, body: BodySource, uplink: Uplink) -> bool:
+        """Begin an attempt, or give it back at once when there is no room for it; say whether it was begun."""
         if offer.lease_id in self._running:
-            return
+            # Not in silence: the uplink would stay open, and the coordinator would wait for it.
+            self._tell(uplink, Stop("coordinator", "an attempt with this lease runs already", tell=True))
+            return False
         for older in [a for a in self._running.values() if a.ref.task_id == offer.task_id]:
             older.stop(Stop("coordinator", "a later attempt of the same task", tell=False))
-        place = self.closed_because or self._place(offer.service)
+        place = self._why_not() or self._place(offer.service)
         if isinstance(place, str):
             self._tell(uplink, Stop("owner", place, tell=True))
-            return
+            return False
         attempt = Attempt(offer, uplink, place, now=self._clock())
         self._running[offer.lease_id] = attempt
         self._idle.clear()
         attempt.task = asyncio.create_task(self._run(attempt, body), name=f"{offer.task_id}/{offer.attempt}")
         attempt.task.add_done_callback(lambda task: self._over(attempt, task))
+        return True
+
+    def _why_not(self) -> str:
+        """Say why nothing more is begun here, whatever the service."""
+        full = f"this machine works on {MAX_ATTEMPTS} tasks already" if len(self._running) >= MAX_ATTEMPTS else ""
+        return self.closed_because or full
 
     def stop(self, lease_id: str, stop: Stop) -> None:
         """Stop one attempt; one that is not there has ended."""
@@ -145,11 +230,17 @@ class Attempts:
         source = body()
         try:
             await attempt.uplink.accept()
-            await forward(attempt.offer, attempt.place.client, source, attempt.uplink, crowded=self._crowded)
+            way = Fenced(attempt, self._clock)
+            await forward(attempt.offer, attempt.place.client, source, way, crowded=self._crowded)
         except AttemptFailed as error:
             return Stop(error.fault, error.reason, tell=True)
-        except (LinkLostError, CoordinatorError) as error:
-            # The answer was refused (outdated, cancelled), or the coordinator is not there: there is nobody to tell.
+        except LeaseEndedError as error:
+            return Stop("coordinator", error.message, tell=False)
+        except (LinkLostError, *NOT_NOW) as error:
+            # The coordinator waits a moment for the reason, before it charges this worker for what the way did.
+            return Stop("coordinator", error.message, tell=True)
+        except CoordinatorError as error:
+            # The answer was refused (outdated, cancelled): there is nobody to tell.
             return Stop("coordinator", error.message, tell=False)
         finally:
             lease.cancel()
@@ -185,28 +276,56 @@ class Attempts:
         return len(self._running) >= LOAD_ATTEMPTS
 
     async def _keep_lease(self, attempt: Attempt) -> None:
-        """Say that the attempt lives; stop it before its lease ends when nobody hears that."""
-        lease_s = attempt.offer.lease_s
+        """Say that the attempt lives; stop it before its lease ends when nobody can have heard that."""
+        every_s = attempt.lease_s / SIGNS_PER_LEASE
+        sign_at = attempt.renewed_at + every_s
         while True:
-            await asyncio.sleep(lease_s / SIGNS_PER_LEASE)
-            if await attempt.uplink.progress():
-                attempt.renewed_at = self._clock()
-            elif self._clock() - attempt.renewed_at > max(lease_s - LEASE_MARGIN_S, lease_s / 2):
-                attempt.stop(Stop("coordinator", "the coordinator was away until the lease ended", tell=False))
+            now = self._clock()
+            if now >= attempt.deadline:
+                if not attempt.finished:
+                    attempt.stop(Stop("coordinator", EXPIRED, tell=False))
                 return
+            if now >= sign_at:
+                sign_at = now + every_s
+                if await self._sign(attempt, attempt.deadline - now):
+                    attempt.renewed_at = now
+            else:
+                await asyncio.sleep(min(LOOK_S, sign_at - now, attempt.deadline - now))
+
+    async def _sign(self, attempt: Attempt, within_s: float) -> bool:
+        """Say that the attempt lives, by a heartbeat where it has no way of its own; say whether that was heard."""
+        try:
+            async with asyncio.timeout(within_s):
+                return await attempt.uplink.progress() or (self._beat is not None and await self._beat())
+        except TimeoutError:
+            return False
 
     def _tell(self, uplink: Uplink, stop: Stop) -> None:
         """Say why there is no answer, beside everything else; when that fails, the lease's end says it."""
         if len(self._telling) >= MAX_TELLING:
             stop = stop._replace(tell=False)
-        task = asyncio.create_task(_tell(uplink, stop))
+        task = asyncio.create_task(self._tell_once(uplink, stop))
         self._telling.add(task)
         task.add_done_callback(self._telling.discard)
 
+    async def _tell_once(self, uplink: Uplink, stop: Stop) -> None:
+        """Tell it, as soon as there is a way within TELL_TIMEOUT_S; an agent that ends does not wait for one."""
+        backoff = Backoff(base_s=TELL_RETRY_S)
+        try:
+            async with asyncio.timeout(TELL_TIMEOUT_S):
+                while not await _told(uplink, stop) and not self.closed_because:  # noqa: ASYNC110 - a way is not announced
+                    await asyncio.sleep(backoff.next_s())
+        except TimeoutError:
+            logger.debug("not told in time: %s", stop.reason)
 
-async def _tell(uplink: Uplink, stop: Stop) -> None:
+
+async def _told(uplink: Uplink, stop: Stop) -> bool:
+    """Tell it once; say whether there was a way to do so."""
     try:
-        async with asyncio.timeout(TELL_TIMEOUT_S):
-            await (uplink.error(stop.fault, stop.reason) if stop.tell else uplink.abandon())
-    except (CoordinatorError, LinkLostError, TimeoutError) as error:
+        await (uplink.error(stop.fault, stop.reason) if stop.tell else uplink.abandon())
+    except CoordinatorUnreachable:
+        return False
+    except (CoordinatorError, LinkLostError) as error:
+        # Without its channel an attempt needs no word: HELLO does not list it.
         logger.debug("not told: %s", error)
+    return True

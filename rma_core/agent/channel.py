@@ -1,8 +1,8 @@
 """The worker's channel: one outbound WebSocket, kept open across breaks, with many attempts on it.
 
-A break is mended within RESUME_WITHIN_S where nothing can have been lost: an attempt goes on, under its old stream
-number, when none of its answer was on the way. The others are lost at once. An attempt whose channel stays away
-finishes its work all the same, and delivers by HTTP.
+After a break an attempt goes on, under its old stream number, when none of its answer was on the way. One whose answer
+had begun goes on beside the channel, when all of that was kept, and delivers by HTTP; the others are lost at once. So
+does an attempt whose channel stays away for RESUME_WITHIN_S. HELLO lists everything that this machine still has.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import logging
 import time
 from typing import TYPE_CHECKING, Protocol
 
-from rma_core.agent.backoff import Backoff
+from rma_core import http
+from rma_core.agent.answers import LinkLostError
 from rma_core.agent.streams import ChannelStream
-from rma_core.agent.uplink import LinkLostError
+from rma_core.backoff import Backoff
 from rma_core.errors import CoordinatorError, NotAuthenticated, NotFound, TryLater, ValidationProblem
 from rma_core.models import channel as frames
 
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
 
     from websockets.asyncio.client import ClientConnection
 
+    from rma_core.agent.answers import Answers
     from rma_core.agent.client import CoordinatorClient
-    from rma_core.models.worker import Heartbeat, HeartbeatAnswer
+    from rma_core.models.worker import AttemptRef, Heartbeat, HeartbeatAnswer
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +36,8 @@ OPEN_TIMEOUT_S = 10.0
 #: Seconds between two pings, and to wait for the answer, before a silent channel counts as broken.
 PING_EVERY_S = 10.0
 PING_TIMEOUT_S = 10.0
+#: Seconds after the end of an answer before it is made sure that it was read; one question covers many answers.
+CONFIRM_AFTER_S = 1.0
 #: Seconds to say goodbye.
 CLOSE_TIMEOUT_S = 2.0
 #: A broken channel is tried again soon, because attempts wait for it, and later less often.
@@ -51,6 +55,9 @@ class Events(Protocol):
 
     def slots(self) -> dict[str, int]:
         """Return the slots of each service, free and busy ones."""
+
+    def held(self) -> tuple[AttemptRef, ...]:
+        """Return every attempt that this machine still has, running or finished and not delivered."""
 
     def offered(self, stream: ChannelStream) -> None:
         """Begin a task."""
@@ -81,12 +88,14 @@ class Channel:
         self,
         client: CoordinatorClient,
         events: Events,
+        answers: Answers,
         *,
         agent_version: str = "",
         backoff: Backoff | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._client, self._events, self._version, self._clock = client, events, agent_version, clock
+        self._client, self._events, self._answers = client, events, answers
+        self._version, self._clock = agent_version, clock
         self._backoff = backoff or Backoff(base_s=RETRY_BASE_S, cap_s=RETRY_CAP_S)
         self._streams: dict[int, ChannelStream] = {}
         self._connection: ClientConnection | None = None
@@ -156,6 +165,34 @@ class Channel:
         except ConnectionClosed as error:
             raise LinkLostError(f"the channel broke: {error}") from None
 
+    async def sign(self, frame: frames.Frame) -> bool:
+        """Send a frame and say whether it was read."""
+        try:
+            await self.send(frames.pack(frame))
+        except LinkLostError:
+            return False
+        return await self._reached()
+
+    async def confirm(self) -> None:
+        """Make sure that the answers that were sent until now have been read."""
+        marks = self._answers.marks()
+        if marks and await self._reached():
+            self._answers.confirm(marks)
+
+    async def _reached(self) -> bool:
+        """Say whether everything sent until now was read: the other side reads in order, pings too."""
+        from websockets.exceptions import ConnectionClosed
+
+        connection = self._connection
+        if connection is None:
+            return False
+        try:
+            async with asyncio.timeout(PING_TIMEOUT_S):
+                await (await connection.ping())
+        except (ConnectionClosed, TimeoutError):
+            return False
+        return connection is self._connection
+
     def drop(self, stream: ChannelStream) -> None:
         """Forget an attempt that has ended."""
         if self._streams.get(stream.number) is stream:
@@ -199,8 +236,7 @@ class Channel:
                 logger.debug("no new token after a refused upgrade: %s", failure)
         if status in REFUSING and self._count_refusal():
             return GIVE_UP_FOR_S
-        after = error.response.headers.get("Retry-After", "")
-        return self._backoff.next_s(float(after) if after.isdecimal() else None)
+        return self._backoff.next_s(http.retry_after_s(error.response.headers.get("Retry-After")))
 
     def _broke_off(self) -> float:
         """Return how long to wait after a channel ended; one on which nothing was ever heard counts as refused."""
@@ -238,20 +274,31 @@ class Channel:
             proxy=None if self._client.local else True,
         ) as connection:
             self._opened = True
+            confirming = asyncio.create_task(self._confirm(), name="answers are confirmed")
             try:
                 await self._open(connection)
                 await self._read(connection)
             finally:
+                confirming.cancel()
                 self._broken()
+                await asyncio.wait({confirming})
+        if not confirming.cancelled():
+            confirming.result()
+
+    async def _confirm(self) -> None:
+        """Let go of answers that were sent, once they have been read."""
+        while True:
+            await self._answers.unconfirmed.wait()
+            await asyncio.sleep(CONFIRM_AFTER_S)
+            await self.confirm()
 
     async def _open(self, connection: ClientConnection) -> None:
         """Say HELLO, which lists what goes on from before the break."""
-        running = tuple(s.ref for s in self._streams.values())
         hello = frames.Hello(
             worker_id=self._client.worker_id,
             agent_version=self._version,
             slots=self._events.slots(),
-            attempts=running,
+            attempts=self._events.held(),
         )
         await connection.send(frames.pack(hello))
         self._connection = connection
@@ -304,34 +351,31 @@ class Channel:
         if old is not None:
             # The number is used again, so the coordinator did not take the old attempt up after the break.
             self._events.lost(old)
-        stream = ChannelStream(self, self._client, frame.stream, frame.offer)
+        stream = ChannelStream(self, self._client, self._answers, frame.stream, frame.offer)
         self._streams[frame.stream] = stream
         self._events.offered(stream)
 
     def _broken(self) -> None:
-        """Sort the attempts: some wait for the channel to come back, the others are lost."""
+        """Sort the attempts: some wait for the channel to come back, some go on without it, the others are lost."""
         self._connection = None
+        self._answers.broke()
         for stream in list(self._streams.values()):
-            if stream.resumable:
-                stream.go.clear()
-            else:
+            if not stream.broke():
                 self._lose(stream)
+        if self._streams:
+            # They came while the channel was being closed: a worker with work is not parked.
+            self.wanted.set()
         if self._resume is None:
             # Counted from the first break, however many tries to mend it break off as well.
             self._resume = asyncio.get_running_loop().call_later(frames.RESUME_WITHIN_S, self._too_late)
 
     def _too_late(self) -> None:
-        """Let attempts that waited for the channel deliver by HTTP, when they still can."""
+        """Let attempts that waited for the channel deliver by HTTP."""
         self._resume = None
-        for stream in list(self._streams.values()):
-            if stream.begun:
-                self._lose(stream)
-            else:
-                self.drop(stream)
-                stream.detached = True
-                stream.go.set()
+        for stream in self._streams.values():
+            stream.detach()
 
     def _lose(self, stream: ChannelStream) -> None:
         self.drop(stream)
-        stream.go.set()
+        stream.detach()
         self._events.lost(stream)

@@ -15,7 +15,7 @@ from urllib.parse import urlencode, urlsplit
 import msgspec
 
 from rma_core import http
-from rma_core.errors import CoordinatorError, NotAuthenticated, Refused, ValidationProblem
+from rma_core.errors import CoordinatorError, NotAuthenticated, Refused, TryLater, ValidationProblem
 from rma_core.models.strict import decode, encode
 from rma_core.models.worker import (
     AttemptRef,
@@ -70,10 +70,13 @@ class Answer(NamedTuple):
     content: bytes
 
     def good(self) -> Answer:
-        """Return it, or raise the CoordinatorError that an error status means."""
+        """Return it, or raise the CoordinatorError that an error status means; only a 4xx speaks of the request."""
         if 200 <= self.status < 300:  # noqa: PLR2004 - the successful ones
             return self
-        raise http.error_of(self.status, self.headers, self.content)
+        error = http.error_of(self.status, self.headers, self.content)
+        if isinstance(error, Refused) and not 400 <= self.status < 500:  # noqa: PLR2004 - the client's faults
+            raise TryLater(error.message, hints=error.hints)
+        raise error
 
 
 class Credential(NamedTuple):
@@ -231,9 +234,16 @@ class CoordinatorClient:
         return f"{own.scheme}://{own.netloc}{prefix}{parts.path}" + (f"?{parts.query}" if parts.query else "")
 
     async def result(
-        self, ref: AttemptRef, status: int, headers: Iterable[tuple[str, str]], chunks: AsyncIterator[bytes]
+        self,
+        ref: AttemptRef,
+        status: int,
+        headers: Iterable[tuple[str, str]],
+        chunks: Callable[[], AsyncIterator[bytes]],
     ) -> None:
-        """Stream an answer up in a request of its own; an exception in ``chunks`` breaks it off."""
+        """Stream an answer up in a request of its own; an exception in ``chunks`` breaks it off.
+
+        When the token is refused, once more with a new one: then ``chunks`` is called again.
+        """
         query = urlencode({"attempt": ref.attempt, "lease_id": ref.lease_id, "status": status})
         extra = {
             # ASCII only: a header carries nothing else safely, so other characters travel escaped.
@@ -241,8 +251,14 @@ class CoordinatorClient:
             "Content-Type": "application/octet-stream",
         }
         path = f"/api/worker/tasks/{ref.task_id}/result?{query}"
+
+        async def post(token: str) -> Answer:
+            return await self._send("POST", path, chunks(), token=token, headers=extra, timeout_s=RESULT_STALL_S)
+
         token = await self.token()
-        response = await self._send("POST", path, chunks, token=token, headers=extra, timeout_s=RESULT_STALL_S)
+        response = await post(token)
+        if response.status == 401:  # noqa: PLR2004 - Unauthorized
+            response = await post(await self.token(stale=token))
         response.good()
 
     async def _as_worker(
@@ -287,7 +303,8 @@ class CoordinatorClient:
         try:
             response = await self._http.send(request, stream=True)
             try:
-                return Answer(response.status_code, response.headers, await self._whole(response))
+                content = await (self._whole(response) if response.is_success else http.read_problem(response))
+                return Answer(response.status_code, response.headers, content)
             finally:
                 await response.aclose()
         except http.HTTPError as error:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from rma_core.errors import RMAError, UsageProblem, ValidationProblem
+from rma_core.errors import AgentAbsent, RMAError, UsageProblem, ValidationProblem
 from rma_core.models.strict import decode, encode
 
 if TYPE_CHECKING:
@@ -131,13 +131,13 @@ class ControlServer:
 
 
 async def ask(home: Path, call: str, **arguments: object) -> Any:  # noqa: ANN401 - each call answers its own plain data
-    """Return what the agent that runs with this state folder answers. Raises UsageProblem when none does."""
+    """Return what the agent that runs with this state folder answers. Raises AgentAbsent when none does."""
     try:
         address = decode((home / ADDRESS_FILE).read_bytes(), Address, subject="control address")
         async with asyncio.timeout(CALL_TIMEOUT_S):
             data = await _exchange(address, Call(call=call, token=address.token, arguments=arguments))
     except (OSError, TimeoutError, ValidationProblem, asyncio.IncompleteReadError):
-        raise UsageProblem(
+        raise AgentAbsent(
             f"no agent runs with the state folder {home}", hints=("`rma agent` starts one", "RMA_HOME names its folder")
         ) from None
     answer = decode(data, dict[str, Any], subject="the agent's answer")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from rma_core.errors import RuntimeFailure
+from rma_core.errors import RuntimeAbsent, RuntimeFailure
 from rma_core.interfaces import RuntimeHealth
 from rma_core.models.worker import RuntimeReport
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
     from rma_core.interfaces import ContainerHandle, ContainerRuntime
 
@@ -22,7 +22,84 @@ logger = logging.getLogger(__name__)
 PROBE_FRESH_S = 15.0
 #: Seconds a runtime has to say how it is; one that hangs with its engine is unhealthy.
 PROBE_TIMEOUT_S = 30.0
+#: Seconds a runtime has to say how a container is, where it listens, or whether an image is there.
+LOOK_TIMEOUT_S = 30.0
+#: Seconds a container has to stop politely, and a runtime beyond that.
+STOP_GRACE_S, STOP_SLACK_S = 10.0, 60.0
+#: Seconds a runtime has to tell a container's last words, and the most of them.
+LOGS_TIMEOUT_S = 10.0
+LAST_LINE_CHARACTERS = 300
 UNKNOWN = RuntimeHealth(state="undetected", reason="not looked at yet")
+
+T = TypeVar("T")
+
+
+async def asked(
+    runtime: ContainerRuntime,
+    call: Callable[[], Awaitable[T]],
+    *,
+    within_s: float | None = None,
+    silence: type[RuntimeFailure] = RuntimeFailure,
+) -> T:
+    """Make one call to a runtime and return its answer.
+
+    Whatever else it raises than a RuntimeFailure becomes one that names the runtime, and so does its silence after
+    ``within_s`` seconds, as a ``silence``.
+    """
+    limit = asyncio.timeout(within_s)
+    try:
+        async with limit:
+            return await call()
+    except RuntimeFailure:
+        raise
+    except (Exception, SystemExit, asyncio.CancelledError) as error:
+        # Isolation boundary: a runtime is a plugin and may raise anything, a cancellation that nobody asked for too.
+        if being_cancelled(error):
+            raise
+        if limit.expired():
+            raise silence(f"{runtime.name}: no answer within {within_s:.0f} s") from None
+        logger.debug("%s failed unexpectedly", runtime.name, exc_info=error)
+        words = f"{runtime.name}: the plugin failed unexpectedly: {type(error).__name__}: {error}"
+        raise RuntimeFailure(words) from error
+
+
+async def looked_up(runtime: ContainerRuntime, call: Callable[[], Awaitable[T]]) -> T:
+    """Ask a runtime how something stands, which takes it no time; a hanging one is as good as absent."""
+    return await asked(runtime, call, within_s=LOOK_TIMEOUT_S, silence=RuntimeAbsent)
+
+
+def being_cancelled(error: BaseException) -> bool:
+    """Say whether somebody cancels this task; a plugin can raise CancelledError without that."""
+    task = asyncio.current_task()
+    return isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling() > 0
+
+
+async def stopped(runtime: ContainerRuntime, handle: ContainerHandle) -> None:
+    """Stop and remove a container. Raises RuntimeFailure, whatever the runtime raises."""
+    await asked(runtime, lambda: runtime.stop(handle, grace_s=STOP_GRACE_S), within_s=STOP_GRACE_S + STOP_SLACK_S)
+
+
+async def last_line(runtime: ContainerRuntime, handle: ContainerHandle) -> str:
+    """Return the last thing a container said, or nothing when its runtime cannot tell."""
+
+    async def lines() -> list[str]:
+        return str(await runtime.logs(handle, tail_lines=20)).strip().splitlines()
+
+    try:
+        found = await asked(runtime, lines, within_s=LOGS_TIMEOUT_S)
+    except RuntimeFailure as error:
+        logger.debug("%s has no last words: %s", handle.name, error)
+        return ""
+    return found[-1].strip()[:LAST_LINE_CHARACTERS] if found else ""
+
+
+async def let_go(runtimes: Iterable[ContainerRuntime], *, within_s: float) -> None:
+    """Close every runtime, each within so many seconds; nothing can be done about one that fails."""
+    for runtime in runtimes:
+        try:
+            await asked(runtime, runtime.aclose, within_s=within_s)
+        except RuntimeFailure as error:
+            logger.info("%s was not closed: %s", runtime.name, error)
 
 
 class Engine:
@@ -53,24 +130,23 @@ class Engine:
 
     async def _probe(self) -> RuntimeHealth:
         try:
-            async with asyncio.timeout(PROBE_TIMEOUT_S):
-                return await self.runtime.probe()
-        except TimeoutError:
-            return RuntimeHealth(state="unhealthy", reason=f"no answer within {PROBE_TIMEOUT_S:.0f} s")
-        except Exception as error:  # noqa: BLE001 - isolation boundary: a runtime is a plugin and may raise anything
-            return RuntimeHealth(state="unhealthy", reason=_bug(error))
+            health: object = await asked(self.runtime, self.runtime.probe, within_s=PROBE_TIMEOUT_S)
+        except RuntimeFailure as error:
+            return RuntimeHealth(state="unhealthy", reason=error.message)
+        if isinstance(health, RuntimeHealth):
+            return health
+        return RuntimeHealth(state="unhealthy", reason=f"{self.name}: its health is a {type(health).__name__}")
 
     async def _sweep(self, worker_id: str) -> None:
+        async def owned() -> dict[str, ContainerHandle]:
+            return {handle.name: handle for handle in await self.runtime.list_owned(worker_id)}
+
         try:
-            owned = await self.runtime.list_owned(worker_id)
+            self.orphans = await asked(self.runtime, owned, within_s=PROBE_TIMEOUT_S)
         except RuntimeFailure as error:
             self.doubt(error)
-            return
-        except Exception as error:  # noqa: BLE001 - isolation boundary, as above
-            self.doubt(RuntimeFailure(_bug(error)))
-            return
-        self.orphans = {handle.name: handle for handle in owned}
-        self._swept = True
+        else:
+            self._swept = True
 
     def doubt(self, error: RuntimeFailure) -> None:
         """Take a call's failure for the engine's state, until the next probe."""
@@ -96,11 +172,8 @@ class Engine:
             state=self.health.state,
             reason=self.health.reason[:2000],
             version=self.health.version[:200],
+            cannot_limit=self.health.cannot_limit[:8],
         )
-
-
-def _bug(error: Exception) -> str:
-    return f"the plugin failed unexpectedly: {type(error).__name__}: {error}"
 
 
 def in_order(

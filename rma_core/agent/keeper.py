@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import logging
 from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
 from rma_core import http
+from rma_core.agent.engines import asked, being_cancelled, last_line, looked_up, stopped
 from rma_core.agent.placing import Spot, find_spot
 from rma_core.errors import (
     ImageMissing,
@@ -55,8 +57,6 @@ ENGINE_WAIT_S = 15.0
 PROGRESS_STEP = 0.05
 #: Seconds after which it is told anew even where no total is known.
 PROGRESS_EVERY_S = 1.0
-#: Seconds a container has to stop politely.
-STOP_GRACE_S = 10.0
 
 
 class Context(Protocol):
@@ -167,8 +167,10 @@ class Keeper:
             return await self._engine_down(error)
         except RuntimeFailure as error:
             return await self._failed(error)
-        except Exception as error:
+        except (Exception, SystemExit, asyncio.CancelledError) as error:
             # Isolation boundary: a runtime is a plugin and may raise anything; one container must not end the agent.
+            if being_cancelled(error):
+                raise
             logger.exception("%s: the runtime failed unexpectedly", self.wanted.name)
             return await self._failed(StartFailed(f"the runtime failed unexpectedly: {type(error).__name__}: {error}"))
 
@@ -196,7 +198,8 @@ class Keeper:
             self._handle = spot.adopted
             logger.info("%s goes on in %s", self.wanted.name, spot.engine.name, extra={"action": "container_adopted"})
             return
-        starting = asyncio.ensure_future(spot.engine.runtime.start(spot.spec))
+        # A task of its own that raised SystemExit would end the agent: `asked` keeps it in.
+        starting = asyncio.ensure_future(asked(spot.engine.runtime, lambda: spot.engine.runtime.start(spot.spec)))
         try:
             self._handle = await asyncio.shield(starting)
         except asyncio.CancelledError:
@@ -210,7 +213,8 @@ class Keeper:
         spot, handle = self.spot, self._handle
         assert spot is not None  # noqa: S101 - a handle comes from a spot
         assert handle is not None  # noqa: S101 - asked by `step`
-        found = await spot.engine.runtime.inspect(handle)
+        runtime = spot.engine.runtime
+        found = await looked_up(runtime, lambda: runtime.inspect(handle))
         if found.state != "running":
             if self._engine_was_down:
                 # Its engine went down and took it along, which is no failure of its own.
@@ -218,7 +222,7 @@ class Keeper:
                 return 0.0
             raise StartFailed(found.reason or f"ended with exit code {found.exit_code}")
         if self.client is None or self._engine_was_down:
-            await self._connect(await spot.engine.runtime.endpoint(handle))
+            await self._connect(await looked_up(runtime, lambda: runtime.endpoint(handle)))
             self._engine_was_down = False
         assert self.client is not None  # noqa: S101 - just made
         return self._judge(await self._context.check(self.client, self.wanted.health_path))
@@ -293,7 +297,7 @@ class Keeper:
             spot = Spot.on(engine, self.wanted, self.hash, self._context)
             if isinstance(spot, Spot) and await engine.look(self._context.worker_id):
                 try:
-                    if await engine.runtime.has_image(spot.spec):
+                    if await looked_up(engine.runtime, functools.partial(engine.runtime.has_image, spot.spec)):
                         return True
                 except RuntimeFailure as error:
                     logger.debug("%s cannot be asked for an image: %s", engine.name, error)
@@ -314,12 +318,12 @@ class Keeper:
         """Return the failure, with the container's last line where the runtime gave none."""
         if self._handle is None or self.spot is None or not isinstance(error, StartFailed):
             return error.message
-        try:
-            lines = (await self.spot.engine.runtime.logs(self._handle, tail_lines=20)).strip().splitlines()
-        except RuntimeFailure:
-            return error.message
-        last = lines[-1].strip()[:300] if lines else ""
+        last = await last_line(self.spot.engine.runtime, self._handle)
         return error.message if not last or last in error.message else f"{error.message}; its last words: {last}"
+
+    def neglected(self, error: BaseException) -> None:
+        """Show that nobody looks after it any more, which is a bug of the agent."""
+        self._become("failed", f"a bug in the agent, whose log has the details: {type(error).__name__}")
 
     async def take_down(self) -> None:
         """Stop and remove the container for good. Raises RuntimeFailure when its engine cannot."""
@@ -338,7 +342,7 @@ class Keeper:
     async def _remove(self) -> None:
         await self._disconnect()
         if self._handle is not None and self.spot is not None:
-            await self.spot.engine.runtime.stop(self._handle, grace_s=STOP_GRACE_S)
+            await stopped(self.spot.engine.runtime, self._handle)
         self._handle = None
         self._misses = 0
         self._engine_was_down = False

@@ -5,24 +5,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import time
 from typing import TYPE_CHECKING, Any
 
 import rma_core
 from rma_core import http
-from rma_core.agent.attempts import Attempts, Stop
+from rma_core.agent.answers import Answers
+from rma_core.agent.attempts import Attempts, Stop, lease_clock
 from rma_core.agent.channel import Channel
 from rma_core.agent.client import CoordinatorClient
 from rma_core.agent.control import ControlServer
-from rma_core.agent.engines import in_order
+from rma_core.agent.engines import in_order, let_go
 from rma_core.agent.heart import Heart
 from rma_core.agent.join import registration
 from rma_core.agent.load import Load
-from rma_core.agent.membership import Link, Membership
+from rma_core.agent.membership import Link, Membership, Messages
 from rma_core.agent.poll import Poller
 from rma_core.agent.reconcile import Reconciler
 from rma_core.agent.status import AgentStatus
-from rma_core.errors import CoordinatorError, RuntimeFailure
+from rma_core.errors import CoordinatorError
 from rma_core.models.worker import Heartbeat, HeartbeatAnswer, RegisterRequest, RegisterResponse
 
 if TYPE_CHECKING:
@@ -34,17 +34,19 @@ if TYPE_CHECKING:
     from rma_core.agent.streams import ChannelStream
     from rma_core.interfaces import ContainerRuntime
     from rma_core.models.hardware import HardwareReport
-    from rma_core.models.worker import Assignment, PluginReport
+    from rma_core.models.worker import Assignment, AttemptRef, PluginReport
     from rma_core.settings import AgentSettings
 
 logger = logging.getLogger(__name__)
 
 #: Seconds to tell the coordinator goodbye.
 GOODBYE_S = 5.0
+#: Seconds for answers that wait for their delivery when the agent ends.
+DELIVER_S = 5.0
+#: Attempts that a heartbeat and HELLO can list.
+MAX_LISTED = 1024
 #: Seconds to stop what the agent's runtimes hold, before it ends all the same.
 CLOSE_S = 30.0
-#: Messages of the coordinator that are remembered, so that each is said once.
-MAX_MESSAGES = 64
 
 DRAIN = Stop("owner", "the owner of this machine stops the agent", tell=True)
 
@@ -67,7 +69,7 @@ class Agent:
         runtimes: Mapping[str, ContainerRuntime],
         plugins: Callable[[], Iterable[PluginReport]] = tuple,
         use_channel: bool = True,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = lease_clock,
         uniform: Callable[[float, float], float] = random.uniform,
     ) -> None:
         self.settings, self.folder, self.record, self.report = settings, folder, record, report
@@ -91,10 +93,10 @@ class Agent:
             clock=clock,
             uniform=uniform,
         )
-        self.attempts = Attempts(self.reconciler.place, clock=clock)
+        self.answers = Answers(self.client, changed=self._changed, clock=clock)
         self.link = Link()
         self.load = Load()
-        self.channel = Channel(self.client, self, agent_version=rma_core.__version__, clock=clock)
+        self.channel = Channel(self.client, self, self.answers, agent_version=rma_core.__version__, clock=clock)
         self.membership = Membership(
             self.client,
             self._registration,
@@ -112,12 +114,15 @@ class Agent:
             clock=clock,
             uniform=uniform,
         )
+        self.attempts = Attempts(self.reconciler.place, beat=self.heart.beat_by_http, clock=clock)
         self.poller = Poller(
             self.client,
             self.attempts,
+            self.answers,
             room=lambda: 0 if self.draining else self.reconciler.free(),
             beat=self.heart.beat_by_http,
             forgotten=self.forgotten,
+            clock=clock,
         )
         self.tier: int | None = None
         self.tier_reason = ""
@@ -126,7 +131,7 @@ class Agent:
         self._stopping = asyncio.Event()
         self._hurried = asyncio.Event()
         self._plain_way = asyncio.Event()
-        self._messages: dict[str, None] = {}
+        self._messages = Messages()
         self._told: tuple[object, ...] = ()
         self._telling: tuple[object, ...] = ()
         self._minor: set[asyncio.Task[None]] = set()
@@ -159,6 +164,7 @@ class Agent:
             self._part("membership", self.membership.run()),
             self._part("load", self.load.run()),
             self._part("heartbeats", self._when_registered(self.heart.run)),
+            self._part("late answers", self._when_registered(self.answers.run)),
             self._part("plain way", self._poll_when_needed()),
         ]
         if self._use_channel:
@@ -214,6 +220,7 @@ class Agent:
         if not drain.done():
             drain.cancel()
             await self.attempts.drain(0, DRAIN)
+        await self.answers.finish(self.channel.confirm, within_s=0 if self._hurried.is_set() else DELIVER_S)
         if self.membership.registered.is_set():
             await self._goodbye()
 
@@ -226,13 +233,12 @@ class Agent:
 
     async def _clear_away(self) -> None:
         """Stop every container and let go of everything; what an engine cannot stop now, the next start finds."""
-        closing = (self.reconciler.close(stop=True), *(runtime.aclose() for runtime in self._runtimes.values()))
-        for work in closing:
-            try:
-                async with asyncio.timeout(CLOSE_S):
-                    await work
-            except (RuntimeFailure, TimeoutError) as error:
-                logger.info("not everything could be stopped: %s", str(error) or "no time left")
+        try:
+            async with asyncio.timeout(CLOSE_S):
+                await self.reconciler.close(stop=True)
+        except TimeoutError:
+            logger.info("not everything could be stopped: no time left")
+        await let_go(self._runtimes.values(), within_s=CLOSE_S)
         await self.client.aclose()
 
     # Membership.
@@ -264,6 +270,11 @@ class Agent:
         """Return the slots of each service; none while draining."""
         return {} if self.draining else self.reconciler.slots()
 
+    def held(self) -> tuple[AttemptRef, ...]:
+        """Return every attempt that this machine still has: what runs, and finished answers not yet delivered."""
+        refs = {ref.lease_id: ref for ref in (*self.attempts.refs(), *self.answers.refs())}
+        return tuple(refs.values())[:MAX_LISTED]
+
     def offered(self, stream: ChannelStream) -> None:
         """Begin a task."""
         self.attempts.begin(stream.offer, stream.body, stream)
@@ -282,6 +293,7 @@ class Agent:
         self._had_channel = True
         self.link.up()
         self.heart.soon()
+        self.answers.kick()
 
     def disconnected(self, reason: str) -> None:
         """The channel is broken, or does not get through at all."""
@@ -302,6 +314,7 @@ class Agent:
         """Do what a heartbeat's answer says."""
         if self.link.standing != "registered":
             self.channel.hurry()
+        self.answers.heard()
         self.heart.heard()
         self._told = self._telling
         self.heart.pace(answer.heartbeat_interval_s)
@@ -312,23 +325,15 @@ class Agent:
         if answer.containers is not None and answer.generation != self.reconciler.generation:
             self._want(answer.generation, answer.containers)
         for message in answer.messages:
-            self._say(message)
+            self._messages.say(message)
         if answer.connect:
             self.channel.wanted.set()
-        elif self.channel.wanted.is_set():
+        elif not self.attempts and not self.answers and (self.channel.wanted.is_set() or self.channel.up):
             self._spawn(self.channel.park())
 
     def _want(self, generation: int, containers: Iterable[Assignment]) -> None:
         if not self.draining:
             self.reconciler.want(generation, containers)
-
-    def _say(self, message: str) -> None:
-        """Show a message of the coordinator once."""
-        if message not in self._messages:
-            logger.info("the coordinator says: %s", message[:500])
-            self._messages[message] = None
-            if len(self._messages) > MAX_MESSAGES:
-                del self._messages[next(iter(self._messages))]
 
     def _spawn(self, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(work)
@@ -349,7 +354,7 @@ class Agent:
             reason=engine_down[:2000] if broken else "",
             current_load=round(max(self.reconciler.busy_share(), self.load.share), 3),
             containers=self.reconciler.statuses(),
-            attempts=self.attempts.refs(),
+            attempts=self.held(),
             generation=max(0, self.reconciler.generation),
             draining=self.draining,
             runtimes=runtimes if runtimes != self._told else None,

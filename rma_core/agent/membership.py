@@ -6,7 +6,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Literal
 
-from rma_core.agent.backoff import Backoff
+from rma_core.backoff import Backoff
 from rma_core.errors import CoordinatorError, CoordinatorUnreachable, NotAuthenticated, NotFound, TryLater
 
 if TYPE_CHECKING:
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Standing = Literal["joining", "registered", "unreachable", "unknown", "refused"]
+
+#: Messages of the coordinator that are remembered.
+MAX_MESSAGES = 64
 
 UNKNOWN = "the coordinator does not know this machine"
 
@@ -46,6 +49,21 @@ class Link:
         if self.standing != standing:
             logger.warning("%s; trying again, less and less often", reason, extra={"action": f"link_{standing}"})
         self.standing, self.reason = standing, reason
+
+
+class Messages:
+    """What the coordinator has to say to the owner of this machine, each message once."""
+
+    def __init__(self) -> None:
+        self._said: dict[str, None] = {}
+
+    def say(self, message: str) -> None:
+        """Show a message, unless it was shown before."""
+        if message not in self._said:
+            logger.info("the coordinator says: %s", message[:500])
+            self._said[message] = None
+            if len(self._said) > MAX_MESSAGES:
+                del self._said[next(iter(self._said))]
 
 
 class Membership:

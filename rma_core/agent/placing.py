@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, NamedTuple
 
+from rma_core.agent.engines import asked, looked_up, stopped
 from rma_core.catalog import ISOLATED_ONLY
 from rma_core.errors import (
     ImageMissing,
@@ -48,6 +49,8 @@ class Spot(NamedTuple):
         isolated = engine.runtime.isolated
         if wanted.service in ISOLATED_ONLY and not isolated:
             return f"{wanted.service} runs in containers only"
+        if reason := _too_loose(engine, wanted):
+            return reason
         if not isolated and wanted.process is None:
             return f"{wanted.service} cannot run as a process"
         device = context.gpu_for(wanted.name, wanted) if wanted.requires_gpu else None
@@ -71,6 +74,14 @@ class Spot(NamedTuple):
             process=wanted.process,
         )
         return cls(engine, spec)
+
+
+def _too_loose(engine: Engine, wanted: Assignment) -> str:
+    """Say why an engine is none for an image that is not trusted; what it cannot limit is known once it was probed."""
+    if wanted.trusted or (engine.runtime.isolated and not engine.health.cannot_limit):
+        return ""
+    lacking = f"limit {', '.join(engine.health.cannot_limit)}" if engine.runtime.isolated else "keep it apart"
+    return f"the image of {wanted.service} is not trusted, and this engine cannot {lacking}"
 
 
 def _access(device: Device, engine: Engine) -> ContainerAccess | None:
@@ -121,6 +132,8 @@ async def _try(engine: Engine, wanted: Assignment, spec_hash: str, context: Cont
             raise NotSupported(spot)
         if not await engine.look(context.worker_id):
             raise RuntimeAbsent(engine.health.reason or engine.health.state)
+        if reason := _too_loose(engine, wanted):
+            raise NotSupported(reason)
         await _fetch(spot, pulling)
     except (RuntimeAbsent, ImageMissing, NotSupported, ImagePullFailed, OutOfSpace) as error:
         if isinstance(error, RuntimeAbsent) and engine.health.state == "healthy":
@@ -131,7 +144,7 @@ async def _try(engine: Engine, wanted: Assignment, spec_hash: str, context: Cont
 
 async def _fetch(spot: Spot, pulling: Pulling) -> None:
     runtime = spot.engine.runtime
-    if not await runtime.has_image(spot.spec):
+    if not await looked_up(runtime, lambda: runtime.has_image(spot.spec)):
         pulling(spot.engine, None)
         # A runtime that wraps a blocking SDK may report from a thread of its own.
         soon = asyncio.get_running_loop().call_soon_threadsafe
@@ -139,7 +152,7 @@ async def _fetch(spot: Spot, pulling: Pulling) -> None:
         def report(progress: PullProgress) -> None:
             soon(pulling, spot.engine, progress)
 
-        await runtime.pull(spot.spec, report)
+        await asked(runtime, lambda: runtime.pull(spot.spec, report))
 
 
 async def _adopted(wanted: Assignment, spec_hash: str, context: Context) -> Spot | None:
@@ -154,7 +167,7 @@ async def _adopted(wanted: Assignment, spec_hash: str, context: Context) -> Spot
         if orphan.spec_hash == spec_hash and isinstance(spot, Spot):
             del engine.orphans[wanted.name]
             return spot._replace(adopted=orphan)
-        await engine.runtime.stop(orphan)
+        await stopped(engine.runtime, orphan)
         engine.orphans.pop(wanted.name, None)
     return None
 

@@ -10,6 +10,7 @@ import time
 from typing import TYPE_CHECKING
 
 from rma_core import http
+from rma_core.agent.engines import stopped
 from rma_core.agent.keeper import ENGINE_WAIT_S, Keeper, Slot, spec_hash
 from rma_core.catalog import choose_gpu, gpu_share
 from rma_core.errors import RuntimeFailure
@@ -211,8 +212,10 @@ class Reconciler:
     def _done(self, keeper: Keeper, task: asyncio.Task[None]) -> None:
         if self._tasks.get(keeper) is task:
             del self._tasks[keeper]
-        if not task.cancelled() and task.exception() is not None:
-            logger.error("%s is no longer looked after", keeper.wanted.name, exc_info=task.exception())
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            logger.error("%s is no longer looked after", keeper.wanted.name, exc_info=error)
+            keeper.neglected(error)
 
     async def _keep(self, keeper: Keeper) -> None:
         for former in [k for k in self._leaving if k.wanted.name == keeper.wanted.name]:
@@ -241,6 +244,17 @@ class Reconciler:
         self.changed()
 
     async def _take_down(self, keeper: Keeper, *, tries: int) -> None:
+        try:
+            await self._try_to_stop(keeper, tries)
+        finally:
+            # Whatever happened: a new container of its name waits for this.
+            keeper.gone.set()
+        if keeper in self._leaving:
+            self._leaving.remove(keeper)
+        if keeper.wanted.name not in self._keepers:
+            self._given.pop(keeper.wanted.name, None)
+
+    async def _try_to_stop(self, keeper: Keeper, tries: int) -> None:
         for left in reversed(range(tries)):
             try:
                 await keeper.take_down()
@@ -251,11 +265,6 @@ class Reconciler:
                     await asyncio.sleep(TAKE_DOWN_PAUSE_S)
         else:
             keeper.orphan()
-        keeper.gone.set()
-        if keeper in self._leaving:
-            self._leaving.remove(keeper)
-        if keeper.wanted.name not in self._keepers:
-            self._given.pop(keeper.wanted.name, None)
 
     async def _watch_engines(self) -> None:
         """Keep an eye on the engines, and clear away what an earlier run left and nobody wants."""
@@ -277,7 +286,7 @@ class Reconciler:
                 if keeper is not None and (keeper.handle is None or keeper.engine is engine):
                     continue
                 try:
-                    await engine.runtime.stop(handle)
+                    await stopped(engine.runtime, handle)
                 except RuntimeFailure as error:
                     logger.debug("%s of an earlier run could not be stopped: %s", name, error)
                 else:

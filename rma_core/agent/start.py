@@ -77,9 +77,10 @@ def discover(settings: AgentSettings) -> Plugins:
 
 
 def plugin_tables(settings: AgentSettings) -> PluginTables:
-    """Return the plugins' tables, the process runtime's completed by what the agent itself was told."""
-    process: dict[str, object] = {"home": str(settings.home_path), "sources": settings.service_sources}
-    return {**settings.plugins, "process": process | settings.plugins.get("process", {})}
+    """Return the plugins' tables, the runtimes' completed by what the agent itself was told."""
+    told: dict[str, dict[str, object]] = {name: {"home": str(settings.home_path)} for name in settings.runtimes}
+    told["process"] = {"home": str(settings.home_path), "sources": settings.service_sources}
+    return {**settings.plugins, **{name: table | settings.plugins.get(name, {}) for name, table in told.items()}}
 
 
 async def look(settings: AgentSettings, plugins: Plugins) -> HardwareReport:

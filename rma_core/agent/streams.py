@@ -6,14 +6,17 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING
 
+from rma_core.agent.answers import LinkLostError
+from rma_core.agent.execute import AttemptFailed
 from rma_core.agent.flow import Pipe, Window
-from rma_core.agent.uplink import LARGE_ANSWER_BYTES, LinkLostError, Upload
+from rma_core.agent.uplink import LARGE_ANSWER_BYTES, Upload
 from rma_core.models import channel as frames
 from rma_core.models.worker import AttemptRef, TaskComplete
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Mapping, Sequence
 
+    from rma_core.agent.answers import Answers, Copy
     from rma_core.agent.channel import Channel
     from rma_core.agent.client import CoordinatorClient
     from rma_core.models.worker import Fault, TaskOffer
@@ -25,30 +28,51 @@ MAX_REASON = 2000
 
 
 class ChannelStream:
-    """One attempt on the channel; an `Uplink`."""
+    """One attempt on the channel; an `Uplink`.
 
-    def __init__(self, channel: Channel, client: CoordinatorClient, number: int, offer: TaskOffer) -> None:
+    Its answer goes over the channel, by a request of its own (large, or the channel stayed away), or, when the channel
+    breaks in the middle of it, only into a copy that is delivered once it is whole.
+    """
+
+    def __init__(
+        self, channel: Channel, client: CoordinatorClient, answers: Answers, number: int, offer: TaskOffer
+    ) -> None:
         self.number, self.offer = number, offer
         self.ref = AttemptRef(task_id=offer.task_id, attempt=offer.attempt, lease_id=offer.lease_id)
         #: Set while frames may be sent, and once the attempt must do without the channel.
         self.go = asyncio.Event()
         self.go.set()
-        #: The channel stayed away for too long: the answer goes by HTTP.
+        #: The answer does without the channel from here on.
         self.detached = False
-        #: Something of the answer may have been sent.
-        self.begun = False
-        self._channel, self._client = channel, client
+        self._channel, self._client, self._answers = channel, client, answers
         self._window = Window()
+        self._copy: Copy | None = None
         self._upload: Upload | None = None
         self._body = Pipe(frames.WINDOW_BYTES)
         self._body_left = offer.body_bytes
         self._body_due = 0
         self._body_ended = offer.body_url is not None or not offer.body_bytes or offer.body is not None
 
-    @property
-    def resumable(self) -> bool:
-        """Whether a break of the channel has cost nothing: the request is here, and no answer was on the way."""
-        return self._upload is not None or (self._body_ended and not self.begun)
+    def broke(self) -> bool:
+        """The channel broke: say whether the attempt goes on.
+
+        Its request must be here whole, and of its answer nothing sent, or all of that kept.
+        """
+        if self._upload is not None:
+            return True
+        if not self._body_ended or (self._copy is not None and not self._copy.kept):
+            return False
+        if self._copy is None:
+            self.go.clear()
+        else:
+            self.detach()
+        return True
+
+    def detach(self) -> None:
+        """Do without the channel from here on."""
+        self.detached = True
+        self.go.set()
+        self._window.open()
 
     def body(self) -> AsyncGenerator[bytes, None] | None:
         """Return the request's body as it comes, or ``None`` when there is none."""
@@ -94,42 +118,69 @@ class ChannelStream:
     async def head(self, status: int, headers: Sequence[tuple[str, str]], length: int | None) -> None:
         """Send status and headers; a large or late answer opens an HTTP request of its own instead."""
         await self.go.wait()
+        self._copy = self._answers.copy(self.ref, status, headers, length)
         if self.detached or (length or 0) > LARGE_ANSWER_BYTES:
-            self._upload = Upload(self._client, self.ref, status, headers)
-            return
-        self.begun = True
-        await self._send(frames.Head(stream=self.number, status=status, headers=tuple(headers)))
+            self._upload = Upload(self._client, self._answers, self._copy)
+        else:
+            await self._send_or_detach(
+                frames.pack(frames.Head(stream=self.number, status=status, headers=tuple(headers)))
+            )
 
     async def data(self, chunk: bytes) -> None:
-        """Send a part of the answer as the window allows."""
+        """Send a part of the answer as the window allows, or only keep it."""
         if self._upload is not None:
             await self._upload.write(chunk)
             return
-        while chunk:
-            count = await self._window.take(min(len(chunk), frames.MAX_DATA_BYTES))
-            await self.go.wait()
-            await self._channel.send(frames.pack_data(self.number, chunk[:count]))
-            chunk = chunk[count:]
+        copy = self._copy
+        assert copy is not None  # noqa: S101 - an answer begins with its head
+        copy.add(chunk)
+        while chunk and not self.detached:
+            count = await self._room(min(len(chunk), frames.MAX_DATA_BYTES))
+            if not self.detached:
+                await self._send_or_detach(frames.pack_data(self.number, chunk[:count]))
+                chunk = chunk[count:]
+        if self.detached and not copy.kept:
+            raise LinkLostError("the channel broke, and the answer is too large to be kept")
+
+    async def _room(self, count: int) -> int:
+        """Wait for the window to open, but not for ever: a coordinator may have forgotten the stream."""
+        gap_s = self.offer.gap_s
+        try:
+            async with asyncio.timeout(gap_s):
+                return await self._window.take(count)
+        except TimeoutError:
+            raise AttemptFailed("coordinator", f"nobody took more of the answer for {gap_s:g} s") from None
+
+    async def _send_or_detach(self, message: str | bytes) -> None:
+        """Send a part of the answer; when the channel is broken, go on without it if that can be."""
+        try:
+            await self._channel.send(message)
+        except LinkLostError:
+            if not self.broke():
+                raise
 
     async def progress(self) -> bool:
-        """Say that the attempt lives; a heartbeat says it for an attempt without a channel."""
-        try:
-            await self._send(frames.Progress(stream=self.number))
-        except LinkLostError:
-            return False
-        return True
+        """Say that the attempt lives, and wait until that has been read."""
+        return await self._channel.sign(frames.Progress(stream=self.number))
+
+    def late(self) -> None:
+        """From here on nothing goes over the channel: the coordinator may take no frames of this lease any more."""
+        if self._upload is None:
+            self.detach()
 
     async def end(self, usage: Mapping[str, float], timings: Mapping[str, float]) -> None:
-        """Say that the answer is whole, once it all has arrived where it takes a request of its own."""
-        frame = frames.End(stream=self.number, usage=dict(usage), timings=dict(timings))
-        if self._upload is None:
-            await self.go.wait()
-            await self._send(frame)
-        else:
+        """Say that the answer is whole, once it all has arrived where it takes a request of its own; else keep it."""
+        frame = frames.pack(frames.End(stream=self.number, usage=dict(usage), timings=dict(timings)))
+        if self._upload is not None:
             await self._upload.finish()
             # The upload has closed the attempt; this only closes its stream, where there still is one.
             with contextlib.suppress(LinkLostError):
-                await self._send(frame)
+                await self._channel.send(frame)
+        elif self._copy is not None:
+            if not self.detached:
+                await self._send_or_detach(frame)
+            copy, self._copy = self._copy, None
+            (self._answers.keep if self.detached else self._answers.sent)(copy)
         self._channel.drop(self)
 
     async def error(self, fault: Fault, reason: str) -> None:
@@ -141,8 +192,10 @@ class ChannelStream:
             await self._send(frames.Error(stream=self.number, fault=fault, reason=reason[:MAX_REASON]))
 
     async def abandon(self) -> None:
-        """Break an upload off and forget the stream."""
+        """Break an upload off, keep nothing, and forget the stream."""
         self._channel.drop(self)
+        if self._copy is not None and self._upload is None:
+            self._copy.drop()
         if self._upload is not None:
             await self._upload.abort()
 

@@ -125,12 +125,21 @@ def _wheel_version(wheel: Path) -> tuple[tuple[int, ...], str]:
 def _key(path: Path) -> str:
     """Return a hash over a wheel, or over every file of a project, and over the Python it is installed for."""
     digest = hashlib.sha256(f"{platform.python_version()} {sys.platform} {platform.machine()}".encode())
-    files = [path] if path.is_file() else sorted(_source_files(path))
+    files = [path] if path.is_file() else sorted({file for part in _parts(path) for file in _source_files(part)})
     for file in files:
         data = file.read_bytes()
-        digest.update(f"\0{file.relative_to(path.parent).as_posix()}\0{len(data)}\0".encode())
+        digest.update(f"\0{Path(os.path.relpath(file, path.parent)).as_posix()}\0{len(data)}\0".encode())
         digest.update(data)
     return digest.hexdigest()[:KEY_DIGITS]
+
+
+def _parts(project: Path) -> Iterator[Path]:
+    """Return the folders a project is written in: its own, and what it shares with others (``dev-mode-dirs``)."""
+    yield project
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        table = tomllib.loads((project / "pyproject.toml").read_text(encoding="utf-8"))
+        for folder in table["tool"]["hatch"]["build"]["dev-mode-dirs"]:
+            yield (project / str(folder)).resolve()
 
 
 def _source_files(project: Path) -> Iterator[Path]:

@@ -35,7 +35,8 @@ LOG, SOCKET, COMPLAINTS = "log", "s", "supervisor.log"
 DANGEROUS = ("LD_", "DYLD_", "PYTHON", "RMA_SUPERVISED", "GCONV_PATH", "BASH_", "PERL5", "RUBY", "NODE_", "JAVA_TOOL",
              "GIT_", "SSL_", "OPENSSL_", "GLIBC_", "MALLOC_", "LOCPATH", "HOSTALIASES")  # fmt: skip
 RESERVED = frozenset({"PATH", "HOME", "TMPDIR", "TEMP", "TMP", "ENV", "IFS", "SHELL", "USER", "HTTP_PROXY",
-                      "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"})  # fmt: skip
+                      "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE",
+                      *service_platforms.WINDOWS_VARIABLES})  # fmt: skip
 #: What a server says when its port is not free, on the systems there are.
 IN_USE = ("address already in use", "errno 98", "errno 48", "winerror 10048", "only one usage of each socket address")
 
@@ -49,7 +50,8 @@ class Address(NamedTuple):
 
 def refuse_dangerous(spec: ContainerSpec) -> None:
     """Keep a catalog from reaching past its own service. Raises NotSupported."""
-    wrong = sorted(name for name in spec.env if name in RESERVED or name.startswith(DANGEROUS))
+    # Windows knows one variable under any spelling: `Path` beside `PATH` would be the same one twice.
+    wrong = sorted(name for name in spec.env if name.upper() in RESERVED or name.upper().startswith(DANGEROUS))
     if wrong:
         message = f"the catalog sets {', '.join(wrong)} for {spec.service}, which no process of this machine is given"
         raise NotSupported(message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ import msgspec
 
 import rma_core
 from rma_core.commands import common
-from rma_core.errors import RMAError, UsageProblem, ValidationProblem
+from rma_core.errors import Bug, RMAError, UsageProblem, ValidationProblem
 from rma_core.hookspecs import COMMANDS_GROUP
 
 if TYPE_CHECKING:
@@ -128,6 +129,24 @@ def run(args: list[str]) -> int:  # noqa: PLR0911 - one ending, one return
         # The reader (head, less) has seen enough; python would complain once more when it closes stdout.
         sys.stderr.close()
         return 0
+    except OSError as error:
+        return failed(RMAError(_words(error)), as_json=as_json)
+    except Exception as error:
+        # The boundary to a person, who can do nothing with a traceback; whoever mends it asks for one.
+        if os.environ.get("RMA_LOG_LEVEL", "").lower() == "debug":
+            raise
+        return failed(_bug(error), as_json=as_json)
+
+
+def _words(error: OSError) -> str:
+    """Return a system's refusal as a sentence."""
+    name = f"{error.filename}: " if error.filename is not None else ""
+    return f"{name}{error.strerror or error}"
+
+
+def _bug(error: Exception) -> Bug:
+    hints = ("RMA_LOG_LEVEL=debug shows where; please report that",)
+    return Bug(f"something went wrong in rma itself ({type(error).__name__}: {error})", hints=hints)
 
 
 def _usage(error: click.ClickException, *, as_json: bool) -> int:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import logging
 import os
 import sys
 import time
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import click
 import msgspec
 
-from rma_core.errors import NotAuthenticated, SettingProblem, UsageProblem
+from rma_core.errors import CoordinatorError, NotAuthenticated, SettingProblem, UsageProblem
 from rma_core.models.strict import encode
 from rma_core.settings import ALIASES, default_home
 
@@ -31,6 +32,10 @@ F = TypeVar("F", bound="Callable[..., Any]")
 PIPE_WIDTH = 250
 #: Longest line of a log, in characters.
 LOG_LINE = 4000
+#: What to do about an answer that no coordinator of this version gives.
+OTHER_SIDE = ("check the address: is it RMA's, or a proxy's?", "rma --version there and here should agree")
+#: Pages of a list at most, of a thousand entries each.
+MAX_PAGES = 1000
 #: What `rma up` leaves for other commands on the same machine: where it answers, and a key.
 CLIENT_FILE = "client.json"
 
@@ -60,7 +65,8 @@ errors_option = click.option("--json", "as_json", is_flag=True, expose_value=Fal
 
 
 def pool_options(command: F) -> F:
-    """Add the options that say which pool, and with which key."""
+    """Add the options that say which pool, and with which key; an answer it cannot use is no bug of the command."""
+    command = cast("F", _doubting(command))
     for option in (
         click.option(
             "--insecure-http",
@@ -74,6 +80,24 @@ def pool_options(command: F) -> F:
     ):
         command = option(command)
     return command
+
+
+def _doubting(command: Callable[..., T]) -> Callable[..., T]:
+    """Return a command that blames the coordinator's answer for what only comes of data of another form."""
+
+    @functools.wraps(command)
+    def run(*arguments: Any, **options: Any) -> T:
+        try:
+            return command(*arguments, **options)
+        except (TypeError, AttributeError, LookupError, ValueError) as error:
+            if os.environ.get("RMA_LOG_LEVEL", "").lower() == "debug":
+                raise
+            raise CoordinatorError(
+                f"what the coordinator answered cannot be used ({type(error).__name__}: {error})",
+                hints=(*OTHER_SIDE, "RMA_LOG_LEVEL=debug shows where, if it is rma that is wrong"),
+            ) from None
+
+    return run
 
 
 def no_attach(attach: Sequence[str]) -> None:
@@ -111,6 +135,8 @@ def target(options: Mapping[str, Any]) -> Target:
         raise NotAuthenticated(
             "a key is needed", hints=("--key KEY, or set RMA_KEY", "an admin makes one: rma keys create")
         )
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise NotAuthenticated("that is no key: it is mistyped or cut off", hints=("copy it again, whole",))
     address = check_url(url, insecure_http=bool(options.get("insecure_http")))
     return Target(address, key, ours.certificate if ours else "")
 
@@ -146,25 +172,54 @@ def call(
     context = http.tls_context(to.certificate) if to.certificate else None
     with http.open_sync_client(to.url, context=context, token=to.key) as client:
         try:
-            response = client.request(method, path, json=body, params=dict(query or {}))
+            content = None if body is None else encode(body)
+            kind = {"content-type": "application/json"} if content is not None else {}
+            with client.stream(method, path, content=content, headers=kind, params=dict(query or {})) as response:
+                if not response.is_success:
+                    raise http.error_of(response.status_code, response.headers, http.read_problem_sync(response))
+                return json_of(to.url, http.read_sync(response))
         except http.HTTPError as error:
             raise http.unreachable(to.url, error) from None
-    if not response.is_success:
-        raise http.error_of(response.status_code, response.headers, response.content)
-    return response.json()
+
+
+class Answer(dict[str, Any]):
+    """A JSON object of the coordinator; what it lacks is the coordinator's fault, and said so."""
+
+    def __missing__(self, name: str) -> Any:
+        """Raise CoordinatorError."""
+        raise CoordinatorError(f"the coordinator's answer has no {name!r}", hints=OTHER_SIDE)
+
+
+def json_of(url: str, content: bytes) -> Answer:
+    """Return an answer as data. Raises CoordinatorError for one that is no JSON object."""
+    try:
+        found = json.loads(content, object_hook=Answer)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, Answer):
+        raise CoordinatorError(f"what answers at {url} does not speak as a coordinator does", hints=OTHER_SIDE)
+    return found
+
+
+def part(name: str) -> str:
+    """Return a name as one part of a path, whatever is in it."""
+    from urllib.parse import quote
+
+    return quote(name.encode("utf-8", "surrogateescape"), safe="") or "%00"
 
 
 def pages(options: Mapping[str, Any], path: str, name: str) -> list[dict[str, Any]]:
     """Return every entry of a paged list."""
     items: list[dict[str, Any]] = []
     after = ""
-    while True:
+    for _ in range(MAX_PAGES):
         query = {"limit": "1000", **({"after": after} if after else {})}
         page = call(options, "GET", path, query=query)
         items += page[name]
         after = page["next"]
         if not after:
             return items
+    raise CoordinatorError("the coordinator's list does not end", hints=OTHER_SIDE)
 
 
 def console(*, err: bool = False) -> Console:
@@ -235,7 +290,11 @@ def ago(when: str | None) -> str:
     """Return how long ago a time of CONTRACT's form was: ``3 s``, ``2 h``."""
     if not when:
         return "never"
-    seconds = max(0.0, time.time() - datetime.strptime(when, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC).timestamp())
+    try:
+        moment = datetime.strptime(when, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC).timestamp()
+    except (TypeError, ValueError):
+        return "?"
+    seconds = max(0.0, time.time() - moment)
     for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)):
         if seconds >= size:
             return f"{seconds / size:.0f} {unit}"

@@ -50,13 +50,16 @@ def infer(
     The request is a file's content, stdin (`-`), or a text. `rma infer notes paper.pdf`
     """
     service, _, rest = service.partition("/")
-    path = f"/api/inference/{service}" + (f"/{rest}" if rest else "")
+    path = "/".join(["/api/inference", *map(common.part, [service, *rest.split("/")] if rest else [service])])
     body, kind = _body(source, content_type)
     headers = {"content-type": kind}
     if detach:
         headers["prefer"] = "respond-async"
     if idempotency_key:
         headers["idempotency-key"] = idempotency_key
+    for name, value in headers.items():
+        if not value.isascii() or not value.isprintable():
+            raise UsageProblem(f"the header {name} cannot be {value!r}", hints=("use ASCII, on one line",))
     show = _print_task if detach and not as_json else functools.partial(_print, as_json=as_json)
     stream(options, "POST", path, params=_query(extras), content=body, headers=headers, show=show)
 
@@ -81,7 +84,10 @@ def stream(
 
 def _print_task(answer: Response) -> None:
     """Write the id of a task that was acknowledged."""
-    click.echo(common.safe(json.loads(answer.read())["task_id"]))
+    from rma_core import http
+
+    found = common.json_of(str(answer.url), http.read_sync(answer))
+    click.echo(common.printable(str(found["task_id"])))
 
 
 def _query(extras: tuple[str, ...]) -> dict[str, str]:
@@ -105,7 +111,7 @@ def _body(source: str | None, content_type: str | None) -> tuple[bytes | Iterato
         return _pieces(path.open("rb")), guessed
     if (path.suffix or "/" in str(source)) and " " not in str(source):
         raise UsageProblem(f"there is no file {source}", hints=("a text that is no file name is sent as it is",))
-    return str(source).encode(), content_type or "text/plain; charset=utf-8"
+    return str(source).encode("utf-8", "surrogateescape"), content_type or "text/plain; charset=utf-8"
 
 
 def _pieces(file: BinaryIO) -> Iterator[bytes]:

@@ -29,7 +29,7 @@ MARKS = {"healthy": "●", "degraded": "▲", "offline": "■"}
 def workers(worker_id: str | None, as_json: bool, **options: Any) -> None:
     """List the pool's workers, or show one with its devices, plugins and the reasons for what it runs."""
     if worker_id:
-        one = common.call(options, "GET", f"/api/admin/workers/{worker_id}")
+        one = common.call(options, "GET", f"/api/admin/workers/{common.part(worker_id)}")
         common.show(one, as_json, lambda out: _worker(out, one))
         return
     found = common.pages(options, "/api/admin/workers", "workers")
@@ -103,7 +103,8 @@ def tasks(as_json: bool, **options: Any) -> None:
 def backup(as_json: bool, **options: Any) -> None:
     """Copy the coordinator's state to a file in its own folder, while it runs.
 
-    The newest seven are kept. To go back to one: stop the coordinator and put the copy in the place of coordinator.db.
+    The newest seven are kept. To go back to one: stop the coordinator, move coordinator.db and coordinator.db-wal
+    away, and put the copy in the place of coordinator.db.
     """
     found = common.call(options, "POST", "/api/admin/backup")
     words = f"{found['path']} ({found['bytes']} bytes)"
@@ -167,7 +168,7 @@ def keys_create(client: bool, scopes: tuple[str, ...], label: str, ttl: float, a
 @common.pool_options
 def keys_revoke(key_id: str, as_json: bool, **options: Any) -> None:
     """End a key at once."""
-    done = common.call(_outer(options), "DELETE", f"/api/admin/keys/{key_id}")
+    done = common.call(_outer(options), "DELETE", f"/api/admin/keys/{common.part(key_id)}")
     common.show(done, as_json, lambda out: out.print(common.safe(f"{key_id} is revoked")))
 
 
@@ -210,7 +211,7 @@ def tokens_create(uses: int, ttl: float, label: str, as_json: bool, **options: A
 def _say_how_to_join(url: str, token: str) -> None:
     from urllib.parse import urlsplit
 
-    from rma_core.http import is_loopback
+    from rma_core.addresses import is_loopback
 
     if is_loopback(urlsplit(url).hostname or ""):
         common.say(f"Only this machine reaches {url}: for others start the pool with `rma up --lan` or a --public-url.")
@@ -223,7 +224,7 @@ def _say_how_to_join(url: str, token: str) -> None:
 @common.pool_options
 def tokens_revoke(token_id: str, as_json: bool, **options: Any) -> None:
     """End a join token at once."""
-    done = common.call(_outer(options), "DELETE", f"/api/admin/tokens/{token_id}")
+    done = common.call(_outer(options), "DELETE", f"/api/admin/tokens/{common.part(token_id)}")
     common.show(done, as_json, lambda out: out.print(common.safe(f"{token_id} is revoked")))
 
 

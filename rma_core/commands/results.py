@@ -9,7 +9,7 @@ import click
 
 from rma_core.commands import common
 from rma_core.commands.infer import stream
-from rma_core.errors import Refused, TryLater
+from rma_core.errors import CoordinatorError, Refused, TryLater
 
 #: Seconds one call waits for a task's end; the next one follows at once.
 ASK_S = 30
@@ -34,7 +34,11 @@ def result(task_id: str, wait: bool, as_json: bool, **options: Any) -> None:
     if found["status"] in ("queued", "running"):
         raise TryLater(f"{task_id} is {found['status']}", hints=("rma result TASK_ID waits for its end",))
     if "result_url" in found:
-        stream(options, "GET", found["result_url"])
+        url = str(found["result_url"])
+        if not url.startswith("/api/"):
+            # Whoever is named there would be sent the key.
+            raise CoordinatorError(f"the coordinator names an address that is not its own: {url}")
+        stream(options, "GET", url)
         return
     error = found.get("error") or {}
     raise Refused(f"{task_id} has {found['status']}: {error.get('message', 'no reason known')}")
@@ -46,12 +50,13 @@ def result(task_id: str, wait: bool, as_json: bool, **options: Any) -> None:
 @common.json_option
 def cancel(task_id: str, as_json: bool, **options: Any) -> None:
     """Cancel a request that was sent with `rma infer --detach`."""
-    found = common.call(options, "DELETE", f"/api/inference/tasks/{task_id}")
+    found = common.call(options, "DELETE", f"/api/inference/tasks/{common.part(task_id)}")
     common.show(found, as_json, lambda out: out.print(common.safe(f"{task_id} is {found['status']}")))
 
 
 def _ask(options: dict[str, Any], task_id: str, wait_s: int) -> dict[str, Any]:
-    found: dict[str, Any] = common.call(options, "GET", f"/api/inference/tasks/{task_id}", query={"wait": str(wait_s)})
+    path = f"/api/inference/tasks/{common.part(task_id)}"
+    found: dict[str, Any] = common.call(options, "GET", path, query={"wait": str(wait_s)})
     return found
 
 

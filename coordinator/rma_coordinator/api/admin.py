@@ -29,8 +29,11 @@ if TYPE_CHECKING:
 
 
 async def health(pool: Pool, web: Web) -> object:  # noqa: ARG001 - every handler has the same form
-    """Whether the coordinator works, and what it is."""
-    return {"status": "ok", "version": rma_core.__version__, "issuer": pool.record.issuer}
+    """Whether the coordinator works and takes new work, and what it is."""
+    status = (
+        {"status": "degraded", "reason": f"no new work is taken: {pool.unwell}"} if pool.unwell else {"status": "ok"}
+    )
+    return {**status, "version": rma_core.__version__, "issuer": pool.record.issuer}
 
 
 async def openapi(pool: Pool, web: Web) -> object:  # noqa: ARG001 - every handler has the same form
@@ -98,14 +101,16 @@ async def stats(pool: Pool, web: Web) -> object:  # noqa: ARG001 - every handler
 
 async def admin_health(pool: Pool, web: Web) -> object:  # noqa: ARG001 - every handler has the same form
     """The coordinator's own state."""
-    fleet = pool.fleet
+    fleet, store = pool.fleet, pool.store.state
     amnesty = fleet.amnesty_until - pool.clock()
     return {
-        "status": "degraded" if pool.store_reason else "ok",
-        "reason": pool.store_reason,
+        "status": "ok" if store.ok else "degraded",
+        "reason": store.reason,
+        "store_state": store.code,
+        "hints": list(store.hints),
         "version": rma_core.__version__,
         "store": pool.settings.store,
-        "uptime_s": round(pool.wall() - pool.started_at, 1),
+        "uptime_s": pool.uptime_s,
         "amnesty_s": round(max(0.0, amnesty), 1),
         "amnesty_reason": fleet.amnesty_reason if amnesty > 0 else "",
         "connected_workers": len(pool.hub.sinks),

@@ -88,8 +88,22 @@ class Lingering:
         if last and not self._over:
             await self._send({**message, "more_body": True})
             await self._drain()
-            message = {"type": "http.response.body", "body": b"", "more_body": False}
+            await self._end_early()
+            return
         await self._send(message)
+
+    async def _end_early(self) -> None:
+        """End an answer while its body still comes.
+
+        The server tells us of the end through the queue that the body fills: unless somebody empties it, it waits
+        there for ever, and the sender keeps a connection that nothing closes.
+        """
+        reading = asyncio.create_task(self._throw_away(), name="what follows an answer")
+        try:
+            await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            reading.cancel()
+            await asyncio.wait({reading})
 
     async def _drain(self) -> None:
         self._end = asyncio.Event()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from rma_coordinator.domain.worker_records import same
 from rma_core.models.strict import decode
 from rma_core.models.worker import Heartbeat
 
@@ -33,5 +34,5 @@ def read_beat(data: bytes, worker: Worker) -> Heartbeat:
     if quick is not None and digest == worker.written[0]:
         return msgspec.structs.replace(quick, containers=worker.written[1])
     found = decode(data, Heartbeat, subject="heartbeat")
-    worker.written = (digest, found.containers)
+    worker.written = (digest, same(found.containers))
     return found

@@ -141,18 +141,12 @@ def _check_queue(pool: Pool) -> None:
 async def _answer_durable(pool: Pool, call: Call, task_id: str, *, repeated: bool, detached: bool) -> None:
     extra = {"idempotency-replayed": "true"} if repeated else {}
     location = {"location": tasks.address(task_id)}
-    ended = await pool.books.wait(task_id, 0)
-    if repeated and not ended and not detached:
-        raise HTTPProblem(
-            409,
-            f"the request with this Idempotency-Key is {task_id}, and still runs",
-            code="still_running",
-            retry_after_s=5,
-            headers=location,
-            hints=(tasks.HINT,),
-        )
-    if not ended and not detached:
-        await _until_ended(pool, call, task_id)
+    if not detached:
+        ended = await pool.books.wait(task_id, 0)
+        if not ended and not repeated:
+            ended = await _until_ended(pool, call, task_id)
+        if not ended:
+            raise _still_running(task_id)
     record = await pool.books.record(task_id)
     if record is None:
         raise NotFound(f"{task_id} was kept for its time, and is gone", hints=("use a new Idempotency-Key",))
@@ -163,14 +157,29 @@ async def _answer_durable(pool: Pool, call: Call, task_id: str, *, repeated: boo
         await tasks.answer(pool, call, record, extra=extra)
 
 
-async def _until_ended(pool: Pool, call: Call, task_id: str) -> None:
-    """Wait for the task's end. Raises Gone when the client leaves, which leaves the task as it is."""
+def _still_running(task_id: str) -> HTTPProblem:
+    return HTTPProblem(
+        409,
+        f"the request with this Idempotency-Key is {task_id}, and still runs",
+        code="still_running",
+        retry_after_s=5,
+        headers={"location": tasks.address(task_id)},
+        hints=(tasks.HINT,),
+    )
+
+
+async def _until_ended(pool: Pool, call: Call, task_id: str) -> bool:
+    """Wait for the task's end and say whether it has come; while the disk does not answer, it cannot.
+
+    Raises Gone when the client leaves, which leaves the task as it is.
+    """
     left = asyncio.create_task(call.left(), name=f"{task_id} client")
     ended = asyncio.create_task(pool.books.wait(task_id, pool.settings.async_timeout_s), name=f"{task_id} end")
     try:
         await asyncio.wait({left, ended}, return_when=asyncio.FIRST_COMPLETED)
         if not ended.done():
             raise Gone
+        return ended.result()
     finally:
         for each in (left, ended):
             each.cancel()

@@ -46,7 +46,9 @@ STATUS_WORDS: dict[int, tuple[str, str]] = {
     504: ("Too late", "task_failed"),
 }
 CONTENT_TYPE = "application/problem+json"
-NOT_AUTHENTICATED = 401
+NOT_AUTHENTICATED, NOT_NOW = 401, 503
+#: Seconds after which it is worth trying again, where a refusal for now does not say.
+RETRY_AFTER_S = 10.0
 
 
 class HTTPProblem(errors.RMAError):
@@ -103,6 +105,8 @@ def problem(error: RMAError, **more: object) -> tuple[int, dict[str, str], bytes
     if isinstance(error, HTTPProblem):
         headers |= error.headers
     wait = getattr(error, "retry_after_s", None)
+    if wait is None and status == NOT_NOW:
+        wait = RETRY_AFTER_S
     if wait is not None:
         headers["retry-after"] = str(max(1, round(wait)))
     if status == NOT_AUTHENTICATED:

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from quart import request
 
-from rma_coordinator.api.asgi import CONTROL_BYTES, PATIENCE_S, bearer, check_encoding, client_address, too_large
+from rma_coordinator.api.asgi import CONTROL_BYTES, bearer, client_address
 from rma_coordinator.api.problems import HTTPProblem
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from rma_coordinator.api.asgi import Call, Message, Receive
     from rma_coordinator.domain.credentials import Principal
     from rma_coordinator.pool import Pool
 
@@ -21,6 +22,27 @@ T = TypeVar("T")
 
 #: Entries of a page at most.
 MOST_ROWS = 1000
+#: Where a request's scope has our own view of it.
+CALL = "rma.call"
+
+
+def without_body() -> Receive:
+    """Return what Quart receives instead of a request's body, which handlers read through `Web.body`.
+
+    Quart would take every body in, wanted or not, and keep it in cycles until the next full search for garbage:
+    a few dozen requests to an address that does not exist would fill 256 MB.
+    """
+    told = False
+
+    async def receive() -> Message:
+        nonlocal told
+        if told:
+            # Quart cancels this when the answer has gone out.
+            await asyncio.Event().wait()
+        told = True
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    return receive
 
 
 class Web:
@@ -45,17 +67,9 @@ class Web:
         return client_address(request.scope.get("client"), request.headers.get("x-forwarded-for", ""), self._proxies)
 
     async def body(self, limit: int = CONTROL_BYTES) -> bytes:
-        """Return the whole body. Raises HTTPProblem (408, 413, 415)."""
-        check_encoding(request.headers.get("content-encoding", ""))
-        try:
-            async with asyncio.timeout(PATIENCE_S):
-                # As bytes, and neither kept nor parsed.
-                data = await request.get_data(cache=False, as_text=False, parse_form_data=False)
-        except TimeoutError:
-            raise HTTPProblem(408, f"the body did not come within {PATIENCE_S:.0f} s") from None
-        if len(data) > limit:
-            raise too_large(limit)
-        return data
+        """Return the whole body. Raises HTTPProblem (408, 413, 415), Gone."""
+        call: Call = request.scope[CALL]  # type: ignore[literal-required]  # ours, not ASGI's
+        return await call.body(limit)
 
     def admin(self, pool: Pool, scope: str) -> Principal:
         """Return the caller when their key opens ``scope``. Raises NotAuthenticated or Forbidden."""

@@ -30,6 +30,8 @@ MAX_BLAMED = 3
 MAX_ATTEMPTS = 10
 #: Finished tasks that are remembered for `rma tasks`.
 REMEMBERED = 1000
+#: A worker that gives a task back before it began it is given nothing for so long: it is full, or about to say why.
+FULL_S = 1.0
 #: A tick that comes later than this after the one before means that the coordinator itself stood still.
 STALL_S = 2.0
 
@@ -197,7 +199,8 @@ class Dispatcher:
         """A worker says what it can take; new slots start with a full quota."""
         seat = self.seat(worker_id)
         seat.usable = usable
-        seat.slots = dict(slots)
+        # Not copied: workers with the same services share it.
+        seat.slots = slots
         for service in [name for name in seat.quota if name not in slots]:
             del seat.quota[service]
         self._match_all()
@@ -273,6 +276,8 @@ class Dispatcher:
             attempt.state = "running"
             attempt.started_at = self._clock()
             self._effects.accepted(attempt)
+        # A broken upload begins anew, or its worker still lists it: there is nothing left to explain.
+        attempt.broken_at = None
         self.progress(attempt)
 
     def progress(self, attempt: Attempt) -> None:
@@ -325,8 +330,12 @@ class Dispatcher:
         elif fault == "coordinator":
             # Nothing speaks against the worker: with nobody else there, it may have the task again.
             self._lose(attempt, reason)
-        else:
+        elif attempt.state == "running":
             self._lose(attempt, reason, state="returned")
+        else:
+            # It had no room for it just then, which is no reason to try nobody but others from now on.
+            self.seat(attempt.worker_id).full_until = self._clock() + FULL_S
+            self._lose(attempt, reason, state="returned", exclude=False)
 
     def tick(self) -> None:
         """Let go of what ran out of time: offers, leases, connections, tasks. Call it about once a second."""
@@ -488,12 +497,13 @@ class Dispatcher:
             queue.extendleft(reversed(waiting))
 
     def _best(self, task: Task) -> Seat | None:
-        tried = {attempt.worker_id for attempt in task.attempts}
+        tried, now = {attempt.worker_id for attempt in task.attempts}, self._clock()
         free = [
             (seat.worker_id not in tried, room, -seat.last_given, seat.worker_id)
             for seat in self.seats.values()
             if seat.usable
             and seat.reachable
+            and seat.full_until <= now
             and seat.worker_id not in task.excluded
             and (room := seat.room(task.service)) > 0
             and self._effects.ready(seat.worker_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import deque
 from datetime import UTC, datetime
@@ -9,16 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from rma_coordinator.domain.worker_records import SHARED, Press, WorkerRecord, brief, same
 from rma_core.errors import NotFound
-from rma_core.models.hardware import Capabilities, HardwareReport
-from rma_core.models.worker import Assignment, ContainerStatus, PluginReport, RuntimeReport, WorkerStatus
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from rma_core.models.worker import Heartbeat
+    from rma_core.models.hardware import Capabilities
+    from rma_core.models.worker import Assignment, ContainerStatus, Heartbeat, WorkerStatus
 
 logger = logging.getLogger(__name__)
+
+__all__ = ["Fleet", "Worker", "WorkerRecord", "iso"]
+
+_press = Press()
 
 #: After this many intervals without a heartbeat a worker gets no new work.
 DEGRADED_AFTER = 1.5
@@ -33,46 +38,23 @@ STALL_S = 5.0
 MASS_SHARE, MASS_LEAST, MASS_WITHIN_S = 1 / 3, 10, 60.0
 
 
-class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What of a worker survives the coordinator. Times are Unix seconds."""
-
-    worker_id: str
-    thumbprint: str
-    public_key: str
-    registered_at: float
-    report: HardwareReport
-    agent_version: str = ""
-    services: tuple[str, ...] | None = None
-    labels: dict[str, str] = {}
-    runtimes: tuple[RuntimeReport, ...] = ()
-    plugins: tuple[PluginReport, ...] = ()
-    tier: int | None = None
-    tier_reason: str = ""
-    assignment: tuple[Assignment, ...] = ()
-    placement: dict[str, str] = {}
-    generation: int = 0
-    epoch: int = 0
-    disabled: bool = False
-    last_seen_at: float = 0.0
-    #: Why it was offline when this was written; empty when it was not.
-    away: str = ""
-
-
 class Worker:
     """One worker as it is now: its lasting record and what its heartbeats said."""
 
     __slots__ = (
+        "_pressed",
+        "brief",
         "completed",
         "containers",
         "counted",
         "current_load",
         "draining",
         "heard",
+        "id",
         "ip_address",
         "last_beat",
         "left",
         "reason",
-        "record",
         "said",
         "slots",
         "status",
@@ -80,6 +62,7 @@ class Worker:
     )
 
     def __init__(self, record: WorkerRecord, *, now: float) -> None:
+        self.id = record.worker_id
         self.record = record
         self.last_beat = now
         #: Whether it has said anything since the coordinator started.
@@ -102,26 +85,31 @@ class Worker:
         self.completed = 0
 
     @property
-    def id(self) -> str:
-        """The worker's id."""
-        return self.record.worker_id
+    def record(self) -> WorkerRecord:
+        """Its whole record, made anew each time: what is wanted often is in ``brief``."""
+        return _press.open(self._pressed)
+
+    @record.setter
+    def record(self, record: WorkerRecord) -> None:
+        self._pressed = _press.press(record)
+        self.brief = brief(record)
 
     @property
     def present(self) -> bool:
         """Whether what it runs and is assigned counts: it is not offline, and nobody has shut it out."""
-        return self.status != "offline" and not self.record.disabled
+        return self.status != "offline" and not self.brief.disabled
 
     @property
     def usable(self) -> bool:
         """Whether it may be given new work."""
-        return self.status == "healthy" and not self.draining and not self.record.disabled and not self.left
+        return self.status == "healthy" and not self.draining and not self.brief.disabled and not self.left
 
     def offered(self, said: Mapping[str, int] | None = None) -> dict[str, int]:
-        """Return the slots it offers: those it says, else those of its healthy containers.
+        """Return the slots it offers: those it says, else those of its healthy containers; not to be changed.
 
         Never more than it was assigned: who claims a thousand slots would be given all there is.
         """
-        assignment = self.record.assignment
+        assignment = self.brief.assignment
         if said is not None:
             return _within(said, assignment)
         known = self.slots
@@ -132,8 +120,13 @@ class Worker:
 
 
 def _within(slots: Mapping[str, int], assignment: Iterable[Assignment]) -> dict[str, int]:
-    most = _count(assignment)
-    return {service: min(count, most[service]) for service, count in slots.items() if service in most}
+    return _least(tuple(slots.items()), tuple(_count(assignment).items()))
+
+
+@functools.lru_cache(SHARED)
+def _least(slots: tuple[tuple[str, int], ...], most: tuple[tuple[str, int], ...]) -> dict[str, int]:
+    limits = dict(most)
+    return {service: min(count, limits[service]) for service, count in slots if service in limits}
 
 
 def _count(parts: Iterable[Assignment] | Iterable[ContainerStatus]) -> dict[str, int]:
@@ -160,8 +153,11 @@ class Fleet:
         self._least_s = interval_s
         self._beats_per_s = beats_per_s
         now = clock()
-        self.workers = {record.worker_id: Worker(record, now=now) for record in records}
-        self._by_thumbprint = {worker.record.thumbprint: worker for worker in self.workers.values()}
+        self.workers: dict[str, Worker] = {}
+        self._by_thumbprint: dict[str, Worker] = {}
+        for record in records:
+            worker = self.workers[record.worker_id] = Worker(record, now=now)
+            self._by_thumbprint[record.thumbprint] = worker
         self._assigned: dict[str, int] = {}
         for worker in self.workers.values():
             self.recount(worker)
@@ -214,11 +210,11 @@ class Fleet:
 
     def beat(self, worker: Worker, heartbeat: Heartbeat, *, ip_address: str) -> None:
         """Take a heartbeat in."""
-        worker.said = (heartbeat.status, heartbeat.reason)
+        worker.said = same((heartbeat.status, heartbeat.reason))
         worker.current_load = heartbeat.current_load
         if worker.containers != heartbeat.containers:
             # What was counted from them is known by their identity.
-            worker.containers = heartbeat.containers
+            worker.containers = same(heartbeat.containers)
         worker.draining = heartbeat.draining
         worker.ip_address = ip_address
         self._seen(worker)
@@ -295,7 +291,7 @@ class Fleet:
         worker.status = status
         worker.reason = reason
         away = reason if status == "offline" else ""
-        if worker.record.away != away:
+        if worker.brief.away != away:
             seen = self.last_seen(worker)
             worker.record = msgspec.structs.replace(worker.record, away=away, last_seen_at=seen)
             self.changed.add(worker.id)
@@ -322,13 +318,13 @@ class Fleet:
 
     def recount(self, worker: Worker) -> None:
         """Keep `assigned` true; to be called whenever a worker's assignment or presence has changed."""
-        counted = tuple(assignment.service for assignment in worker.record.assignment) if worker.present else ()
+        counted = tuple(assignment.service for assignment in worker.brief.assignment) if worker.present else ()
         if counted != worker.counted:
             for service in worker.counted:
                 self._assigned[service] -= 1
             for service in counted:
                 self._assigned[service] = self._assigned.get(service, 0) + 1
-            worker.counted = counted
+            worker.counted = same(counted)
 
     def wall_time(self, monotonic: float) -> float:
         """Return the Unix time at which the monotonic clock showed ``monotonic``."""
@@ -336,7 +332,7 @@ class Fleet:
 
     def last_seen(self, worker: Worker) -> float:
         """Return the Unix time at which a worker last said anything."""
-        return self.wall_time(worker.last_beat) if worker.heard else worker.record.last_seen_at
+        return self.wall_time(worker.last_beat) if worker.heard else worker.brief.last_seen_at
 
     def show(self, worker: Worker, *, full: bool = False) -> dict[str, Any]:
         """Return a worker as CONTRACT writes it; ``full`` adds devices, probes, plugins, runtimes and placement."""

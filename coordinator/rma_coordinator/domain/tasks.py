@@ -183,7 +183,7 @@ def new_task_id() -> str:
 class Seat:
     """A worker as dispatch sees it: slots per service, what it runs, and whether it can be reached."""
 
-    __slots__ = ("gone_at", "last_given", "quota", "reachable", "running", "slots", "usable", "worker_id")
+    __slots__ = ("full_until", "gone_at", "last_given", "quota", "reachable", "running", "slots", "usable", "worker_id")
 
     def __init__(self, worker_id: str) -> None:
         self.worker_id = worker_id
@@ -194,6 +194,8 @@ class Seat:
         self.reachable = False
         self.usable = False
         self.gone_at: float | None = None
+        #: It had no room for what it was given, and is given nothing until then.
+        self.full_until = 0.0
         self.last_given = 0.0
 
     def room(self, service: str) -> int:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import sys
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, BinaryIO
 
-from rma_core.errors import SettingProblem
+from rma_core.errors import OutOfSpace, SettingProblem
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 if sys.platform != "win32":
     import fcntl
+
+logger = logging.getLogger(__name__)
 
 #: Ends of file names beside the database.
 LOCK, RESERVE, LOG, LAST_BACKUP = ".lock", ".reserve", "-wal", ".last-backup"
@@ -189,3 +192,26 @@ def file_system(folder: Path, mounted: Iterable[tuple[str, str]]) -> str:
     above = [(len(PurePath(point).parts), kind) for point, kind in mounted if real.is_relative_to(point)]
     # Of two mounts on one point the later covers the earlier; `max` would keep the first.
     return max(reversed(above), key=lambda one: one[0], default=(0, ""))[1].lower()
+
+
+def check_place(folder: Path) -> None:
+    """Raise SettingProblem where what is synced may not be on a disk; warn where that cannot be seen."""
+    kind = file_system(folder, mounts())
+    if kind in NETWORK:
+        raise SettingProblem(
+            f"{folder} is on a network file system ({kind}), where nothing is sure to be on disk",
+            hints=("give the coordinator an RMA_HOME on a disk of its machine",),
+        )
+    if kind in OPAQUE:
+        logger.warning("%s is shared into this machine (%s); see that its host syncs it to a disk", folder, kind)
+
+
+def check_space(path: Path, *, needed_bytes: int, had_bytes: int) -> None:
+    """Raise OutOfSpace unless so much is free, with what is ours already, on the disk that holds a file."""
+    free = free_bytes(path.parent) + had_bytes
+    if free < needed_bytes:
+        raise OutOfSpace(
+            f"the disk that holds {path} has {free >> 20} MiB free;"
+            f" the coordinator starts with at least {needed_bytes >> 20} MiB",
+            hints=("free some space, or give it an RMA_HOME on another disk",),
+        )

@@ -28,6 +28,10 @@ RECORDS = (
 MIGRATIONS: tuple[tuple[str, ...], ...] = ((RECORDS,),)
 #: What SQLite keeps in the file's head to tell one program's files from another's: "RMA1".
 APPLICATION_ID = 0x524D4131
+#: The same in a copy that nobody has opened yet: "RMAC". A log beside one belongs to the file that was there before.
+COPY_ID = 0x524D4143
+#: Where that stands in the file: offset and bytes, the highest first.
+APPLICATION_ID_AT, APPLICATION_ID_BYTES = 68, 4
 #: Set on every connection. The writer moves the log into the file itself, so that a failure there is not overlooked.
 PRAGMAS = (
     "locking_mode = EXCLUSIVE",
@@ -80,7 +84,8 @@ def let_go(connection: apsw.Connection) -> None:
 def renew_log(path: Path, frames: int | None, page_bytes: int = 4096) -> None:
     """Put the log on disk anew, before anyone opens the file: all of it, or the pages that were acknowledged.
 
-    Raises StoreFailed for a log whose file is gone (SQLite would delete it), OSError.
+    Raises StoreFailed for a log whose file is gone (SQLite would delete it) or exchanged for a copy (SQLite would mix
+    both), OSError.
     """
     log = disk.beside(path, disk.LOG)
     if not log.exists() or not log.stat().st_size:
@@ -88,6 +93,13 @@ def renew_log(path: Path, frames: int | None, page_bytes: int = 4096) -> None:
     if not path.exists() or not path.stat().st_size:
         raise StoreFailed(
             f"{log} is there, but {path}, which it belongs to, is not", hints=("put both back, or move the log away",)
+        )
+    with path.open("rb") as file:
+        head = file.read(APPLICATION_ID_AT + APPLICATION_ID_BYTES)
+    if int.from_bytes(head[APPLICATION_ID_AT:], "big") == COPY_ID:
+        raise StoreFailed(
+            f"{path} is a copy that was put back, but {log} belongs to the file that was there before",
+            hints=(f"move {log.name} away too (to that file, if it is kept), and start again",),
         )
     length = None if frames is None else frames and LOG_HEAD_BYTES + frames * (FRAME_HEAD_BYTES + page_bytes)
     disk.write_anew(log, length)
@@ -143,12 +155,14 @@ def migrate(
             ) from error
     if connection.pragma("application_id") != APPLICATION_ID:
         connection.pragma("application_id", APPLICATION_ID)
+        # From here on a log beside the file is its own, which the file itself must say.
+        empty_log(connection)
 
 
 def _recognise(connection: apsw.Connection, path: Path, version: int, newest: int) -> None:
     owner = connection.pragma("application_id")
     tables = [row[0] for row in connection.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")]
-    if owner not in {0, APPLICATION_ID} or (tables and "records" not in tables):
+    if owner not in {0, APPLICATION_ID, COPY_ID} or (tables and "records" not in tables):
         raise SettingProblem(f"{path} is a database of another program", hints=("give RMA a file of its own",))
     if version > newest:
         raise SettingProblem(f"{path} was written by a newer RMA (layout {version}); this one knows {newest}")
@@ -159,12 +173,24 @@ def _copy(connection: apsw.Connection, path: Path, version: int, now: float) -> 
     copy = path.with_name(f"{path.name}.v{version}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(now))}")
     temporary = disk.beside(copy, ".new")
     temporary.unlink(missing_ok=True)
-    connection.execute("VACUUM INTO ?", (str(temporary),))
-    temporary.chmod(0o600)
-    disk.publish(temporary, copy)
+    try:
+        disk.make_empty(temporary)
+        connection.execute("VACUUM INTO ?", (str(temporary),))
+        finish_copy(temporary)
+        disk.publish(temporary, copy)
+    finally:
+        temporary.unlink(missing_ok=True)
     for old in copies(path)[KEPT_COPIES:]:
         old.unlink()
     return copy
+
+
+def finish_copy(path: Path) -> None:
+    """Look a copy through, and mark it as one; it is a single file then. Raises apsw.Error."""
+    with contextlib.closing(apsw.Connection(str(path))) as copy:
+        copy.execute("PRAGMA journal_mode = DELETE").fetchall()
+        look_through(copy)
+        copy.pragma("application_id", COPY_ID)
 
 
 def copies(path: Path) -> list[Path]:

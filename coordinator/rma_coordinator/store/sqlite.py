@@ -14,7 +14,8 @@ import msgspec
 
 from rma_coordinator.store import disk, layout
 from rma_coordinator.store.base import CLOSED, TRIED_IN, StoreFailed, StoreState, encoded
-from rma_coordinator.store.writer import GET, Ask, Commit, Copy, Options, Writer
+from rma_coordinator.store.copying import Copy
+from rma_coordinator.store.writer import GET, Ask, Commit, Options, Writer
 from rma_core.errors import OutOfSpace, SettingProblem
 
 if TYPE_CHECKING:
@@ -146,7 +147,10 @@ class SqliteStore:
         state = self.state
         if not (state.ok or (urgent and state.code in TRIED_IN)):
             raise state.error()
-        done = self._await_writer(sum(len(data or b"") for _, _, data in rows))
+        size = 0
+        for _, _, data in rows:
+            size += len(data or b"")
+        done = self._await_writer(size)
         self._writer.put(Commit(rows, urgent, cast("asyncio.Future[None]", done)))
         await done
 
@@ -181,6 +185,8 @@ class SqliteStore:
         if thread.is_alive():
             # The connection is the writer's while it writes; the process ends without it.
             logger.error("%s was not closed: the disk has not answered for %d s", self._path, CLOSE_WITHIN_S)
+        elif self._writer.state.code == "dead":
+            await asyncio.to_thread(self._writer.release)
 
     # -- between the loop and the writer ---------------------------------------------------------------------------
 
@@ -268,10 +274,8 @@ class SqliteStore:
         disk.make_empty(part)
 
     def _finish_backup(self, path: Path, part: Path) -> int:
-        """Look the copy through, put it on disk, and give it its name."""
-        with contextlib.closing(apsw.Connection(str(part))) as copy:
-            copy.execute("PRAGMA journal_mode = DELETE").fetchall()
-            layout.look_through(copy)
+        """Look the copy through, put it on disk, and give it its name. Raises apsw.Error, OSError."""
+        layout.finish_copy(part)
         if path.exists():
             raise SettingProblem(f"{path} is there already", hints=("give the backup a new name",))
         size = disk.publish(part, path)

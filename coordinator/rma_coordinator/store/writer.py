@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import apsw
 
-from rma_coordinator.store import disk, layout
+from rma_coordinator.store import copying, disk, layout
 from rma_coordinator.store.base import CLOSED, OK, StoreFailed, StoreState
-from rma_core.errors import OutOfSpace, RMAError, SettingProblem
+from rma_coordinator.store.copying import Copy, Copying
+from rma_core.errors import RMAError
 
 if TYPE_CHECKING:
     import asyncio
@@ -26,12 +27,10 @@ logger = logging.getLogger(__name__)
 MAX_GROUP = 512
 #: Pages in the log after which they are moved into the file.
 CHECKPOINT_PAGES = 1000
-#: Pages copied between two groups while a backup is made: a megabyte.
-BACKUP_PAGES = 256
 #: The record that tells this file from any other that may appear in its place while it is closed.
 MARK = ("_opened", "mark")
 
-PUT = "INSERT OR REPLACE INTO records VALUES (?, ?, ?)"
+PUT = "INSERT OR REPLACE INTO records (kind, key, data) VALUES (?, ?, ?)"
 DELETE = "DELETE FROM records WHERE kind = ? AND key = ?"
 GET = "SELECT data FROM records WHERE kind = ? AND key = ?"
 
@@ -65,13 +64,6 @@ class Ask(NamedTuple):
     done: asyncio.Future[object]
 
 
-class Copy(NamedTuple):
-    """A backup into an empty file; ``done`` gets None once every page is there, or the failure."""
-
-    target: Path
-    done: asyncio.Future[None]
-
-
 Job = Commit | Ask | Copy | None
 Outcome = tuple["asyncio.Future[object] | asyncio.Future[None]", object, BaseException | None]
 
@@ -94,7 +86,7 @@ class Writer:
         self._frames: int | None = None
         self._page_bytes = 4096
         self._check_at = 0.0
-        self._copying: tuple[Copy, apsw.Connection, apsw.Backup] | None = None
+        self._copying: Copying | None = None
         self._jobs: list[Job] = []
 
     # -- from any thread -------------------------------------------------------------------------------------------
@@ -108,9 +100,10 @@ class Writer:
         path = self.options.path
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._check_place()
+            disk.check_place(path.parent)
             self._lock = disk.lock(disk.beside(path, disk.LOCK))
-            self._check_space()
+            had = self.options.reserve_bytes if disk.has_reserve(self._reserve, self.options.reserve_bytes) else 0
+            disk.check_space(path, needed_bytes=self.options.start_free_bytes, had_bytes=had)
             self._connection = self._opened(create=True)
             disk.make_reserve(self._reserve, self.options.reserve_bytes)
         except (apsw.Error, OSError, RMAError) as error:
@@ -142,29 +135,6 @@ class Writer:
     def _reserve(self) -> Path:
         return disk.beside(self.options.path, disk.RESERVE)
 
-    def _check_place(self) -> None:
-        folder = self.options.path.parent
-        kind = disk.file_system(folder, disk.mounts())
-        if kind in disk.NETWORK:
-            raise SettingProblem(
-                f"{folder} is on a network file system ({kind}), where nothing is sure to be on disk",
-                hints=("give the coordinator an RMA_HOME on a disk of its machine",),
-            )
-        if kind in disk.OPAQUE:
-            logger.warning("%s is shared into this machine (%s); see that its host syncs it to a disk", folder, kind)
-
-    def _check_space(self) -> None:
-        options, had = self.options, 0
-        if disk.has_reserve(self._reserve, options.reserve_bytes):
-            had = options.reserve_bytes
-        free = disk.free_bytes(options.path.parent) + had
-        if free < options.start_free_bytes:
-            raise OutOfSpace(
-                f"the disk that holds {options.path} has {free >> 20} MiB free;"
-                f" the coordinator starts with at least {options.start_free_bytes >> 20} MiB",
-                hints=("free some space, or give it an RMA_HOME on another disk",),
-            )
-
     def _opened(self, *, create: bool) -> apsw.Connection:
         """Return a connection to a file that was looked at, whose log is empty and that can be written."""
         options, path = self.options, self.options.path
@@ -180,7 +150,8 @@ class Writer:
             self._frames = 0
             connection.set_wal_hook(self._logged)
             layout.migrate(connection, path, migrations=options.migrations, now=options.now())
-            self._mark = secrets.token_bytes(16)
+            # The one write of every opening: a disk that can only be read is found out here.
+            self._mark = self._mark or secrets.token_bytes(16)
             connection.execute(PUT, (*MARK, self._mark))
             self._page_bytes = connection.pragma("page_size")
         except BaseException:
@@ -350,7 +321,7 @@ class Writer:
         if self._connection is not None and (self._frames or 0) >= CHECKPOINT_PAGES:
             self._checkpoint(self._connection)
         if self._copying is not None:
-            self._step_copy(*self._copying)
+            self._step_copy(self._copying)
         if not self.state.ok and self.options.clock() >= self._check_at:
             self._check_at = self.options.clock() + self.options.check_every_s
             self._mend()
@@ -398,44 +369,29 @@ class Writer:
     # -- backup ----------------------------------------------------------------------------------------------------
 
     def _begin_copy(self, copy: Copy) -> None:
-        if self._copying is not None or self._connection is None:
-            busy = StoreFailed("another backup is being made", hints=("wait for it",))
-            self._settle([(copy.done, None, busy if self._connection is not None else self.state.error())])
-            return
-        try:
-            target = apsw.Connection(str(copy.target))
-            # The file gets its name only when it is whole and synced, so a journal of its own is of no use.
-            target.execute("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF").fetchall()
-            self._copying = copy, target, target.backup("main", self._connection, "main")
-        except apsw.Error as error:
-            self._settle([(copy.done, None, _backup_failed(copy, error))])
-
-    def _step_copy(self, copy: Copy, target: apsw.Connection, backup: apsw.Backup) -> None:
-        """Copy a few pages; what is committed meanwhile goes to both, as both hang on one connection."""
-        if copy.done.cancelled():
-            self._end_copy(StoreFailed("the backup was given up"))
-            return
-        try:
-            if not backup.step(BACKUP_PAGES):
-                return
-            backup.finish()
-            target.close()
-        except apsw.Error as error:
-            self._end_copy(_backup_failed(copy, error))
+        failure: RMAError
+        if self._connection is None:
+            failure = self.state.error()
+        elif self._copying is not None:
+            failure = StoreFailed("another backup is being made", hints=("wait for it",))
         else:
-            self._copying = None
-            self._settle([(copy.done, None, None)])
-
-    def _end_copy(self, failure: BaseException) -> None:
-        if self._copying is None:
-            return
-        (copy, target, backup), self._copying = self._copying, None
-        backup.close(True)  # noqa: FBT003 - the name of the argument is not public
-        layout.let_go(target)
+            try:
+                self._copying = copying.begin(copy, self._connection)
+                return
+            except RMAError as error:
+                failure = error
         self._settle([(copy.done, None, failure)])
 
+    def _step_copy(self, underway: Copying) -> None:
+        try:
+            if copying.step(underway):
+                self._copying = None
+                self._settle([(underway.copy.done, None, None)])
+        except RMAError as error:
+            self._end_copy(error)
 
-def _backup_failed(copy: Copy, error: apsw.Error) -> RMAError:
-    if isinstance(error, apsw.FullError):
-        return OutOfSpace(f"the disk that holds {copy.target} is full; no backup was made")
-    return StoreFailed(f"no backup was made at {copy.target}: {error}")
+    def _end_copy(self, failure: BaseException) -> None:
+        underway, self._copying = self._copying, None
+        if underway is not None:
+            copying.end(underway)
+            self._settle([(underway.copy.done, None, failure)])
