@@ -2,7 +2,8 @@
 
 Each folder with a Dockerfile becomes ``ghcr.io/rma/<folder>-worker:<version>``. What the image installs is downloaded
 here first, as wheels for the Python and the platform of the base image, into ``wheels/`` of a copy of the folder. So
-the build itself needs no network, and nothing of this machine's package configuration can get into the image.
+the build itself needs no network, and nothing of this machine's package configuration can get into the image. A
+Dockerfile that installs packages of the base's system (``apt-get``) gets one, unless ``--network`` says otherwise.
 Names of images go to stdout, everything else to stderr.
 """
 
@@ -63,6 +64,7 @@ class Target(NamedTuple):
 def build(folder: Path, *, engine: str, base: str, network: str) -> str:
     """Build one service's image; returns its name."""
     base = base or default_base(folder / "Dockerfile")
+    network = network or default_network(folder / "Dockerfile")
     name = f"{PREFIX}/{folder.name}-worker:{version(folder)}"
     with tempfile.TemporaryDirectory(prefix="rma-image-") as temporary:
         context = Path(temporary) / folder.name
@@ -80,6 +82,11 @@ def default_base(dockerfile: Path) -> str:
     if found is None:
         raise BuildProblem(f"{dockerfile} has no `ARG BASE=image` line; give one with --base (make: BASE=image)")
     return found[1]
+
+
+def default_network(dockerfile: Path) -> str:
+    """The network of a build: none, unless packages of the base's own system are to be installed."""
+    return "default" if "apt-get" in dockerfile.read_text(encoding="utf-8") else "none"
 
 
 def version(folder: Path) -> str:
@@ -144,7 +151,9 @@ def main() -> int:
     parser.add_argument("--engine", choices=("docker", "podman"), default="docker")
     parser.add_argument("--base", default="", help="base image (default: what each Dockerfile says)")
     parser.add_argument("--push", default="", metavar="PREFIX", help="push too, as PREFIX/<service>-worker:<version>")
-    parser.add_argument("--network", default="none", help="network of the build itself (default: %(default)s)")
+    parser.add_argument(
+        "--network", default="", help="network of the build itself (default: none, where it needs none)"
+    )
     options = parser.parse_args()
     if unknown := set(options.services) - set(folders):
         parser.error(f"no Dockerfile for {', '.join(sorted(unknown))}; there are {', '.join(folders)}")

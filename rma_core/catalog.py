@@ -120,7 +120,8 @@ class CatalogEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 
     ``tiers`` are those it is preferred for, in order; ``routes`` what the pool passes on (``POST /notes``), the first
     one being the service's own call; ``slots`` the requests one copy takes at once; ``wanted`` how many copies the
-    pool would like before it counts as enough.
+    pool would like before it counts as enough. An image that is not ``trusted`` runs only where an engine keeps it
+    apart from the host and can limit all it takes.
     """
 
     service: ServiceName
@@ -130,6 +131,10 @@ class CatalogEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     image_digest: Digest | None = None
     health_path: Annotated[str, Meta(pattern=r"^/[A-Za-z0-9._~/-]{0,200}$")] = "/health"
     start_timeout_s: Annotated[float, Meta(gt=0, le=86_400)] = 120
+    #: Seconds for a request in all (``None``: the pool's setting), for its first byte, and between two bytes.
+    timeout_s: Annotated[float, Meta(gt=0, le=604_800)] | None = None
+    first_byte_s: Annotated[float, Meta(gt=0, le=604_800)] | None = None
+    gap_s: Annotated[float, Meta(gt=0, le=86_400)] = 60
     routes: Annotated[tuple[Route, ...], Meta(min_length=1, max_length=64)]
     slots: Annotated[int, Meta(ge=1, le=1024)] = 1
     tiers: Annotated[tuple[Annotated[int, Meta(ge=1, le=99)], ...], Meta(max_length=32)] = ()
@@ -138,6 +143,7 @@ class CatalogEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     needs: Needs = msgspec.field(default_factory=Needs)
     limits: Limits = msgspec.field(default_factory=Limits)
     process: ProcessForm | None = None
+    trusted: bool = True
 
 
 class Room(msgspec.Struct, kw_only=True):

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rma_core.host import Plugins
     from rma_core.interfaces import ContainerRuntime, RuntimeHealth
     from rma_core.models.hardware import HardwareReport
+    from rma_core.models.worker import RuntimeReport
     from rma_core.settings import AgentSettings
 
 #: Less free space than this and the next image will not fit.
@@ -30,6 +31,9 @@ LEAST_FREE_BYTES = 10 * 10**9
 #: Seconds an engine may take to answer.
 PROBE_S = 15.0
 
+
+#: For runtimes that cannot limit all that a container takes.
+LOOSE_ADVICE = "as it is, this machine gets no images that its pool does not trust"
 
 Level = Literal["ok", "note", "warning", "problem"]
 #: How a detector's or runtime's state weighs: what is not there is no problem in itself.
@@ -72,9 +76,8 @@ def _as_the_agent_says(running: AgentStatus) -> Iterable[Finding]:
     """A running agent knows its runtimes best: it was started with settings that this command does not see."""
     yield Finding(level="ok", subject="agent", message=f"runs as {running.worker_id}, connection: {running.connection}")
     for runtime in running.runtimes:
-        yield Finding(
-            level=LEVELS[runtime.state], subject=f"runtime {runtime.name}", message=runtime.reason or runtime.version
-        )
+        message = runtime.reason or runtime.version
+        yield _of_runtime(runtime.name, runtime, message)
     for container in running.containers:
         level: Level = "ok" if container.state == "healthy" else "problem" if container.state == "failed" else "note"
         message = f"{container.state}: {container.reason}" if container.reason else container.state
@@ -142,13 +145,24 @@ async def _runtimes(settings: AgentSettings, plugins: Plugins) -> list[Finding]:
         health = await _probe(runtimes[name])
         usable = usable or health.state == "healthy"
         what = "; ".join(filter(None, (health.version, health.reason, ", ".join(health.features)))) or health.state
-        findings.append(Finding(level=LEVELS[health.state], subject=f"runtime {name}", message=what))
+        findings.append(_of_runtime(name, health, what))
     if not usable:
         advice = "install Docker or Podman; on your own machine `process` in `runtimes` runs services without isolation"
         findings.append(
             Finding(level="problem", subject="runtimes", message="nothing here can run a service", advice=advice)
         )
     return findings
+
+
+def _of_runtime(name: str, health: RuntimeHealth | RuntimeReport, message: str) -> Finding:
+    """Say how a runtime stands; one that cannot limit everything works, and is not given everything."""
+    loose = health.state == "healthy" and bool(health.cannot_limit)
+    return Finding(
+        level="warning" if loose else LEVELS[health.state],
+        subject=f"runtime {name}",
+        message=message,
+        advice=LOOSE_ADVICE if loose else "",
+    )
 
 
 async def _probe(runtime: ContainerRuntime) -> RuntimeHealth:

@@ -56,6 +56,8 @@ class RuntimeHealth(msgspec.Struct, frozen=True, kw_only=True):
     version: str = ""
     #: What containers may be given or limited by here (``gpu:cdi``, ``limit:memory``, …); free words, shown by doctor.
     features: tuple[str, ...] = ()
+    #: What of a container it cannot limit here (``memory``, ``swap``, ``cpu``, ``pids``); untrusted images need all.
+    cannot_limit: tuple[str, ...] = ()
 
 
 class PullProgress(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,8 +2,9 @@
 
 ``rma-test/base:bookworm`` is a small Debian 12 with Python, as a base for the services' images. debootstrap makes it
 from the packages apt is set up for on this machine (root, 40 s), and keeps it in ``$XDG_CACHE_HOME/rma-tests``.
+``rma-test/base-tesseract:bookworm`` is the same with Tesseract, so that the image of `ocr` is built without a network.
 ``rma-test/busybox`` is one static program of 2 MB whose httpd answers ``/health`` on port 8000, for everything that
-needs a container and not what is in it. Neither says where its packages came from. Standard library only.
+needs a container and not what is in it. None says where its packages came from. Standard library only.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 BASE = "rma-test/base:bookworm"
+BASE_TESSERACT = "rma-test/base-tesseract:bookworm"
 BUSYBOX = "rma-test/busybox:latest"
 #: The release of BASE.
 RELEASE = "bookworm"
-#: What BASE has beyond the smallest Debian.
+#: What BASE has beyond the smallest Debian, and what BASE_TESSERACT has beyond BASE.
 PACKAGES = ("ca-certificates", "python3", "python3-venv")
+TESSERACT_PACKAGES = ("tesseract-ocr", "tesseract-ocr-eng", "tesseract-ocr-osd")
 #: Seconds for debootstrap; 40 are usual.
 DEBOOTSTRAP_S = 900.0
 #: Seconds for anything else.
@@ -70,15 +73,20 @@ def ensure(name: str, engine: Sequence[str] = ("docker",)) -> str:
     return name
 
 
-def base_tarball() -> Path:
-    """BASE as a tarball, from the cache or newly made."""
-    kept = cache() / f"base-{RELEASE}-{os.uname().machine}-{'-'.join(PACKAGES)}.tar.gz"
+def base_tarball(packages: Sequence[str] = PACKAGES) -> Path:
+    """BASE (or one with other packages) as a tarball, from the cache or newly made."""
+    kept = cache() / f"base-{RELEASE}-{os.uname().machine}-{'-'.join(packages)}.tar.gz"
     if not kept.exists():
-        _progress(f"debootstrap {RELEASE} with {', '.join(PACKAGES)}: about 40 s")
+        _progress(f"debootstrap {RELEASE} with {', '.join(packages)}: about 40 s")
         with tempfile.TemporaryDirectory(prefix="rma-base-") as folder:
-            _debootstrap(Path(folder))
+            _debootstrap(Path(folder), packages)
             _pack(Path(folder), kept)
     return kept
+
+
+def tesseract_tarball() -> Path:
+    """BASE_TESSERACT as a tarball, from the cache or newly made."""
+    return base_tarball((*PACKAGES, *TESSERACT_PACKAGES))
 
 
 def busybox_tarball() -> Path:
@@ -110,12 +118,16 @@ def cache() -> Path:
 
 
 #: What makes each image.
-MAKERS = {BASE: base_tarball, BUSYBOX: busybox_tarball}
+MAKERS = {BASE: base_tarball, BASE_TESSERACT: tesseract_tarball, BUSYBOX: busybox_tarball}
 #: What each image says beyond its files.
-CHANGES: dict[str, tuple[str, ...]] = {BASE: ('CMD ["/bin/bash"]',), BUSYBOX: BUSYBOX_CHANGES}
+CHANGES: dict[str, tuple[str, ...]] = {
+    BASE: ('CMD ["/bin/bash"]',),
+    BASE_TESSERACT: ('CMD ["/bin/bash"]',),
+    BUSYBOX: BUSYBOX_CHANGES,
+}
 
 
-def _debootstrap(folder: Path) -> None:
+def _debootstrap(folder: Path, packages: Sequence[str]) -> None:
     if shutil.which("debootstrap") is None:
         raise ImageProblem("debootstrap is not installed (Debian: apt-get install debootstrap)")
     if os.geteuid() != 0:
@@ -125,7 +137,7 @@ def _debootstrap(folder: Path) -> None:
     mirrors = [line.split()[1] for line in targets if line.startswith(f"{RELEASE} ")]
     if not mirrors:
         raise ImageProblem(f"apt has no {RELEASE} among its sources here")
-    include = f"--include={','.join(PACKAGES)}"
+    include = f"--include={','.join(packages)}"
     _call(["debootstrap", "--variant=minbase", include, RELEASE, str(folder), mirrors[0]], limit_s=DEBOOTSTRAP_S)
 
 
@@ -160,7 +172,9 @@ def _progress(what: str) -> None:
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{BASE}, {BUSYBOX}; both when none is given")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(MAKERS)}; the base and busybox when none is given"
+    )
     parser.add_argument("--engine", choices=("docker", "podman"), default="docker")
     options = parser.parse_args()
     try:

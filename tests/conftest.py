@@ -5,12 +5,30 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tests import needs
-from tests.fixtures import busybox_image, docker_engine, notes_image, own_engine, python_image, registry
+from tests.fixtures import (
+    busybox_image,
+    docker_engine,
+    notes_image,
+    own_engine,
+    python_image,
+    registry,
+    rootful_podman,
+    rootless_podman,
+)
 
 if TYPE_CHECKING:
     import pytest
 
-__all__ = ["busybox_image", "docker_engine", "notes_image", "own_engine", "python_image", "registry"]
+__all__ = [
+    "busybox_image",
+    "docker_engine",
+    "notes_image",
+    "own_engine",
+    "python_image",
+    "registry",
+    "rootful_podman",
+    "rootless_podman",
+]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests import base_image, engines
+from tests import base_image, engines, podmans
 from tests.needs import forget, need
 
 if TYPE_CHECKING:
@@ -51,6 +51,36 @@ def own_engine() -> Iterator[engines.Engine]:
     with _engine() as engine:
         base_image.ensure(base_image.BUSYBOX, ["docker", "--host", engine.host])
         yield engine
+
+
+@pytest.fixture(scope="session")
+def rootful_podman() -> Iterator[podmans.Podman]:
+    """A Podman of our own that runs as root."""
+    need("podman")
+    with podman_of_our_own() as podman:
+        yield podman
+
+
+@pytest.fixture(scope="session")
+def rootless_podman() -> Iterator[podmans.Podman]:
+    """A Podman of our own that runs as a user made for it."""
+    need("podman-rootless")
+    with podman_of_our_own(rootless=True) as podman:
+        yield podman
+
+
+@contextlib.contextmanager
+def podman_of_our_own(*, rootless: bool = False) -> Iterator[podmans.Podman]:
+    """A new Podman, of which nothing is left at the end."""
+    with tempfile.TemporaryDirectory(prefix="rma-podman-", dir=ENGINES) as parent:
+        Path(parent).chmod(0o711)
+        folder = Path(parent) / "podman"
+        podman = podmans.Podman(folder, podmans.make_user(folder) if rootless else "")
+        try:
+            podman.prepare()
+            yield podman
+        finally:
+            podman.close()
 
 
 @pytest.fixture(scope="session")
@@ -110,6 +140,6 @@ def notes_image(docker_engine: str, python_image: str) -> str:
     version = tomllib.loads((NOTES / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
     name = f"ghcr.io/rma/notes-worker:{version}"
     if subprocess.run([*_client(docker_engine), "image", "inspect", name], capture_output=True, check=False).returncode:
-        build = [sys.executable, str(NOTES.parent / "build.py"), "--base", python_image]
+        build = [sys.executable, str(NOTES.parent / "build.py"), "notes", "--base", python_image]
         subprocess.run(build, env={**os.environ, "DOCKER_HOST": docker_engine or ""}, check=True, timeout=600)
     return name

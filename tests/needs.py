@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests import engines
+from tests import engines, podmans
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -121,7 +121,11 @@ def _netns() -> str | None:
 
 
 def _podman() -> str | None:
-    return _advised(_run("podman", "info", "--format", "{{.Version.Version}}"), "apt-get install podman")
+    return podmans.missing(rootless=False)
+
+
+def _podman_rootless() -> str | None:
+    return podmans.missing(rootless=True)
 
 
 def _chromium() -> str | None:
@@ -136,6 +140,10 @@ def _nginx() -> str | None:
 
 def _redis() -> str | None:
     return _advised(_run("redis-server", "--version"), "apt-get install redis-server")
+
+
+def _tesseract() -> str | None:
+    return _advised(_run("tesseract", "--version"), "apt-get install tesseract-ocr")
 
 
 def _gcc() -> str | None:
@@ -188,7 +196,9 @@ CHECKS: dict[str, Callable[[], str | None]] = {
     "openapi": _openapi,
     "own-engine": _own_engine,
     "podman": _podman,
+    "podman-rootless": _podman_rootless,
     "pypi": _pypi,
     "redis": _redis,
     "registry": _registry,
+    "tesseract": _tesseract,
 }

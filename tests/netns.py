@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from tests.needs import need
 
@@ -14,15 +14,20 @@ if TYPE_CHECKING:
 
 
 class Machine(NamedTuple):
-    """A namespace: its name, its own address, and the address of this side of the cable."""
+    """A namespace: its name, its own address, the address of this side of the cable, and its interface."""
 
     name: str
     address: str
     host: str
+    interface: str
 
     def command(self, *words: str) -> list[str]:
         """Return a command line that runs there."""
         return ["ip", "netns", "exec", self.name, *words]
+
+    def cable(self, state: Literal["up", "down"]) -> None:
+        """Plug the cable in, or pull it."""
+        run(*self.command("ip", "link", "set", self.interface, state))
 
 
 def run(*words: str) -> None:
@@ -35,8 +40,8 @@ def run(*words: str) -> None:
 def machine(number: int) -> Iterator[Machine]:
     """Make a second machine whose firewall drops every connection that is opened from outside."""
     need("netns")
-    made = Machine(f"rma-m{number}-{os.getpid()}", f"10.231.{number}.2", f"10.231.{number}.1")
     here, there = f"rh{number}-{os.getpid() % 10000}", f"rn{number}-{os.getpid() % 10000}"
+    made = Machine(f"rma-m{number}-{os.getpid()}", f"10.231.{number}.2", f"10.231.{number}.1", there)
     run("ip", "netns", "add", made.name)
     try:
         run("ip", "link", "add", here, "type", "veth", "peer", "name", there, "netns", made.name)
@@ -48,4 +53,6 @@ def machine(number: int) -> Iterator[Machine]:
         run(*made.command("iptables", "-A", "INPUT", "-i", there, "-p", "tcp", "--syn", "-j", "DROP"))
         yield made
     finally:
+        # With its namespace alone the cable would go a little later, and its name would not be free yet.
+        subprocess.run(["ip", "link", "delete", here], capture_output=True, timeout=20, check=False)
         run("ip", "netns", "delete", made.name)

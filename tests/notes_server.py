@@ -1,4 +1,4 @@
-"""The service `notes` as the tests use it: the real process, asked over HTTP."""
+"""The services `notes` and `ocr` as the tests use them: the real process, asked over HTTP."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 #: Seconds until a started server answers, and until anything else that is waited for has happened.
 PATIENCE_S = 30.0
+#: Seconds until an answer is there; a page that is recognised takes many where others use the machine too.
+READ_S = 100.0
 
 
 class Reply(NamedTuple):
@@ -35,7 +37,7 @@ class Server(NamedTuple):
     port: int
 
     def request(self, method: str, path: str, body: bytes | Iterator[bytes] | None = None, **headers: str) -> Reply:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_S)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=READ_S)
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         with contextlib.closing(connection):
             connection.request(method, path, body=body, headers=named)
@@ -45,12 +47,15 @@ class Server(NamedTuple):
     def notes(self, body: bytes, content_type: str = "", query: str = "") -> Reply:
         return self.request("POST", f"/notes?{query}", body, content_type=content_type)
 
+    def ocr(self, body: bytes, content_type: str = "", query: str = "") -> Reply:
+        return self.request("POST", f"/ocr?{query}", body, content_type=content_type)
+
     def health(self) -> Any:
         return self.request("GET", "/health").json
 
     def parsers(self) -> list[psutil.Process]:
         found = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in found if "rma_notes.child" in " ".join(child.cmdline())]
+        return [child for child in found if ".child" in " ".join(child.cmdline())]
 
 
 def until(condition: Callable[[], object], *, what: str) -> None:
@@ -62,12 +67,12 @@ def until(condition: Callable[[], object], *, what: str) -> None:
 
 
 @contextlib.contextmanager
-def running(*options: str) -> Iterator[Server]:
+def running(*options: str, module: str = "rma_notes") -> Iterator[Server]:
     """Start the service on a free port, and end it with all that it started."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "rma_notes", "--port", str(port), *options]
+    command = [sys.executable, "-m", module, "--port", str(port), *options]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     server = Server(process, port)
     try:

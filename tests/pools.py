@@ -12,13 +12,13 @@ import sys
 import threading
 import time
 import urllib.request
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
-    from pathlib import Path
 
 #: Seconds a pool may take to be ready here; the promise to users is 60 once packages are installed.
 READY_S = 100.0
@@ -104,7 +104,7 @@ class Pool:
 
     def __init__(self, home: Path, arguments: Sequence[str], env: Mapping[str, str]) -> None:
         self.home = home
-        self.env = environment(home, env)
+        self.env = environment(home, {"RMA_CATALOG": notes_alone(home), **env})
         self.up = Running(rma("up", *arguments), self.env)
 
     def ready(self) -> Pool:
@@ -148,6 +148,15 @@ class Pool:
     def workers(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = self.json("workers")["workers"]
         return found
+
+
+def notes_alone(home: Path) -> str:
+    """Return a catalog with `notes` alone: what a pool runs must not depend on how large this machine is."""
+    folder = home.with_name(f"{home.name}-catalog")
+    folder.mkdir(parents=True, exist_ok=True)
+    entry = Path(__file__).resolve().parents[1] / "containers" / "notes" / "catalog.toml"
+    (folder / "notes.toml").write_bytes(entry.read_bytes())
+    return str(folder)
 
 
 @contextlib.contextmanager

@@ -146,6 +146,7 @@ class Sandbox:
             "COLUMNS": "250",
             # Examples look the same with and without a Docker on this machine, and on a small one.
             "DOCKER_HOST": "unix:///run/no-docker.sock",
+            "CONTAINER_HOST": "unix:///run/no-podman.sock",
             "RMA_FAKE_DEVICES": str(MACHINE),
             "PIP_DISABLE_PIP_VERSION_CHECK": "1",
         }  # fmt: skip

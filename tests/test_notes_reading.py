@@ -17,6 +17,7 @@ from rma_notes.cleaning import clean_line, join_lines
 from rma_notes.language import detect
 from rma_notes.readers.pdf import pdf_date
 from rma_notes.summary import sentences_of
+from rma_service.child import Job, answer
 from tests import notes_documents as documents
 from tests.notes_server import Server, running
 
@@ -278,8 +279,8 @@ def answered(tmp_path: Path, body: bytes, content_type: str) -> int:
     """Return the status of the answer, made in this process: thousands of documents a minute."""
     path = tmp_path / "body"
     path.write_bytes(body)
-    job = child.Job(body=str(path), content_type=content_type, query="", cpu_s=60, memory_bytes=1 << 40)
-    return child.answer(job)[0]
+    job = Job(body=str(path), content_type=content_type, query="", cpu_s=60, memory_bytes=1 << 40)
+    return answer(job, child.read)[0]
 
 
 @st.composite

@@ -24,11 +24,13 @@ PLUGINS = {
     "rma-detect-nvidia": ("plugins/detect_nvidia", "nvidia", "detector"),
     "rma-detect-apple": ("plugins/detect_apple", "apple", "detector"),
     "rma-runtime-docker": ("plugins/runtime_docker", "docker", "runtime"),
+    "rma-runtime-podman": ("plugins/runtime_podman", "podman", "runtime"),
 }
 FOLDERS = {
     "rma-core": ".",
     "rma-coordinator": "coordinator",
     "rma-notes": "containers/notes",
+    "rma-ocr": "containers/ocr",
     **{name: folder for name, (folder, _, _) in PLUGINS.items()},
 }
 
@@ -105,7 +107,7 @@ def test_the_coordinators_wheel_brings_its_pages_and_the_catalog(wheels: dict[st
     with zipfile.ZipFile(wheels["rma-coordinator"]) as wheel:
         names = set(wheel.namelist())
     assert {f"rma_coordinator/static/{name}" for name in ("status.html", "status.js", "sample.pdf")} <= names
-    assert "rma_coordinator/catalog/notes.toml" in names
+    assert {"rma_coordinator/catalog/notes.toml", "rma_coordinator/catalog/ocr.toml"} <= names
 
 
 def test_the_coordinators_wheel_serves_without_the_repository(
@@ -122,4 +124,4 @@ def test_the_coordinators_wheel_serves_without_the_repository(
         "from rma_coordinator.api.pages import NAMES, static;"
         "print([entry.service for entry in load(S())], sum(len(static(name)) for name in NAMES) > 1000)"
     )
-    assert run(python, "-c", script, env=environment(home), cwd=home).strip() == "['notes'] True"
+    assert run(python, "-c", script, env=environment(home), cwd=home).strip() == "['notes', 'ocr'] True"

@@ -24,7 +24,6 @@ import tempfile
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 import msgspec
 import pytest
@@ -35,7 +34,6 @@ from cryptography.hazmat.primitives.asymmetric import ec
 import rma_runtime_docker
 from rma_core import (
     ContainerAccess,
-    ContainerSpec,
     ImageMissing,
     ImagePullFailed,
     Limits,
@@ -47,10 +45,43 @@ from rma_core import (
     RuntimeFailure,
     StartFailed,
 )
+from rma_core.container_engine import (
+    Action,
+    Address,
+    Layers,
+    cannot_limit,
+    container_name,
+    explain,
+    features,
+    images,
+    labels,
+    locked_down,
+    split_tag,
+    unusable,
+    warnings,
+)
+from rma_core.container_engine import connection as engine_connection
 from rma_core.testing import RuntimeCase, adoption_contract, isolation_contract, runtime_contract
-from rma_core.testing.runtimes import answers, becomes, fetch, inside, of_worker, started
-from rma_runtime_docker import Address, DockerRuntime, Layers, explain, locate, locked_down
+from rma_core.testing.runtimes import answers, becomes, inside, of_worker, started
+from rma_runtime_docker import DOCKER, DockerRuntime, locate
 from tests import engines
+from tests.engine_service import (
+    MIB,
+    PROGRAM,
+    SERVICE,
+    SHELL,
+    SPEC,
+    Valve,
+    by_name,
+    contract_of,
+    doing,
+    from_registry,
+    how_it_fails,
+    image_tar,
+    no_thread_left,
+    pump,
+    shell,
+)
 from tests.needs import need
 
 if TYPE_CHECKING:
@@ -58,56 +89,7 @@ if TYPE_CHECKING:
 
     from rma_core.testing.runtimes import Check
 
-SERVICE = "rma-test/service:latest"
-APPLETS = ("cat", "echo", "env", "grep", "httpd", "id", "ls", "sh", "sleep", "wc")
-# What it does is chosen by variables, as a spec has no command of its own.
-PROGRAM = b"""#!/bin/sh
-echo "$GREETING"
-case "$MODE" in
-    exits) exit 3 ;;
-    stubborn) trap '' TERM ;;
-    hungry) x=xxxxxxxx; while :; do x="$x$x"; done ;;
-esac
-exec httpd -f -p 8000 -h /www
-"""
-SHELL = b"""#!/bin/sh
-printf 'Content-Type: text/plain\\r\\n\\r\\n'
-eval "$(httpd -d "$QUERY_STRING")" 2>&1
-"""
-SPEC = ContainerSpec(
-    worker_id="worker-0badcafe",
-    name="tiny",
-    service="tiny",
-    image=SERVICE,
-    image_digest=None,
-    port=8000,
-    env={"GREETING": "hello"},
-    limits=Limits(memory="64MiB", cpus=0.5, pids=64, tmp="8MiB", shm="4MiB"),
-    spec_hash="0",
-)
 NO_DOCKER = "unix:///nonexistent/docker.sock"
-
-
-def image_tar(files: dict[str, bytes]) -> bytes:
-    """Return a root file system with busybox and these files."""
-    program = shutil.which("busybox")
-    if program is None:
-        pytest.skip("busybox is not installed (Debian: apt-get install busybox-static)")
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name in ("dev", "proc", "sys", "tmp", "run"):
-            folder = tarfile.TarInfo(name)
-            folder.type, folder.mode = tarfile.DIRTYPE, 0o755
-            tar.addfile(folder)
-        for name in APPLETS:
-            link = tarfile.TarInfo(f"bin/{name}")
-            link.type, link.linkname = tarfile.SYMTYPE, "busybox"
-            tar.addfile(link)
-        for name, content in {"bin/busybox": Path(program).read_bytes(), **files}.items():
-            entry = tarfile.TarInfo(name)
-            entry.size, entry.mode = len(content), 0o755
-            tar.addfile(entry, io.BytesIO(content))
-    return buffer.getvalue()
 
 
 def make_image(host: str, name: str, *changes: str, files: dict[str, bytes] | None = None) -> str:
@@ -155,19 +137,6 @@ async def case(runtime: DockerRuntime, engine_host: str, registry: str) -> Runti
     )
 
 
-def doing(mode: str) -> ContainerSpec:
-    return msgspec.structs.replace(SPEC, env={"MODE": mode, "GREETING": mode})
-
-
-async def shell(endpoint: str, command: str) -> str:
-    _, body = await fetch(endpoint, f"/cgi-bin/sh?{quote(command)}")
-    return body.decode()
-
-
-def by_name(check: Check) -> str:
-    return check.__name__
-
-
 @pytest.mark.parametrize("check", [*runtime_contract, *adoption_contract, *isolation_contract], ids=by_name)
 async def test_docker_keeps_the_contract(check: Check, case: RuntimeCase) -> None:
     await check(case)
@@ -189,11 +158,6 @@ async def test_no_gpu_and_no_proxy_of_the_owner_gets_into_the_environment(
     assert "NVIDIA_VISIBLE_DEVICES=void" in said
     assert "HOME=/tmp" in said
     assert secret not in said
-
-
-def contract_of(runtime: DockerRuntime, healthy: ContainerSpec) -> RuntimeCase:
-    """Return as much of a case as `started` and `inside` need."""
-    return RuntimeCase(runtime=runtime, healthy=healthy, exits=SPEC, stubborn=SPEC, no_image=SPEC, shell=shell)
 
 
 @pytest.mark.parametrize(
@@ -263,20 +227,6 @@ def load_foreign_image(host: str, name: str, layer: bytes) -> None:
     docker(host, "load", stdin=buffer.getvalue())
 
 
-async def how_it_fails(runtime: DockerRuntime, spec: ContainerSpec) -> str:
-    """Return what is said of a service that ends at once, by either way of saying it."""
-    spec = of_worker(spec)
-    try:
-        handle = await runtime.start(spec)
-    except StartFailed as failure:
-        assert await runtime.list_owned(spec.worker_id) == []
-        return failure.message
-    try:
-        return (await becomes(runtime, handle, "exited")).reason
-    finally:
-        await runtime.stop(handle)
-
-
 async def test_an_image_without_its_program_is_said_to_be_one(runtime: DockerRuntime, engine_host: str) -> None:
     image = "rma-test/empty:latest"
     make_image(engine_host, image, 'CMD ["/nothing/here"]')
@@ -294,7 +244,7 @@ async def test_last_words_are_one_line_without_control_characters(runtime: Docke
 
 async def test_a_name_held_by_a_stranger_is_no_ones_to_take(runtime: DockerRuntime, engine_host: str) -> None:
     spec = of_worker(SPEC)
-    name = rma_runtime_docker.container_name(spec)
+    name = container_name(spec)
     held = docker(engine_host, "create", "--name", name, SERVICE).strip()
     try:
         with pytest.raises(StartFailed, match=f"{name} is taken by .* not this worker's .{held[:12]}"):
@@ -308,8 +258,8 @@ async def test_a_leftover_that_was_never_started_is_listed_and_gives_way(
     runtime: DockerRuntime, engine_host: str
 ) -> None:
     spec = of_worker(SPEC)
-    options = [f"--label={key}={value}" for key, value in rma_runtime_docker.labels(spec).items()]
-    docker(engine_host, "create", "--name", rma_runtime_docker.container_name(spec), *options, SERVICE)
+    options = [f"--label={key}={value}" for key, value in labels(spec).items()]
+    docker(engine_host, "create", "--name", container_name(spec), *options, SERVICE)
     [leftover] = await runtime.list_owned(spec.worker_id)
     assert (await runtime.inspect(leftover)).reason == "it was made, but never started"
     handle = await runtime.start(spec)
@@ -331,13 +281,6 @@ async def test_giving_up_a_start_leaves_nothing(runtime: DockerRuntime) -> None:
     assert await runtime.list_owned(spec.worker_id) == []
 
 
-async def no_thread_left() -> None:
-    """Wait until the threads of this loop have nothing to do."""
-    await asyncio.get_running_loop().shutdown_default_executor()
-    asyncio.get_running_loop()._default_executor = None  # type: ignore[attr-defined]
-    asyncio.get_running_loop()._executor_shutdown_called = False  # type: ignore[attr-defined]
-
-
 async def test_a_gpu_that_the_engine_cannot_give_is_not_supported(runtime: DockerRuntime) -> None:
     for access in (
         ContainerAccess(cdi=("vendor.example/gpu=0",)),
@@ -356,7 +299,7 @@ async def test_a_taken_port_is_said_by_a_real_engine(engine_host: str) -> None:
         publish = f"--publish=127.0.0.1:{holder.getsockname()[1]}:8000"
         with pytest.raises(engines.EngineProblem) as said:
             docker(engine_host, "run", "--rm", "--detach", publish, SERVICE)
-    assert isinstance(explain(str(said.value), "start"), PortTaken)
+    assert isinstance(explain(str(said.value), "start", DOCKER), PortTaken)
 
 
 # Where the engine is
@@ -517,7 +460,7 @@ def listening(answer: bytes | None) -> Iterator[str]:
 
 
 async def test_an_engine_that_hangs_is_unhealthy_and_holds_nobody_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rma_runtime_docker, "CONNECT_S", 0.3)
+    monkeypatch.setattr(engine_connection, "CONNECT_S", 0.3)
     with listening(None) as host:
         runtime = DockerRuntime({"host": host})
         health = await runtime.probe()
@@ -556,18 +499,22 @@ async def test_podman_behind_dockers_socket_is_left_to_the_podman_runtime(tmp_pa
 
 
 def test_windows_containers_and_missing_limits_are_said() -> None:
-    assert "switch it to Linux containers" in rma_runtime_docker.unusable({"OSType": "windows"})
-    assert rma_runtime_docker.unusable({"OSType": "linux"}) == ""
-    pi = {"MemoryLimit": False, "CpuCfsQuota": True, "PidsLimit": True, "SecurityOptions": ["name=seccomp,profile=x"]}
-    assert list(rma_runtime_docker.warnings(pi)) == [
-        "Docker cannot limit memory of containers here",
-        "the kernel may need cgroup_enable=memory on its command line",
-    ]
+    assert "switch it to Linux containers" in unusable({"OSType": "windows"}, "Docker")
+    assert unusable({"OSType": "linux"}, "Docker") == ""
+    pi = {
+        "MemoryLimit": False,
+        "SwapLimit": False,
+        "CpuCfsQuota": True,
+        "PidsLimit": True,
+        "SecurityOptions": ["name=seccomp,profile=x"],
+    }
+    [said] = warnings(pi, "Docker")
+    assert said.startswith("Docker cannot limit memory, swap of containers here (the kernel may need cgroup_enable")
+    assert cannot_limit(pi) == ("memory", "swap")
     bare = {"CgroupVersion": "1", "SecurityOptions": ["name=rootless", "name=seccomp,profile=unconfined"]}
-    assert list(rma_runtime_docker.warnings(bare)) == [
-        "Docker cannot limit memory, cpu, pids of containers here (cgroup v2 is needed)",
-        "Docker runs containers without seccomp here",
-    ]
+    limits, seccomp = warnings(bare, "Docker")
+    assert limits.startswith("Docker cannot limit memory, swap, cpu, pids of containers here (without root this takes")
+    assert seccomp == "Docker runs containers without seccomp here"
 
 
 def test_features_are_those_the_engine_has() -> None:
@@ -578,7 +525,7 @@ def test_features_are_those_the_engine_has() -> None:
         "CDISpecDirs": ["/etc/cdi"],
         "Runtimes": {"nvidia": {}, "runc": {}},
     }
-    assert list(rma_runtime_docker.features(new)) == [
+    assert list(features(new)) == [
         "limit:memory",
         "cgroup:v2",
         "security:seccomp",
@@ -586,7 +533,7 @@ def test_features_are_those_the_engine_has() -> None:
         "gpu:cdi",
         "gpu:nvidia",
     ]
-    assert "gpu:cdi" not in set(rma_runtime_docker.features({**new, "DiscoveredDevices": []}))
+    assert "gpu:cdi" not in set(features({**new, "DiscoveredDevices": []}))
 
 
 async def test_the_features_of_a_real_engine_are_told(runtime: DockerRuntime) -> None:
@@ -595,61 +542,6 @@ async def test_the_features_of_a_real_engine_are_told(runtime: DockerRuntime) ->
 
 
 # Pulls from a real registry
-
-MIB = 1024**2
-
-
-class Valve:
-    """A TCP proxy in front of the registry that lets so many bytes through and then ``stall``s or ``cut``s."""
-
-    def __init__(self, target: str, *, most_bytes: int, then: str) -> None:
-        self._host, _, port = target.partition(":")
-        self._port, self._left, self._then = int(port), most_bytes, then
-        self.closed_up = asyncio.Event()
-
-    async def _pass(self, caller: asyncio.StreamReader, answers_to: asyncio.StreamWriter) -> None:
-        reader, writer = await asyncio.open_connection(self._host, self._port)
-        upward = asyncio.create_task(pump(caller, writer))
-        try:
-            while data := await reader.read(65536):
-                self._left -= len(data)
-                if self._left < 0:
-                    self.closed_up.set()
-                    if self._then == "cut":
-                        break
-                    await asyncio.sleep(3600)
-                answers_to.write(data)
-                await answers_to.drain()
-        except ConnectionError:
-            pass
-        finally:
-            upward.cancel()
-            writer.close()
-            answers_to.close()
-
-    @contextlib.asynccontextmanager
-    async def open(self) -> AsyncIterator[str]:
-        """Listen until the end of the block; gives its ``host:port``."""
-        tasks: set[asyncio.Task[None]] = set()
-
-        def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            tasks.add(asyncio.create_task(self._pass(reader, writer)))
-
-        server = await asyncio.start_server(accept, "127.0.0.1", 0)
-        try:
-            yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        finally:
-            server.close()
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with contextlib.suppress(ConnectionError):
-        while data := await reader.read(65536):
-            writer.write(data)
-            await writer.drain()
 
 
 def pushed(host: str, registry: str, *, layer_mib: int = 8) -> tuple[str, str]:
@@ -661,10 +553,6 @@ def pushed(host: str, registry: str, *, layer_mib: int = 8) -> tuple[str, str]:
     docker(host, "rmi", name)
     [digest] = re.findall(r"sha256:[0-9a-f]{64}", said)
     return repository, digest
-
-
-def from_registry(address: str, repository: str, digest: str | None = None) -> ContainerSpec:
-    return of_worker(msgspec.structs.replace(SPEC, image=f"{address}/{repository}:latest", image_digest=digest))
 
 
 @pytest.mark.parametrize("by_digest", [False, True], ids=["by tag", "by digest"])
@@ -729,7 +617,7 @@ async def test_a_registry_that_is_down_may_be_tried_again(runtime: DockerRuntime
 async def test_a_transfer_that_breaks_off_midway_is_given_up_for_lack_of_progress(
     runtime: DockerRuntime, engine_host: str, registry: str, then: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rma_runtime_docker, "PULL_IDLE_S", 2.0)
+    monkeypatch.setattr(images, "PULL_IDLE_S", 2.0)
     repository, digest = pushed(engine_host, registry)
     seen: list[PullProgress] = []
     async with Valve(registry, most_bytes=4 * MIB, then=then).open() as address:
@@ -774,11 +662,11 @@ def test_progress_has_a_total_once_every_layer_is_known() -> None:
     assert not layers.take({"status": "Retrying in 5 seconds", "id": "a"})
     assert layers.progress() == PullProgress(done_bytes=5, total_bytes=None, note="downloading")
     assert layers.take({"status": "Downloading", "id": "a", "progressDetail": {"current": 10, "total": 90}})
-    assert layers.patience_s == rma_runtime_docker.PULL_IDLE_S
+    assert layers.patience_s == images.PULL_IDLE_S
     layers.take({"status": "Download complete", "id": "a"})
     layers.take({"status": "Download complete", "id": "b"})
     assert layers.progress() == PullProgress(done_bytes=140, total_bytes=140, note="unpacking")
-    assert layers.patience_s == rma_runtime_docker.UNPACK_IDLE_S
+    assert layers.patience_s == images.UNPACK_IDLE_S
 
 
 async def test_an_engine_behind_a_context_with_certificates_is_used(
@@ -879,7 +767,7 @@ async def test_an_engine_that_is_stopped_and_started_is_said_once_and_used_again
     runtime = runtime_at(own_engine.host)
     spec = of_worker(SPEC)
     handle = await runtime.start(spec)
-    with caplog.at_level(logging.DEBUG, logger="rma_runtime_docker"):
+    with caplog.at_level(logging.DEBUG, logger="rma_core.container_engine"):
         own_engine.stop()
         assert "start it" in (await runtime.probe()).reason
         for call in (
@@ -917,7 +805,7 @@ async def test_an_engine_that_freezes_while_it_is_used_is_unhealthy_and_recovers
     os.kill(own_engine.pid, signal.SIGSTOP)
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(rma_runtime_docker, "CONNECT_S", 1)
+            patch.setattr(engine_connection, "CONNECT_S", 1)
             health = await runtime.probe()
     finally:
         os.kill(own_engine.pid, signal.SIGCONT)
@@ -1025,10 +913,8 @@ async def test_a_full_disk_is_said_with_what_to_do(
         ("ask", "something new", RuntimeFailure),
     ],
 )  # fmt: skip
-def test_what_engines_and_registries_say_is_understood(
-    action: rma_runtime_docker.Action, said: str, kind: type[RuntimeFailure]
-) -> None:
-    failure = explain(said, action)
+def test_what_engines_and_registries_say_is_understood(action: Action, said: str, kind: type[RuntimeFailure]) -> None:
+    failure = explain(said, action, DOCKER)
     assert type(failure) is kind
     assert said in failure.message
 
@@ -1100,11 +986,24 @@ def test_an_image_that_preloads_a_library_gets_no_gpu() -> None:
     ],
 )
 def test_a_port_is_not_taken_for_a_tag(image: str, parts: tuple[str, str]) -> None:
-    assert rma_runtime_docker.split_tag(image) == parts
+    assert split_tag(image) == parts
 
 
 def test_importing_the_plugin_does_not_import_the_sdk() -> None:
-    code = "import sys, rma_runtime_docker; sys.exit(any(m in sys.modules for m in ('docker', 'requests', 'urllib3')))"
+    heavy = "{'docker', 'requests', 'urllib3', 'psutil'}"
+    code = f"import sys, rma_runtime_docker, rma_core.container_engine; sys.exit(bool({heavy} & set(sys.modules)))"
+    path = os.pathsep.join([str(Path(rma_runtime_docker.__file__).parent), str(Path(__file__).parent.parent)])
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, check=False, timeout=60)
+    assert done.returncode == 0
+
+
+def test_where_no_engine_answers_the_sdk_is_not_imported() -> None:
+    code = (
+        "import asyncio, sys\n"
+        "from rma_runtime_docker import DockerRuntime\n"
+        f"health = asyncio.run(DockerRuntime({{'host': {NO_DOCKER!r}}}).probe())\n"
+        "sys.exit(health.state != 'unhealthy' or 'docker' in sys.modules)"
+    )
     path = os.pathsep.join([str(Path(rma_runtime_docker.__file__).parent), str(Path(__file__).parent.parent)])
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, check=False, timeout=60)
     assert done.returncode == 0

@@ -112,18 +112,20 @@ if __name__ == "__main__":
 '''
 
 
-def write_wheel(folder: Path, *, version: str = "1.0", requires: str = "") -> Path:
-    """Write the service's wheel into ``folder``, as a build tool would."""
-    info = f"rma_tiny-{version}.dist-info"
-    metadata = f"Metadata-Version: 2.1\nName: {DISTRIBUTION}\nVersion: {version}\n"
+def write_wheel(
+    folder: Path, *, version: str = "1.0", requires: str = "", module: str = MODULE, source: str = SOURCE
+) -> Path:
+    """Write the wheel of a service in one module into ``folder``, as a build tool would."""
+    info = f"{module}-{version}.dist-info"
+    metadata = f"Metadata-Version: 2.1\nName: {module.replace('_', '-')}\nVersion: {version}\n"
     files = {
-        f"{MODULE}.py": SOURCE,
+        f"{module}.py": source,
         f"{info}/METADATA": metadata + (f"Requires-Dist: {requires}\n" if requires else ""),
         f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
     record = "".join(f"{name},sha256={_digest(text)},{len(text.encode())}\n" for name, text in files.items())
     folder.mkdir(parents=True, exist_ok=True)
-    wheel = folder / f"rma_tiny-{version}-py3-none-any.whl"
+    wheel = folder / f"{module}-{version}-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         for name, text in {**files, f"{info}/RECORD": f"{record}{info}/RECORD,,\n"}.items():
             archive.writestr(name, text)

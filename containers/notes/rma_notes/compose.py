@@ -9,8 +9,8 @@ import msgspec
 
 from rma_notes import language, media, phrases, summary
 from rma_notes.cleaning import clean_line, encodable
-from rma_notes.problems import EmptyDocument
 from rma_notes.records import Block, Document, Heading, KeyPhrase, Metadata, Notes, PageSpan, Summary, Table
+from rma_service.problems import EmptyDocument
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -8,13 +8,13 @@ from io import BytesIO
 from pathlib import PurePath
 from typing import NamedTuple
 
-from rma_notes.problems import CorruptDocument, EncryptedDocument, UnsupportedMediaType
+from rma_service.envelope import TEXT, parse_content_type
+from rma_service.problems import CorruptDocument, EncryptedDocument, UnsupportedMediaType
 
 PDF = "application/pdf"
 DOCX = "application/vnd.openxmlformats-officedocument.wordprocessingml.document"
 HTML = "text/html"
 MARKDOWN = "text/markdown"
-TEXT = "text/plain"
 SUPPORTED = (PDF, DOCX, HTML, MARKDOWN, TEXT)
 _ALIASES = {
     "application/x-pdf": PDF,
@@ -84,13 +84,6 @@ def kind_of(data: bytes, *, content_type: str, filename: str | None) -> Kind:
             _sentence(claimed or "binary data of an unknown kind"), members={"supported": list(SUPPORTED)}
         )
     return Kind(_supported(claimed or found), charset, [])
-
-
-def parse_content_type(value: str) -> tuple[str, str | None]:
-    """Return the media type in lower case, and the charset where one is given."""
-    media_type, *parameters = value.split(";")
-    charset = next((p.partition("=")[2] for p in parameters if p.strip().lower().startswith("charset=")), "")
-    return media_type.strip().lower(), charset.strip(" \"'").lower() or None
 
 
 def sniff(data: bytes) -> str | None:

@@ -210,7 +210,9 @@ class Fleet:
 
     def beat(self, worker: Worker, heartbeat: Heartbeat, *, ip_address: str) -> None:
         """Take a heartbeat in."""
-        worker.said = same((heartbeat.status, heartbeat.reason))
+        said = (heartbeat.status, heartbeat.reason)
+        if worker.said != said:
+            worker.said = same(said)
         worker.current_load = heartbeat.current_load
         if worker.containers != heartbeat.containers:
             # What was counted from them is known by their identity.

@@ -13,8 +13,8 @@ from docx.text.paragraph import Paragraph
 from lxml import etree  # type: ignore[import-untyped]  # it ships no annotations
 
 from rma_notes.cleaning import clean_line
-from rma_notes.problems import CorruptDocument, TooComplex
 from rma_notes.records import Block, Document, Properties
+from rma_service.problems import CorruptDocument, TooComplex
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

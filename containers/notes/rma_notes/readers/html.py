@@ -9,9 +9,9 @@ from lxml import etree  # type: ignore[import-untyped]  # it ships no annotation
 
 from rma_notes.cleaning import clean_line, clean_lines
 from rma_notes.language import word_set
-from rma_notes.problems import CorruptDocument
 from rma_notes.readers import plain
 from rma_notes.records import Block, Document, Properties
+from rma_service.problems import CorruptDocument
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

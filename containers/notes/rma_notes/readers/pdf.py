@@ -10,13 +10,13 @@ import pypdfium2  # type: ignore[import-untyped]  # it ships no annotations
 import pypdfium2.raw as pdfium  # type: ignore[import-untyped]  # it ships no annotations
 
 from rma_notes.cleaning import clean_line
-from rma_notes.problems import CorruptDocument, EncryptedDocument
 from rma_notes.readers.pdf_furniture import without_furniture
 from rma_notes.readers.pdf_layout import Segment, lines_of, segments_of, table_segment
 from rma_notes.readers.pdf_page import PageContent, read_page
 from rma_notes.readers.pdf_paragraphs import PageLines, blocks_of
 from rma_notes.readers.pdf_tables import find_tables
 from rma_notes.records import Block, Document, Heading, Properties
+from rma_service.problems import CorruptDocument, EncryptedDocument
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

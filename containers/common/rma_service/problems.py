@@ -1,6 +1,6 @@
 """Everything a request can fail with, as one tree; each becomes an RFC 9457 problem document.
 
-NotesProblem
+ServiceProblem
 ├── BadRequest            400  the request itself cannot be read
 ├── BadOptions            422  options that do not fit, every one of them named
 ├── NotFound              404  there is nothing at that path
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 TYPE_PREFIX = "urn:rma:problem:"
 
 
-class NotesProblem(Exception):
+class ServiceProblem(Exception):
     """A failure the client can act on; ``detail`` is the sentence that says how, ``members`` stand beside it."""
 
     status: ClassVar[int] = 422
@@ -53,7 +53,7 @@ class NotesProblem(Exception):
         return msgspec.json.encode(document | self.members)
 
 
-class BadRequest(NotesProblem):
+class BadRequest(ServiceProblem):
     """The request itself cannot be read."""
 
     status = 400
@@ -61,7 +61,7 @@ class BadRequest(NotesProblem):
     title = "The request cannot be read"
 
 
-class BadOptions(NotesProblem):
+class BadOptions(ServiceProblem):
     """Options that do not fit; ``errors`` names every one of them with what is wrong."""
 
     code = "bad_options"
@@ -73,7 +73,7 @@ class BadOptions(NotesProblem):
         super().__init__("; ".join(f"{name}: {reason}" for name, reason in errors.items()), members={"errors": named})
 
 
-class NotFound(NotesProblem):
+class NotFound(ServiceProblem):
     """There is nothing at that path."""
 
     status = 404
@@ -81,7 +81,7 @@ class NotFound(NotesProblem):
     title = "There is nothing here"
 
 
-class MethodNotAllowed(NotesProblem):
+class MethodNotAllowed(ServiceProblem):
     """The path is right, the method is not."""
 
     status = 405
@@ -89,7 +89,7 @@ class MethodNotAllowed(NotesProblem):
     title = "This method does not work here"
 
 
-class TooSlow(NotesProblem):
+class TooSlow(ServiceProblem):
     """The body came too slowly."""
 
     status = 408
@@ -97,7 +97,7 @@ class TooSlow(NotesProblem):
     title = "The request took too long to arrive"
 
 
-class TooLarge(NotesProblem):
+class TooLarge(ServiceProblem):
     """The body is over the limit."""
 
     status = 413
@@ -105,7 +105,7 @@ class TooLarge(NotesProblem):
     title = "The document is too large"
 
 
-class UnsupportedMediaType(NotesProblem):
+class UnsupportedMediaType(ServiceProblem):
     """A kind of document, or an encoding of the body, that is not read here."""
 
     status = 415
@@ -113,35 +113,35 @@ class UnsupportedMediaType(NotesProblem):
     title = "This kind of document is not supported"
 
 
-class EmptyDocument(NotesProblem):
+class EmptyDocument(ServiceProblem):
     """There is nothing in the document."""
 
     code = "empty_document"
     title = "The document is empty"
 
 
-class EncryptedDocument(NotesProblem):
+class EncryptedDocument(ServiceProblem):
     """The document opens with a password only."""
 
     code = "encrypted_document"
     title = "The document is encrypted"
 
 
-class CorruptDocument(NotesProblem):
+class CorruptDocument(ServiceProblem):
     """The document is broken, or is not what it says it is."""
 
     code = "corrupt_document"
     title = "The document is damaged"
 
 
-class TooComplex(NotesProblem):
+class TooComplex(ServiceProblem):
     """The document needs more time, memory or space than one may take here."""
 
     code = "too_complex"
     title = "The document takes too much to process"
 
 
-class Busy(NotesProblem):
+class Busy(ServiceProblem):
     """All slots are taken and the queue is full."""
 
     status = 503

@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from rma_notes import __version__
-from rma_notes.media import SUPPORTED
-from rma_notes.parsers import Answer, Parsers
-from rma_notes.problems import (
+from rma_service.problems import (
     Busy,
     MethodNotAllowed,
-    NotesProblem,
     NotFound,
+    ServiceProblem,
     TooLarge,
     TooSlow,
     UnsupportedMediaType,
 )
+from rma_service.processes import Answer
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable, Iterator, Mapping
+
+    from rma_service.processes import Processes
 
     Receive = Callable[[], Awaitable[dict[str, Any]]]
     Send = Callable[[dict[str, Any]], Awaitable[None]]
@@ -42,7 +42,6 @@ SEND_S = 60.0
 DRAIN_BYTES, DRAIN_S = 4 * MAX_BODY_BYTES, 15.0
 RETRY_AFTER_S = 2
 _SEND_CHUNK = 1 << 18
-_METHODS = {"/health": ("GET", "HEAD"), "/notes": ("POST",)}
 
 
 class Limits(NamedTuple):
@@ -57,12 +56,21 @@ class ClientGone(Exception):
     """The client has closed the connection."""
 
 
-class NotesApp:
+class ServiceApp:
     """The ASGI application."""
 
-    def __init__(self, parsers: Parsers, *, limits: Limits = Limits(), folder: Path | None = None) -> None:  # noqa: B008 - a tuple never changes
-        """Serve with ``parsers``; bodies lie in ``folder`` (the system's temporary one) while they are read."""
-        self._parsers = parsers
+    def __init__(
+        self, name: str, processes: Processes, *, facts: Mapping[str, object], limits: Limits = Limits(),  # noqa: B008 - a tuple never changes
+        folder: Path | None = None,
+    ) -> None:  # fmt: skip
+        """Serve ``POST /name`` with ``processes``, and ``GET /health`` with ``facts``.
+
+        Bodies lie in ``folder`` (the system's temporary one) while they are read.
+        """
+        self._name = name
+        self._methods = {"/health": ("GET", "HEAD"), f"/{name}": ("POST",)}
+        self._processes = processes
+        self._facts = facts
         self._limits = limits
         self._folder = folder
 
@@ -80,10 +88,10 @@ class NotesApp:
         while True:
             message = await receive()
             if message["type"] == "lifespan.startup":
-                await self._parsers.start()
+                await self._processes.start()
                 await send({"type": "lifespan.startup.complete"})
             else:
-                await self._parsers.aclose()
+                await self._processes.aclose()
                 await send({"type": "lifespan.shutdown.complete"})
                 return
 
@@ -93,32 +101,36 @@ class NotesApp:
             answer = await self._routed(scope, receive)
         except ClientGone:
             return
-        except NotesProblem as problem:
+        except ServiceProblem as problem:
             answer = Answer(problem.status, "application/problem+json", problem.body())
-            headers = _problem_headers(problem, scope["path"])
+            headers = self._problem_headers(problem, scope["path"])
             if problem.status in (413, 415, 503):
                 await _drain(receive)
         with contextlib.suppress(TimeoutError):
             await _send(send, answer, headers, with_body=scope["method"] != "HEAD")
 
     async def _routed(self, scope: Scope, receive: Receive) -> Answer:
-        methods = _METHODS.get(scope["path"])
+        methods = self._methods.get(scope["path"])
         if methods is None:
-            raise NotFound("there are GET /health and POST /notes")
+            raise NotFound(f"there are GET /health and POST /{self._name}")
         if scope["method"] not in methods:
             raise MethodNotAllowed(f"{scope['path']} takes {' and '.join(methods)}")
         if scope["path"] == "/health":
             return self._health()
-        return await self._notes(scope, receive)
+        return await self._answer(scope, receive)
+
+    def _problem_headers(self, problem: ServiceProblem, path: str) -> list[tuple[bytes, bytes]]:
+        if isinstance(problem, Busy):
+            return [(b"retry-after", str(RETRY_AFTER_S).encode())]
+        if isinstance(problem, MethodNotAllowed):
+            return [(b"allow", ", ".join(self._methods[path]).encode())]
+        return []
 
     def _health(self) -> Answer:
-        facts = {
-            "status": "ok", "service": "notes", "version": __version__,
-            "slots": self._parsers.slots, "busy": self._parsers.busy, "media_types": SUPPORTED,
-        }  # fmt: skip
-        return Answer(200, "application/json", msgspec.json.encode(facts))
+        state = {"status": "ok", "service": self._name, "slots": self._processes.slots, "busy": self._processes.busy}
+        return Answer(200, "application/json", msgspec.json.encode({**state, **self._facts}))
 
-    async def _notes(self, scope: Scope, receive: Receive) -> Answer:
+    async def _answer(self, scope: Scope, receive: Receive) -> Answer:
         headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
         encoding = headers.get(b"content-encoding", "identity").strip().lower()
         if encoding not in ("", "identity"):
@@ -126,10 +138,10 @@ class NotesApp:
         length = headers.get(b"content-length", "")
         if length.isdecimal() and int(length) > self._limits.body_bytes:
             raise self._too_large()
-        async with self._parsers.admission():
+        async with self._processes.admission():
             with self._spool() as path:
                 await self._receive(receive, path)
-                read = self._parsers.read(
+                read = self._processes.read(
                     path, content_type=headers.get(b"content-type", ""), query=scope["query_string"].decode("latin-1")
                 )
                 return await _unless_gone(read, receive)
@@ -141,7 +153,7 @@ class NotesApp:
     @contextlib.contextmanager
     def _spool(self) -> Iterator[Path]:
         try:
-            with tempfile.NamedTemporaryFile(prefix="notes-", dir=self._folder, delete=False) as file:
+            with tempfile.NamedTemporaryFile(prefix=f"{self._name}-", dir=self._folder, delete=False) as file:
                 path = Path(file.name)
         except OSError as error:
             raise Busy(f"there is no room for the document: {error.strerror}; try again in a moment") from error
@@ -204,14 +216,6 @@ async def _drain(receive: Receive) -> None:
                 size += len(message.get("body", b""))
                 if message["type"] != "http.request" or not message.get("more_body", False):
                     return
-
-
-def _problem_headers(problem: NotesProblem, path: str) -> list[tuple[bytes, bytes]]:
-    if isinstance(problem, Busy):
-        return [(b"retry-after", str(RETRY_AFTER_S).encode())]
-    if isinstance(problem, MethodNotAllowed):
-        return [(b"allow", ", ".join(_METHODS[path]).encode())]
-    return []
 
 
 async def _send(send: Send, answer: Answer, headers: list[tuple[bytes, bytes]], *, with_body: bool) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import sys
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from rma_notes.child import Head, Job
-from rma_notes.problems import Busy, CorruptDocument, TooComplex
+from rma_service.child import Head, Job
+from rma_service.problems import Busy, CorruptDocument, TooComplex
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -20,12 +21,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Documents read at once.
-SLOTS = 2
-#: Seconds a document may take.
-DEADLINE_S = 60.0
-#: Address space of one process, which has about 200 MB of it before it has read anything.
-MEMORY_BYTES = 640 * 1024 * 1024
 #: An answer is at most this long; the text in it is cut far below.
 MAX_ANSWER_BYTES = 96 * 1024 * 1024
 #: Requests that wait for a slot with their body on disk; more wait with it still on the client's side.
@@ -50,17 +45,23 @@ class Answer(NamedTuple):
     body: bytes
 
 
-class Parsers:
+class Processes:
     """Bounds how many documents are held and read at once, and keeps spare processes ready."""
 
     def __init__(
-        self, *, slots: int = SLOTS, deadline_s: float = DEADLINE_S, memory_bytes: int = MEMORY_BYTES,
+        self, child: str, *, slots: int, deadline_s: float, memory_bytes: int, threads: int = 1,
         queue_s: float = QUEUE_S,
     ) -> None:  # fmt: skip
-        """Take the limits; starts nothing yet."""
+        """Take the module that is the process (`rma_service.child`), and the limits; starts nothing yet.
+
+        ``deadline_s`` is what a document may take, on ``threads`` processors; ``memory_bytes`` the address space of a
+        process.
+        """
         self.slots = slots
+        self._child = child
         self._deadline_s = deadline_s
         self._memory_bytes = memory_bytes
+        self._threads = threads
         self._queue_s = queue_s
         self._admitted = asyncio.Semaphore(slots * (1 + WAITING_PER_SLOT))
         self._running = asyncio.Semaphore(slots)
@@ -70,7 +71,7 @@ class Parsers:
     async def start(self) -> None:
         """Start a spare process for each slot."""
         while len(self._spare) < self.slots:
-            self._spare.append(await _spawn())
+            self._spare.append(await _spawn(self._child, self._threads))
 
     async def aclose(self) -> None:
         """End the spare processes; those at work end with their requests."""
@@ -102,7 +103,7 @@ class Parsers:
         """
         job = Job(
             body=str(body), content_type=content_type, query=query,
-            cpu_s=int(self._deadline_s) + 1, memory_bytes=self._memory_bytes,
+            cpu_s=int(self._deadline_s * self._threads) + 1, memory_bytes=self._memory_bytes,
         )  # fmt: skip
         async with self._running:
             process = await self._take()
@@ -122,14 +123,14 @@ class Parsers:
             if process.returncode is None:
                 return process
         try:
-            return await _spawn()
+            return await _spawn(self._child, self._threads)
         except OSError as error:
             raise Busy(f"no process could be started ({error}); try again in a moment") from error
 
     async def _refill(self) -> None:
         with contextlib.suppress(OSError):
             if len(self._spare) < self.slots:
-                self._spare.append(await _spawn())
+                self._spare.append(await _spawn(self._child, self._threads))
 
     async def _answer(self, process: asyncio.subprocess.Process, job: Job) -> Answer:
         try:
@@ -149,14 +150,18 @@ class Parsers:
         logger.info("a parser ended without an answer: %s", code)
         if code is not None and -code in _CRASHES:
             return CorruptDocument("the parser crashed on this document: it is damaged, or takes too much memory")
+        if code == -getattr(signal, "SIGALRM", 0):
+            return TooComplex("a part of the document (one page) took longer than one may take here")
         if code == -getattr(signal, "SIGXCPU", 0):
             return TooComplex(f"the document was not read within {self._deadline_s:g} s of processor time")
         return TooComplex("the parser was ended while it read this document, most likely because memory ran out")
 
 
-async def _spawn() -> asyncio.subprocess.Process:
+async def _spawn(child: str, threads: int) -> asyncio.subprocess.Process:
+    # Names that OpenMP gave them, and that numeric libraries honour as well.
+    limits = dict.fromkeys(("OMP_NUM_THREADS", "OMP_THREAD_LIMIT"), str(threads))
     return await asyncio.create_subprocess_exec(
-        sys.executable, "-I", "-m", "rma_notes.child",
+        sys.executable, "-I", "-m", child, env={**os.environ, **limits},
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=1 << 20,
     )  # fmt: skip
 

@@ -6,49 +6,54 @@ import base64
 import binascii
 import re
 from io import BytesIO
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, unquote_to_bytes
 
 import msgspec
 from multipart import MultipartError, MultipartParser, parse_options_header  # type: ignore[import-untyped]  # no annotations
 
-from rma_notes import options as options_module
-from rma_notes.media import TEXT, parse_content_type
-from rma_notes.problems import BadOptions, BadRequest, EmptyDocument
-
-if TYPE_CHECKING:
-    from rma_notes.options import Options
+from rma_service.options import filename_of
+from rma_service.problems import BadOptions, BadRequest, EmptyDocument
 
 MAX_QUERY_FIELDS = 32
 MAX_FORM_FIELDS = 32
 MAX_FIELD_BYTES = 10_000
+TEXT = "text/plain"
 _DATA_URL = re.compile(r"data:([^,]{0,500}?)(;base64)?,", re.IGNORECASE)
-_HOW = 'send {"file": "data:application/pdf;base64,…"} or {"text": "…"}'
 
 
 class Submission(NamedTuple):
-    """A document as it was sent."""
+    """A document as it was sent; ``options`` are words (query, form) or JSON values, not yet looked at."""
 
     data: bytes
     content_type: str
     filename: str | None
-    options: Options
+    options: dict[str, object]
 
 
-def open_envelope(body: bytes, *, content_type: str, query: str) -> Submission:
-    """Return the document and its options; raises BadRequest, BadOptions, EmptyDocument."""
+def open_envelope(body: bytes, *, content_type: str, query: str, takes_text: bool = False) -> Submission:
+    """Return the document and its options; raises BadRequest, BadOptions, EmptyDocument.
+
+    ``takes_text``: JSON may hold the member ``text`` in place of ``file``.
+    """
     asked = _query(query)
     media_type, _ = parse_content_type(content_type)
     if media_type == "multipart/form-data":
         found = _form(body, content_type, asked)
     elif media_type == "application/json" or media_type.endswith("+json"):
-        found = _json(body, asked)
+        found = _json(body, asked, takes_text=takes_text)
     else:
-        parsed = options_module.parse(asked)
-        found = Submission(body, content_type, parsed.filename, parsed)
+        found = Submission(body, content_type, filename_of(asked), asked)
     if not found.data.strip(b" \t\r\n\x00"):
         raise EmptyDocument("the document has no content: the file is empty")
     return found
+
+
+def parse_content_type(value: str) -> tuple[str, str | None]:
+    """Return the media type in lower case, and the charset where one is given."""
+    media_type, *parameters = value.split(";")
+    charset = next((p.partition("=")[2] for p in parameters if p.strip().lower().startswith("charset=")), "")
+    return media_type.strip().lower(), charset.strip(" \"'").lower() or None
 
 
 def _query(query: str) -> dict[str, object]:
@@ -88,34 +93,33 @@ def _form(body: bytes, content_type: str, asked: dict[str, object]) -> Submissio
     files = [part for part in parts if part.name == "file"]
     if len(files) != 1:
         raise BadRequest(f"the form has {len(files)} fields named file; send one document in a field of that name")
-    given = options_module.parse({**asked, **_once(fields)})
+    given = {**asked, **_once(fields)}
     sent = files[0]
     # A part without a filename is a plain field, whose type nobody has set.
     sent_type = sent.content_type if sent.filename else ""
-    name = (
-        given.filename
-        or options_module.parse({"filename": (sent.filename or "")[-options_module.MAX_FILENAME :]}).filename
-    )
-    return Submission(sent.raw, sent_type, name, given)
+    return Submission(sent.raw, sent_type, filename_of(given, sent.filename or ""), given)
 
 
-def _json(body: bytes, asked: dict[str, object]) -> Submission:
+def _json(body: bytes, asked: dict[str, object], *, takes_text: bool) -> Submission:
+    how = 'send {"file": "data:application/pdf;base64,…"}' + (' or {"text": "…"}' if takes_text else "")
     try:
         members: Any = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
-        raise BadRequest(f"the body is no JSON: {error}; {_HOW}") from None
+        raise BadRequest(f"the body is no JSON: {error}; {how}") from None
     if not isinstance(members, dict):
-        raise BadRequest(f"the JSON is no object; {_HOW}")
-    file, text = members.pop("file", None), members.pop("text", None)
+        raise BadRequest(f"the JSON is no object; {how}")
+    file = members.pop("file", None)
+    text = members.pop("text", None) if takes_text else None
     if (file is None) == (text is None):
-        raise BadRequest(f"the JSON has both a file and a text, or neither; {_HOW}")
-    given = options_module.parse({**asked, **members})
+        what = "both a file and a text, or neither" if takes_text else "no file"
+        raise BadRequest(f"the JSON has {what}; {how}")
+    given = {**asked, **members}
     if text is not None:
         if not isinstance(text, str):
-            raise BadRequest(f"`text` is no string; {_HOW}")
-        return Submission(text.encode(errors="replace"), f"{TEXT};charset=utf-8", given.filename, given)
+            raise BadRequest(f"`text` is no string; {how}")
+        return Submission(text.encode(errors="replace"), f"{TEXT};charset=utf-8", filename_of(given), given)
     data, content_type = _data_url(file)
-    return Submission(data, content_type, given.filename, given)
+    return Submission(data, content_type, filename_of(given), given)
 
 
 def _data_url(value: object) -> tuple[bytes, str]:

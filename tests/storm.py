@@ -1,0 +1,232 @@
+"""Clients that keep asking while the coordinator dies and comes back, and that remember all they were told."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import httpx2
+
+from tests import slow_service
+
+if TYPE_CHECKING:
+    from tests.crash_kit import Town
+
+FINAL = frozenset({"succeeded", "failed", "cancelled"})
+#: Seconds between two tries of a client whose coordinator is away, and of the looks of an admin.
+RETRY_S, LOOK_S = 0.2, 0.5
+#: Seconds that an acknowledged task may take when nobody kills any more: a lease, and the work that waits.
+END_WITHIN_S = 150.0
+
+
+class Ask:
+    """One request: what was sent, and what is known of it."""
+
+    def __init__(self, name: str, body: bytes, *, key: str, later: bool) -> None:
+        self.name, self.body, self.key, self.later = name, body, key, later
+        self.task_id = ""
+        #: What was said of its end, the first time.
+        self.end: dict[str, Any] | None = None
+        self.unknown = False
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Its headers."""
+        return {
+            **({"Prefer": "respond-async"} if self.later else {}),
+            **({"Idempotency-Key": self.key} if self.key else {}),
+        }
+
+
+def make(rng: random.Random, name: str) -> Ask:
+    """Return a request of some kind, size and length."""
+    body = slow_service.request(
+        name,
+        before_s=rng.choice([0, 0, 0.05, 0.3, 1, 2.5]),
+        during_s=rng.choice([0, 0.5, 2]),
+        pieces=rng.choice([0, 0, 1, 4]),
+        filling=rng.choice([10, 10, 10, 80_000, 80_000, 1_300_000]),
+        ballast=rng.choice([0, 0, 0, 100_000]),
+    )
+    return Ask(name, body, key=f"key-{name}" if rng.random() < 0.5 else "", later=rng.random() < 0.7)
+
+
+class Storm:
+    """All clients together. ``violations`` is what must be empty at the end."""
+
+    def __init__(self, made: Town, *, seed: int) -> None:
+        self.made, self.seed = made, seed
+        self.asks: list[Ask] = []
+        self.violations: list[str] = []
+        self.counts: Counter[str] = Counter()
+        self.over = asyncio.Event()
+        #: Tasks of clients that waited, and were answered.
+        self.at_once: list[str] = []
+        #: Who had which attempt of which task, as far as anyone was told.
+        self._attempts: dict[str, dict[int, str]] = {}
+
+    def wrong(self, words: str) -> None:
+        """Remember what must not be."""
+        self.violations.append(words)
+
+    # -- clients -------------------------------------------------------------------------------------------------
+
+    async def client(self, number: int) -> None:
+        """Make one request after the other until the storm is over."""
+        rng = random.Random(f"{self.seed}/{number}")
+        async with self.made.client() as http:
+            while not self.over.is_set():
+                ask = make(rng, f"{number}-{len(self.asks)}")
+                self.asks.append(ask)
+                await (self._later(http, ask) if ask.later else self._waits(http, ask))
+                old = rng.choice(self.asks)
+                if old.task_id and (old.end is not None or rng.random() < 0.3):
+                    await self.ended(http, old)
+                await asyncio.sleep(rng.uniform(0, 0.3))
+
+    async def _send(self, http: httpx2.AsyncClient, ask: Ask) -> httpx2.Response | None:
+        """Send a request, again and again where its key makes that safe; ``None`` when its outcome is unknown."""
+        while True:
+            try:
+                answer = await http.post("/api/inference/slow", content=ask.body, headers=ask.headers)
+            except httpx2.ConnectError:
+                # It was never sent.
+                await asyncio.sleep(RETRY_S)
+                continue
+            except httpx2.TransportError:
+                self.counts["broken off"] += 1
+                if not ask.key:
+                    ask.unknown = True
+                    return None
+                await asyncio.sleep(RETRY_S)
+                continue
+            if answer.status_code != 409 or answer.json()["code"] != "still_running":
+                return answer
+            await asyncio.sleep(RETRY_S)
+
+    async def _later(self, http: httpx2.AsyncClient, ask: Ask) -> None:
+        answer = await self._send(http, ask)
+        if answer is None:
+            return
+        if answer.status_code != 202:
+            self.wrong(f"{ask.name}: {answer.status_code} {answer.text[:300]}")
+            return
+        self.counts["acknowledged"] += 1
+        ask.task_id = answer.json()["task_id"]
+        if ask.key and (again := await self._send(http, ask)) and again.json().get("task_id") != ask.task_id:
+            self.wrong(f"{ask.name}: its key found {again.text[:300]} instead of {ask.task_id}")
+
+    async def _waits(self, http: httpx2.AsyncClient, ask: Ask) -> None:
+        answer = await self._send(http, ask)
+        if answer is None:
+            return
+        if answer.status_code != 200 or not slow_service.answers(ask.body, answer.json()):
+            self.wrong(f"{ask.name}: {answer.status_code} {answer.text[:300]}")
+        elif ask.key:
+            ask.task_id = answer.headers["rma-task-id"]
+            self.counts["answered under a key"] += 1
+        else:
+            self.counts["answered at once"] += 1
+            self.at_once.append(answer.headers["rma-task-id"])
+
+    async def ended(self, http: httpx2.AsyncClient, ask: Ask, *, within_s: float = END_WITHIN_S) -> None:
+        """Wait for a task's end, which is the same however often one asks, and is the right answer to its request."""
+        deadline = time.monotonic() + within_s
+        while time.monotonic() < deadline:
+            found = await self._get(http, f"/api/inference/tasks/{ask.task_id}?wait=2")
+            if found is None:
+                await asyncio.sleep(RETRY_S)
+                continue
+            if found.status_code != 200:
+                self.wrong(
+                    f"{ask.name}: {ask.task_id} was acknowledged, and now {found.status_code} {found.text[:300]}"
+                )
+                return
+            view = found.json()
+            self.attempts(ask.task_id, view["attempts"])
+            if view["status"] in FINAL:
+                await self._check_end(http, ask, view)
+                return
+            if ask.end is not None:
+                self.wrong(f"{ask.name}: {ask.task_id} was {ask.end['status']} and is {view['status']}")
+        self.wrong(f"{ask.name}: {ask.task_id} has not ended within {within_s:.0f} s")
+
+    async def _check_end(self, http: httpx2.AsyncClient, ask: Ask, view: dict[str, Any]) -> None:
+        if ask.end is not None:
+            if view != ask.end:
+                self.wrong(f"{ask.name}: it ended as {str(ask.end)[:500]} and then as {str(view)[:500]}")
+            self.counts["asked again"] += 1
+            return
+        ask.end = view
+        if view["status"] != "succeeded":
+            self.wrong(f"{ask.name}: {str(view)[:1000]}")
+            return
+        found = view.get("result")
+        if found is None:
+            whole = None
+            while whole is None:
+                whole = await self._get(http, view["result_url"])
+            found = whole.json()
+        if not slow_service.answers(ask.body, found):
+            self.wrong(f"{ask.name}: the answer is {str(found)[:300]}")
+
+    async def _get(self, http: httpx2.AsyncClient, path: str) -> httpx2.Response | None:
+        try:
+            return await http.get(path)
+        except httpx2.TransportError:
+            await asyncio.sleep(RETRY_S)
+            return None
+
+    # -- an admin ------------------------------------------------------------------------------------------------
+
+    async def admin(self) -> None:
+        """Look at workers and tasks all the time."""
+        async with self.made.client() as http:
+            while not self.over.is_set():
+                await self.look(http)
+                await asyncio.sleep(LOOK_S)
+
+    async def look(self, http: httpx2.AsyncClient) -> None:
+        """Look once: nobody is offline, and no attempt's number comes twice."""
+        found = await self._get(http, "/api/admin/workers")
+        for worker in found.json()["workers"] if found is not None else ():
+            self.counts[f"seen {worker['status']}"] += 1
+            if worker["status"] == "offline":
+                self.wrong(f"{worker['worker_id']} is offline: {worker['status_reason']}")
+        found = await self._get(http, "/api/admin/tasks?limit=50")
+        for task in found.json()["tasks"] if found is not None else ():
+            self.attempts(task["task_id"], task["attempts"])
+
+    def attempts(self, task_id: str, found: list[dict[str, Any]]) -> None:
+        """Take in what was said of a task's attempts: a number stays one worker's, and new ones are higher."""
+        known = self._attempts.setdefault(task_id, {})
+        highest = max(known, default=0)
+        numbers = [one["attempt"] for one in found]
+        if numbers != sorted(set(numbers)):
+            self.wrong(f"{task_id}: attempts {numbers}")
+        for one in found:
+            number, worker = one["attempt"], one["worker_id"]
+            if number not in known and number < highest:
+                self.wrong(f"{task_id}: attempt {number} came after {highest}")
+            if known.setdefault(number, worker) != worker:
+                self.wrong(f"{task_id}: attempt {number} was {known[number]}'s and is {worker}'s")
+
+    # -- the end -------------------------------------------------------------------------------------------------
+
+    async def all_ended(self) -> None:
+        """Wait for the end of every task that was acknowledged, and ask twice."""
+        async with self.made.client() as http:
+            for _ in range(2):
+                for ask in [ask for ask in self.asks if ask.task_id]:
+                    await self.ended(http, ask)
+
+    def names(self, results: dict[str, bytes]) -> None:
+        """See in the kept answers that no request was made a task twice."""
+        tasks = Counter(json.loads(data)["id"] for data in results.values())
+        for name, count in tasks.items():
+            if count > 1:
+                self.wrong(f"{name} became {count} tasks")
