@@ -53,16 +53,17 @@ def options(about: str | None) -> Options:
 
 
 class Target(NamedTuple):
-    """A stated bar and what was measured; ``value`` must stay below ``limit``."""
+    """A stated bar and what was measured; ``value`` stays below ``limit``, or reaches it if that is the ``least``."""
 
     name: str
     value: float
     limit: float
+    least: bool = False
 
     @property
     def met(self) -> bool:
         """Whether it holds; nothing measured (NaN) is not met."""
-        return self.value < self.limit
+        return self.value >= self.limit if self.least else self.value < self.limit
 
 
 def show(result: Mapping[str, Any], lines: Iterable[str], targets: Sequence[Target], asked: Options) -> int:
@@ -74,7 +75,7 @@ def show(result: Mapping[str, Any], lines: Iterable[str], targets: Sequence[Targ
     else:
         print("\n".join(lines))
         for target in targets:
-            print(f"{'met   ' if target.met else 'MISSED'}  {target.name}: {target.value:.1f} of {target.limit:g}")
+            print(f"{'met   ' if target.met else 'MISSED'}  {target.name}: {target.value:.4g} of {target.limit:g}")
     return 1 if asked.check and not all(target.met for target in targets) else 0
 
 
@@ -116,15 +117,18 @@ def pin(cores: set[int]) -> None:
 
 
 class Server(NamedTuple):
-    """A server under measurement; ``key`` opens the coordinator's admin API."""
+    """A server under measurement; ``key`` opens the coordinator's admin API, ``answered_s`` is how long it took."""
 
     url: str
     key: str
     process: psutil.Process
+    answered_s: float = 0.0
 
 
 @contextlib.contextmanager
-def started(command: Sequence[str], *, home: Path, cores: set[int]) -> Iterator[subprocess.Popen[bytes]]:
+def started(
+    command: Sequence[str], *, home: Path, cores: set[int], env: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
     """Run a command on ``cores`` with ``home`` as its state folder and log; it is gone when this ends."""
     settings = {name: value for name, value in os.environ.items() if not name.startswith("RMA_")}
     home.mkdir(parents=True, exist_ok=True)
@@ -133,7 +137,10 @@ def started(command: Sequence[str], *, home: Path, cores: set[int]) -> Iterator[
         pin(cores)
         try:
             process = subprocess.Popen(
-                [sys.executable, *command], env={**settings, "RMA_HOME": str(home)}, stdout=log, stderr=log
+                [sys.executable, *command],
+                env={**settings, "RMA_HOME": str(home), **(env or {})},
+                stdout=log,
+                stderr=log,
             )
         finally:
             pin(own)
@@ -153,11 +160,22 @@ def coordinator(home: Path, *, cores: set[int], arguments: Sequence[str] = ()) -
     """Run a real coordinator on a free port of loopback, with its state in ``home``."""
     port = free_port()
     command = ["-m", "rma_core", "coordinator", "--port", str(port), *arguments]
+    began = time.perf_counter()
     with started(command, home=home, cores=cores) as process:
         url = f"http://127.0.0.1:{port}"
         wait_until_answered(f"{url}/health", process, home)
-        client = read_client(home)
-        yield Server(url, client.key if client else "", psutil.Process(process.pid))
+        answered_s = time.perf_counter() - began
+        yield Server(url, _first_key(home), psutil.Process(process.pid), answered_s)
+
+
+def _first_key(home: Path) -> str:
+    """Return the key that a coordinator writes a moment after its first answer."""
+    deadline = time.monotonic() + READY_WITHIN_S
+    while time.monotonic() < deadline:
+        if (client := read_client(home)) is not None:
+            return client.key
+        time.sleep(0.005)
+    sys.exit(f"no key in {home}:\n{(home / 'log').read_text(encoding='utf-8')[-2000:]}")
 
 
 def free_port() -> int:
@@ -182,9 +200,10 @@ def wait_until_answered(url: str, process: subprocess.Popen[bytes], home: Path) 
 
 
 def memory(process: psutil.Process) -> dict[str, float]:
-    """Return the MiB a process holds: ``rss``, and ``pss`` (shared pages divided) where the system can tell."""
+    """Return the MiB a process holds: all (``rss``), shared pages divided (``pss``), none of these (``uss``)."""
     whole = process.memory_full_info()
-    return {"rss_mib": round(whole.rss / MIB, 2), "pss_mib": round(getattr(whole, "pss", whole.uss) / MIB, 2)}
+    kinds = {"rss": whole.rss, "pss": getattr(whole, "pss", whole.uss), "uss": whole.uss}
+    return {f"{kind}_mib": round(value / MIB, 2) for kind, value in kinds.items()}
 
 
 def waited_s(process: psutil.Process) -> float:
@@ -197,6 +216,11 @@ def waited_s(process: psutil.Process) -> float:
 
 
 def cpu_s(process: psutil.Process) -> float:
-    """Return the CPU seconds a process has used."""
-    used = process.cpu_times()
-    return float(used.user + used.system)
+    """Return the CPU seconds a process has used: of all its threads, to the nanosecond where the system tells."""
+    tasks = Path("/proc", str(process.pid), "task")
+    try:
+        # cpu_times has steps of 10 ms.
+        return sum(int(task.joinpath("schedstat").read_text("ascii").split()[0]) for task in tasks.iterdir()) / 1e9
+    except OSError:
+        used = process.cpu_times()
+        return float(used.user + used.system)

@@ -31,6 +31,7 @@ from rma_core.models.worker import (
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
 
+    from bench._common import Server
     from rma_core.models.hardware import HardwareReport
     from rma_core.models.worker import Assignment
 
@@ -84,6 +85,14 @@ def machines() -> list[HardwareReport]:
     return [report for file in files for report in read_reports(json.loads(file.read_text("utf-8")), subject=file.name)]
 
 
+async def join_token(server: Server, uses: int) -> str:
+    """Return a fresh join token."""
+    admin = Connection(server.url, server.key)
+    answer = await admin.json("POST", "/api/admin/tokens", {"label": "bench", "uses": uses})
+    admin.close()
+    return str(answer["token"])
+
+
 class Machine:
     """One worker as the coordinator sees it; ``by_channel`` says how it beats."""
 
@@ -122,18 +131,29 @@ class Machine:
             self._http.close()
             self._channel = await Channel.open(self._url, self._http.token, self.worker_id)
 
-    async def beat(self) -> None:
-        """Send a heartbeat and do as its answer says, as if every container were healthy at once."""
-        beat = Heartbeat(
+    @property
+    def token(self) -> str:
+        """The worker token."""
+        return self._http.token
+
+    def request(self) -> bytes:
+        """Return a heartbeat as its body by HTTP."""
+        return encode(self._heartbeat())
+
+    def _heartbeat(self) -> Heartbeat:
+        return Heartbeat(
             worker_id=self.worker_id,
             current_load=round(random.random(), 3),
             containers=self._containers,
             generation=self._generation,
         )
+
+    async def beat(self) -> None:
+        """Send a heartbeat and do as its answer says, as if every container were healthy at once."""
         if self._channel is not None:
-            answer = await self._channel.beat(beat, self._slots)
+            answer = await self._channel.beat(self._heartbeat(), self._slots)
         else:
-            data = await self._http.call("POST", "/api/worker/heartbeat", encode(beat))
+            data = await self._http.call("POST", "/api/worker/heartbeat", self.request())
             answer = msgspec.json.decode(data, type=HeartbeatAnswer)
         if answer.containers is not None:
             self._run(answer.generation, answer.containers)

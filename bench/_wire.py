@@ -62,7 +62,10 @@ class Connection:
         writer.write(head.encode() + body)
         lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower().split("\r\n")
         lengths = [int(line.partition(":")[2]) for line in lines if line.startswith("content-length:")]
-        return int(lines[0].split()[1]), await reader.readexactly(lengths[0] if lengths else 0)
+        answer = await reader.readexactly(lengths[0] if lengths else 0)
+        if "connection: close" in lines:
+            self.close()
+        return int(lines[0].split()[1]), answer
 
     def close(self) -> None:
         """Close it; the next call opens a new one."""
