@@ -242,7 +242,8 @@ class CoordinatorSettings(Settings, frozen=True, kw_only=True):
         int, Meta(ge=1, description="Workers that keep a channel open; others heartbeat, and are called back.")
     ] = 2_000
     lease_s: Annotated[
-        float, Meta(ge=25, le=3600, description="Seconds without a sign of life after which a task goes to another worker.")
+        float,
+        Meta(ge=25, le=3600, description="Seconds without a sign of life after which a task goes to another worker."),
     ] = 60.0
     task_timeout_s: Annotated[float, Meta(gt=0, le=86_400, description="Seconds a request may take in all.")] = 600.0
     async_timeout_s: Annotated[

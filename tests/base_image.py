@@ -173,12 +173,12 @@ def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"of {', '.join(MAKERS)}; the base and busybox when none is given"
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(MAKERS)}; all of them when none is given"
     )
     parser.add_argument("--engine", choices=("docker", "podman"), default="docker")
     options = parser.parse_args()
     try:
-        for name in options.names or [BUSYBOX, BASE]:
+        for name in options.names or [BUSYBOX, BASE, BASE_TESSERACT]:
             began = time.monotonic()
             print(ensure(name, [options.engine]))
             _progress(f"{name} is there after {time.monotonic() - began:.0f} s")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import signal
 import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import httpx2
 
 from tests import slow_service
+from tests.crash_kit import check_ends, kept
 
 if TYPE_CHECKING:
     from tests.crash_kit import Town
@@ -21,6 +23,13 @@ FINAL = frozenset({"succeeded", "failed", "cancelled"})
 RETRY_S, LOOK_S = 0.2, 0.5
 #: Seconds that an acknowledged task may take when nobody kills any more: a lease, and the work that waits.
 END_WITHIN_S = 150.0
+
+#: Clients that ask at one time.
+CLIENTS = 6
+#: Seconds at most from the coordinator's start to its end, from that to the next start, and before it even serves.
+UP_S, DOWN_S, STARTING_S = 4.0, 1.5, 1.5
+#: Seconds of the longer absences: more than three heartbeats of the agents in these tests.
+LONG_DOWN_S = 7.0
 
 
 class Ask:
@@ -230,3 +239,59 @@ class Storm:
         for name, count in tasks.items():
             if count > 1:
                 self.wrong(f"{name} became {count} tasks")
+
+
+async def kill(made: Town, rng: random.Random) -> None:
+    """Kill the coordinator at some moment and start it again, now and then before it even served."""
+    await asyncio.sleep(rng.uniform(0, UP_S))
+    made.stop()
+    await asyncio.sleep(LONG_DOWN_S if rng.random() < 0.1 else rng.choice([0, rng.uniform(0, DOWN_S)]))
+    made.start()
+    if rng.random() < 0.2:
+        await asyncio.sleep(rng.uniform(0, STARTING_S))
+    else:
+        await made.ready()
+
+
+async def pass_over(made: Town, *, kills: int, seed: int) -> Storm:
+    """Kill the coordinator so many times while clients ask; return what they saw once all that they know has ended."""
+    rng, found = random.Random(seed), Storm(made, seed=seed)
+    clients = [made.begin(found.client(number)) for number in range(CLIENTS)]
+    admin = made.begin(found.admin())
+    for _ in range(kills):
+        await kill(made, rng)
+    await made.ready()
+    found.over.set()
+    await asyncio.gather(admin, *clients)
+    await found.all_ended()
+    return found
+
+
+def check_executed(made: Town, found: Storm) -> None:
+    """Assert that what was acknowledged was executed; count what was more than once."""
+    starts = Counter(one.id for one in slow_service.noted(made.log) if one.what == "start")
+    ends = Counter(one.id for one in slow_service.noted(made.log) if one.what == "end")
+    for ask in found.asks:
+        if ask.task_id and not ends[ask.name]:
+            found.wrong(f"{ask.name} was never executed to its end")
+    found.counts["executed"] = sum(starts.values())
+    found.counts["begun more than once"] = sum(count > 1 for count in starts.values())
+
+
+async def check_store(made: Town, found: Storm) -> None:
+    """End the coordinator as a person does, and look at what is on disk."""
+    assert made.stop(signal.SIGTERM) == 0, made.words()
+    on_disk = await kept(made.home)
+    check_ends(on_disk, made.home)
+    known = {ask.task_id for ask in found.asks if ask.task_id}
+    assert known <= set(on_disk.tasks)
+    found.counts["tasks kept"] = len(on_disk.tasks)
+    found.counts["of them acknowledged"] = len(known)
+    found.counts["answered at once, not credited"] = len(set(found.at_once) - set(on_disk.ledger))
+    spool = made.home / "spool"
+    found.names(
+        {
+            name: (spool / f"{name}.answer").read_bytes() if one.data is None else one.data
+            for name, one in on_disk.results.items()
+        }
+    )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from rma_coordinator.domain.dispatch import MAX_ATTEMPTS, REMEMBERED
+from rma_coordinator.domain.dispatch import FULL_S, MAX_ATTEMPTS, REMEMBERED
 from rma_coordinator.domain.tasks import LEASE_S
 from rma_core.errors import NotFound, TryLater
 from rma_core.models.worker import AttemptRef
@@ -78,6 +78,16 @@ def test_what_is_not_the_workers_fault_is_not_charged_to_it(bench: Bench, fault:
     bench.dispatcher.fail(attempt, fault, "the owner came back")
     assert (attempt.state, seat.quota) == (state, {})
     assert bench.attempt(attempt.task).worker_id == "w2"
+
+
+def test_a_worker_that_had_no_room_just_then_may_have_the_task_a_moment_later(bench: Bench) -> None:
+    seat = bench.worker("w1", 4)
+    task = bench.task()
+    full = bench.attempt(task)
+    bench.dispatcher.fail(full, "owner", "notes is busy")
+    assert (full.state, task.state, seat.quota) == ("lost", "queued", {})
+    bench.turn(FULL_S)
+    assert (task.state, bench.attempt(task).worker_id, bench.attempt(task).number) == ("running", "w1", 2)
 
 
 def test_a_bad_request_fails_at_once_and_blames_nobody(bench: Bench) -> None:

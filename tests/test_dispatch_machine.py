@@ -367,6 +367,7 @@ class Everything(RuleBasedStateMachine):
                     for seat in self.dispatcher.seats.values()
                     if seat.usable and seat.reachable and seat.room(task.service) > 0
                     if seat.worker_id not in task.excluded and self.effects.ready(seat.worker_id)
+                    if seat.full_until <= self.bench.now
                 ]
                 assert free == []
 

@@ -75,6 +75,17 @@ async def test_a_large_request_and_a_large_answer_outlive_the_process(tmp_path: 
         assert (await pool.client.get(f"/api/inference/tasks/{made['task_id']}/result")).content == answer
 
 
+async def test_a_body_that_a_crash_left_of_an_ended_task_goes_at_the_next_start(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool, pool.worker() as line:
+        made = await submit(pool, b"b" * 300_000)
+        await line.machine.result((await line.task()).offer, b"a" * 900_000)
+        assert (await ask(pool, made["task_id"], wait=10))["status"] == "succeeded"
+    body, answer = (tmp_path / "spool" / name for name in (made["task_id"], f"{made['task_id']}.answer"))
+    body.write_bytes(b"left")
+    async with running(tmp_path):
+        assert (body.exists(), answer.exists()) == (False, True)
+
+
 async def test_a_task_that_ran_when_the_coordinator_died_goes_on_with_the_worker_that_still_has_it(
     tmp_path: Path,
 ) -> None:

@@ -354,16 +354,21 @@ class Pool:
             self._need += 1
         self._placed[worker.id] = self._need
 
-    def heartbeat(self, worker: Worker, beat: Heartbeat, *, ip_address: str) -> HeartbeatAnswer:
-        """Take a sign of life in and say what the worker should do next."""
+    def heartbeat(
+        self, worker: Worker, beat: Heartbeat, *, ip_address: str, nonce: bool = True
+    ) -> HeartbeatAnswer:
+        """Take a sign of life in and say what the worker should do next, with a ``nonce`` if it will need one soon."""
         self.fleet.beat(worker, beat, ip_address=ip_address)
         if beat.report is not None or beat.runtimes is not None or beat.plugins is not None:
             self._new_facts(worker, beat)
         elif self._placed.get(worker.id) != self._need:
             self.place(worker)
-        # A worker that polls has no other way to say that it has begun and goes on.
-        self.dispatcher.heard(worker.id, beat.attempts)
-        return self.answer(worker, beat.generation, cancel=self.unwanted(worker, beat.attempts))
+        seat = self.dispatcher.seats.get(worker.id)
+        if seat is not None and seat.running:
+            # A worker that polls has no other way to say that it has begun and goes on.
+            self.dispatcher.heard(worker.id, beat.attempts)
+        cancel = self.unwanted(worker, beat.attempts) if beat.attempts else ()
+        return self.answer(worker, beat.generation, cancel=cancel, nonce=nonce)
 
     def _new_facts(self, worker: Worker, beat: Heartbeat) -> None:
         record = worker.record
@@ -396,7 +401,9 @@ class Pool:
         running = seat.running if seat else {}
         return tuple(ref for ref in refs if ref.lease_id not in running)
 
-    def answer(self, worker: Worker, generation: int, *, cancel: tuple[AttemptRef, ...] = ()) -> HeartbeatAnswer:
+    def answer(
+        self, worker: Worker, generation: int, *, cancel: tuple[AttemptRef, ...] = (), nonce: bool = True
+    ) -> HeartbeatAnswer:
         """Return what a worker that runs ``generation`` should do next."""
         record = worker.brief
         return HeartbeatAnswer(
@@ -406,7 +413,7 @@ class Pool:
             tier_reason=record.tier_reason,
             containers=record.assignment if generation != record.generation else None,
             cancel=cancel,
-            nonce=self.nonces.make(),
+            nonce=self.nonces.make() if nonce else "",
             connect=self._keeps_channel(worker),
         )
 
@@ -439,7 +446,11 @@ class Pool:
 
         Only services that it was assigned count: nobody draws other requests to a machine by claiming to serve them.
         """
-        self.dispatcher.offers(worker.id, worker.offered(slots), usable=worker.usable)
+        offered, usable = worker.offered(slots), worker.usable
+        seat = self.dispatcher.seats.get(worker.id)
+        # Most heartbeats change nothing, and what waits is looked at every TICK_S anyway.
+        if seat is None or seat.slots is not offered or seat.usable != usable:
+            self.dispatcher.offers(worker.id, offered, usable=usable)
 
     def unregister(self, worker: Worker) -> None:
         """A worker says goodbye: its tasks go to others at once, its key stays known."""

@@ -335,7 +335,7 @@ class Dispatcher:
         else:
             # It had no room for it just then, which is no reason to try nobody but others from now on.
             self.seat(attempt.worker_id).full_until = self._clock() + FULL_S
-            self._lose(attempt, reason, state="returned", exclude=False)
+            self.give_back(attempt, reason)
 
     def tick(self) -> None:
         """Let go of what ran out of time: offers, leases, connections, tasks. Call it about once a second."""
