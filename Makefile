@@ -7,6 +7,8 @@ PIP := $(PYTHON) -m pip install --disable-pip-version-check
 PROJECTS := pyproject.toml $(wildcard plugins/*/pyproject.toml coordinator/pyproject.toml)
 ENGINE := docker
 ARGS :=
+# Test files run side by side, three at a time: most of them wait for something, so that is right for two cores too.
+JOBS := 3
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' Makefile
@@ -14,11 +16,11 @@ help: ## this list
 up: .venv/.made ## set-up, then a coordinator with its dashboard and a local worker (options of `rma up` in ARGS)
 	@exec .venv/bin/rma up $(ARGS)
 
-test: lint ## set-up, linters, then every test this machine can run (options of pytest in ARGS)
-	$(PYTHON) -m pytest $(ARGS)
+test: lint ## set-up, linters, then every test this machine can run (options of pytest in ARGS, JOBS=0: one by one)
+	$(PYTHON) -m pytest --numprocesses=$(JOBS) --dist=loadfile $(ARGS)
 
-soak: .venv/.made-dev ## the tests that take minutes to hours
-	$(PYTHON) -m pytest -m soak --timeout=7200 $(ARGS)
+soak: .venv/.made-dev ## the tests that take minutes to hours: RMA_SOAK_S seconds each; RMA_SEED replays what one printed
+	$(PYTHON) -m pytest -m soak --timeout=7200 -s $(ARGS)
 
 bench: .venv/.made-dev ## every measurement in bench/
 	@set -e; for script in bench/[!_]*.py; do echo "== $$script"; $(PYTHON) -m "bench.$$(basename "$$script" .py)" $(ARGS); done

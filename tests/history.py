@@ -196,8 +196,8 @@ class History:
         record = records[result.task_id]
         won = [(one.worker_id, one.number) for one in record.attempts if one.state == "succeeded"]
         if won != [self._credits.get(result.task_id)] or won != [(answer["worker"], answer["attempt"])]:
-            who = f"{answer['worker']} ({answer['attempt']})"
-            self.complain(f"{result.task_id}: {won} won, {self._credits.get(result.task_id)} is credited, {who} answered")
+            credited, who = self._credits.get(result.task_id), f"{answer['worker']} ({answer['attempt']})"
+            self.complain(f"{result.task_id}: {won} won, {credited} is credited, {who} answered")
 
     def _complain_of(self, tasks: set[str], what: str) -> None:
         for task_id in sorted(tasks):

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import urllib.error
 import urllib.request
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +29,8 @@ if TYPE_CHECKING:
 LOOK_S = 20.0
 
 _found: dict[str, str | None] = {}
-_without: dict[str, int] = {}
+#: How a skip of ours looks in a report: what it needs, then why that is not there.
+_SKIP = re.compile(r"Skipped: (?P<name>[a-z0-9-]+): (?P<reason>.*)", re.DOTALL)
 
 
 def need(name: str) -> None:
@@ -39,7 +42,6 @@ def need(name: str) -> None:
         return
     if required(name):
         pytest.fail(f"RMA_REQUIRE asks for {name}, and it is not usable: {reason}", pytrace=False)
-    _without[name] = _without.get(name, 0) + 1
     pytest.skip(f"{name}: {reason}")
 
 
@@ -58,12 +60,18 @@ def forget(name: str) -> None:
 
 def summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say at the end of the run what could not be run here, why, and how to make that a failure."""
-    if not _without:
+    # From the reports, for tests may have run in processes of their own.
+    texts = [r.longrepr[2] for r in terminalreporter.stats.get("skipped", []) if isinstance(r.longrepr, tuple)]
+    found = [
+        (match["name"], match["reason"]) for text in texts if (match := _SKIP.match(text)) and match["name"] in CHECKS
+    ]
+    if not found:
         return
     terminalreporter.section("not run on this machine")
-    for name, count in sorted(_without.items()):
-        terminalreporter.line(f"{name}: {count} not run: {_found.get(name) or 'came later'}")
-    terminalreporter.line(f"RMA_REQUIRE={','.join(sorted(_without))} makes these fail instead")
+    reasons, counts = dict(found), Counter(name for name, _ in found)
+    for name, count in sorted(counts.items()):
+        terminalreporter.line(f"{name}: {count} not run: {reasons[name]}")
+    terminalreporter.line(f"RMA_REQUIRE={','.join(sorted(counts))} makes these fail instead")
 
 
 def _run(*command: str) -> str | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from tests.history import UNSUCCESSFUL, digest
-from tests.simulation import CALL_WITHIN_S, Broken, Link, Reply
 from tests.simulated_workers import SERVICES
+from tests.simulation import CALL_WITHIN_S, Broken, Link, Reply
 
 if TYPE_CHECKING:
     from tests.history import History, Operation
@@ -131,7 +131,8 @@ class SimulatedClient:
             if kind == "delete" and operation.state != "cancelled":
                 self.history.complain(f"{task_id} was cancelled and is {reply.json['status']}")
         elif not (reply.status == 503 or (reply.status in (409, 502, 504, 400) and kind in ("result", "delete"))):
-            self.history.complain(f"operation {operation.number}: {kind} {task_id}: {reply.status} {reply.body[:200]!r}")
+            said = f"{reply.status} {reply.body[:200]!r}"
+            self.history.complain(f"operation {operation.number}: {kind} {task_id}: {said}")
         self._over(operation, "ok" if reply.status == 200 else "fail")
         return operation
 

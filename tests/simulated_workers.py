@@ -18,6 +18,8 @@ from tests.history import digest
 from tests.simulation import Broken, Connection, Link, Reply, scope_of
 
 if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
     from tests.history import History
     from tests.simulation import World
 
@@ -64,14 +66,18 @@ class SimulatedWorker:
         self.context = self.world.loop.new_life()
         self.alive, self.jobs, self._ws = True, {}, None
         work = self._poll_for_ever() if self.plain else self._channel_for_ever()
-        self.world.loop.spawn(self.context, work, f"{self.id} works")
+        self.world.loop.run(self.context, work, f"{self.id} works")
         if self.plain:
-            self.world.loop.spawn(self.context, self._beat_for_ever(), f"{self.id} beats")
+            self.world.loop.run(self.context, self._beat_for_ever(), f"{self.id} beats")
 
     def kill(self) -> None:
         self.alive = False
         self.world.loop.kill(self.context)
         self.link.cut()
+
+    def _begin(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        """Do something beside the rest, in this process."""
+        self.world.loop.run(self.context, work, name)
 
     async def enrol(self, join_token: str) -> None:
         found = (await self.world.call(self.link, "GET", "/api/worker/nonce")).json
@@ -106,7 +112,7 @@ class SimulatedWorker:
 
     def _take(self, offer: TaskOffer, body: bytes) -> None:
         job = self.jobs[offer.lease_id] = Job(offer, body)
-        self.world.loop.create_task(self._work(job), name=f"{self.id} {offer.task_id}")
+        self._begin(self._work(job), f"{self.id} {offer.task_id}")
 
     async def _work(self, job: Job) -> None:
         chance = self.world.random
@@ -152,7 +158,7 @@ class SimulatedWorker:
         """The coordinator does not want an attempt any more; an answer that is ready may be delivered late."""
         job = self.jobs.pop(lease_id, None)
         if job is not None and job.answer is not None and not self.plain and self.world.random.random() < LATE:
-            self.world.loop.create_task(self._upload(job), name=f"{self.id} is late")
+            self._begin(self._upload(job), f"{self.id} is late")
 
     async def _upload(self, job: Job) -> None:
         """Deliver by a plain call, again and again until it is known to have arrived, or not to be wanted."""
@@ -252,7 +258,7 @@ class SimulatedWorker:
             for job in held:
                 self._say(ws, frames.Accept(stream=job.stream))
                 if job.answer is not None or job.error is not None:
-                    self.world.loop.create_task(self._send_answer(ws, job), name=f"{self.id} answers again")
+                    self._begin(self._send_answer(ws, job), f"{self.id} answers again")
             await self._read(ws)
         finally:
             self._ws = None

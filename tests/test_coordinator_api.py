@@ -6,6 +6,7 @@ import asyncio
 import importlib
 import json
 import re
+import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -15,6 +16,7 @@ from rma_coordinator.api.asgi import CONTROL_BYTES, client_address, header_value
 from rma_coordinator.api.openapi import document
 from rma_coordinator.api.routes import ROUTES, Route
 from rma_coordinator.domain.credentials import SCOPES, make_secret
+from rma_coordinator.tokens import NONCE_AFTER, WORKER_TOKEN_S
 from rma_core.agent.keys import DeviceKey
 from rma_core.models.worker import RegisterRequest
 from tests.coordinator_fixtures import MACHINE, Running, running, soon, until
@@ -421,7 +423,9 @@ async def test_a_signed_assertion_is_exchanged_for_a_token_once(tmp_path: Path) 
         machine.token = answer.json()["access_token"]
         beat = await machine.beat()
         assert beat.status_code == 200
-        nonce = beat.json()["nonce"]
+        assert "nonce" not in beat.json()
+        pool.pool.wall = lambda: time.time() + WORKER_TOKEN_S * NONCE_AFTER
+        nonce = (await machine.beat()).json()["nonce"]
         assert (await exchange(pool, machine.key, machine.id, nonce=nonce)).status_code == 200
         check_problem(await exchange(pool, machine.key, machine.id, nonce=nonce), 401)
         check_problem(await exchange(pool, other.key, machine.id), 401)

@@ -129,3 +129,16 @@ def test_used_nonces_are_forgotten_when_they_are_too_old_anyway_and_never_more_t
     now[0] += NONCE_S + 2
     assert nonces.spend(nonces.make())
     assert len(nonces._used) == 1
+
+
+def test_nonces_of_one_moment_are_unlike_and_none_can_be_made_from_another() -> None:
+    nonces = Nonces(lambda: 1000.0)
+    made = [nonces.make() for _ in range(100)]
+    assert len(set(made)) == len({nonce.rpartition(".")[2] for nonce in made}) == 100
+    body, _, mac = made[0].rpartition(".")
+    when, _, number = body.partition(".")
+    for wrong in (f"{when}.{int(number, 16) + 1:x}.{mac}", f"{when}.0{number}.{mac}", f"{when}0.{number}.{mac}"):
+        assert not nonces.spend(wrong)
+    assert nonces.spend(made[1])
+    assert nonces.spend(made[0])
+    assert not nonces.spend(made[1])

@@ -272,3 +272,26 @@ def test_finished_tasks_are_remembered_up_to_a_bound(bench: Bench) -> None:
     assert len(bench.dispatcher.finished) == REMEMBERED
     assert bench.dispatcher.tasks == {}
     assert bench.dispatcher.succeeded == REMEMBERED + 5
+
+
+def test_an_answer_that_comes_back_before_it_was_ever_accepted_is_taken_in(bench: Bench) -> None:
+    bench.worker("w1")
+    task = bench.task(durable=True)
+    attempt = bench.attempt(task)
+    bench.dispatcher.give_back(attempt, "the worker left before it was handed the task")
+    assert task.id not in bench.effects.collected
+    assert bench.dispatcher.revive(attempt)
+    assert task.id in bench.effects.collected, "or nobody would take its answer in, and it would hang for ever"
+
+
+def test_the_time_without_a_connection_is_not_held_against_an_attempt_that_goes_on(bench: Bench) -> None:
+    bench.worker("w1", 2)
+    ran, offered = bench.running(), bench.attempt(bench.task())
+    bench.turn(LEASE_S - 58)
+    bench.dispatcher.departed("w1")
+    bench.turn(8)
+    ran.lease_until = bench.now - 1
+    keeps = [AttemptRef(task_id=a.task.id, attempt=a.number, lease_id=a.lease_id) for a in (ran, offered)]
+    assert bench.dispatcher.arrived("w1", keeps=keeps) == [ran, offered]
+    bench.turn(10)
+    assert (ran.state, offered.state) == ("running", "running")

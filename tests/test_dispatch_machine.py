@@ -318,6 +318,11 @@ class Everything(RuleBasedStateMachine):
             assert kept.end is None or won == ([kept.credited] if kept.credited else [])
 
     @invariant()
+    def nothing_that_happens_to_a_worker_harms_what_it_has_delivered(self) -> None:
+        delivered = [a for task in self.submitted for a in task.attempts if a.delivered]
+        assert [a for a in delivered if a.state in ("lost", "failed", "returned")] == []
+
+    @invariant()
     def at_most_one_attempt_is_open_and_it_speaks_for_its_task(self) -> None:
         for task in self.submitted:
             assert [a for a in task.attempts if a.open] == [a for a in [task.attempt] if a and a.open]

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from rma_coordinator.domain.records import LedgerEntry
+from rma_coordinator.books import Books
+from rma_coordinator.domain.records import LedgerEntry, TaskRecord
 from rma_coordinator.domain.tasks import LEASE_S
-from rma_coordinator.store import SqliteStore
+from rma_coordinator.spool import Body
+from rma_coordinator.store import SqliteStore, StoreFailed
 from rma_core.models import channel as frames
 from tests.coordinator_fixtures import Running, StandIn, running, soon, until
 
@@ -216,6 +218,43 @@ async def test_a_late_answer_that_breaks_off_costs_the_later_attempt_nothing(tmp
             assert (await ask(pool, made["task_id"], wait=10))["result"] == "second"
 
 
+async def test_a_late_answer_that_is_not_as_long_as_it_says_costs_the_later_attempt_nothing(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool:
+        late = await pool.enrol()
+        async with pool.worker() as other:
+            made, task = await late_and_rival(pool, late)
+            second = await other.task()
+            wrong = await late.complete(
+                task.offer, http_status=200, body=b"short", headers=(("content-length", "500"),)
+            )
+            assert wrong.status_code == 400
+            await other.answer(second.stream, b'"second"', headers=JSON_HEAD)
+            assert (await ask(pool, made["task_id"], wait=10))["result"] == "second"
+
+
+async def test_a_task_whose_commit_was_given_up_is_undone_once_that_is_possible(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, given_up = SqliteStore.commit, True
+
+    async def commit(self: SqliteStore, changes: Any, *, urgent: bool = False) -> None:
+        nonlocal given_up
+        changes = list(changes)
+        await real(self, changes, urgent=urgent)
+        if given_up and any(type(getattr(change, "record", None)) is TaskRecord for change in changes):
+            given_up = False
+            raise StoreFailed("the disk did not answer; it is not known what it has kept")
+
+    monkeypatch.setattr(SqliteStore, "commit", commit)
+    async with running(tmp_path) as pool:
+        refused = await pool.infer(b"text", headers={**ASYNC, "Idempotency-Key": "k1"})
+        assert refused.status_code == 503
+        await until(lambda: not pool.pool.books._closing)
+        again = (await pool.infer(b"text", headers={**ASYNC, "Idempotency-Key": "k1"})).json()
+    async with running(tmp_path) as pool:
+        assert list(pool.pool.dispatcher.tasks) == [again["task_id"]]
+
+
 async def test_a_worker_that_comes_back_while_its_task_waits_takes_it_up_again(tmp_path: Path) -> None:
     async with running(tmp_path) as pool:
         late = await pool.enrol()
@@ -392,8 +431,6 @@ async def test_an_end_that_cannot_be_written_is_not_known_before_it_is(
 
         async def commit(self: SqliteStore, changes: Any, *, urgent: bool = False) -> None:
             if failing:
-                from rma_coordinator.store import StoreFailed
-
                 raise StoreFailed("the disk has gone")
             await real(self, changes, urgent=urgent)
 
@@ -404,3 +441,46 @@ async def test_an_end_that_cannot_be_written_is_not_known_before_it_is(
         pool.turn(LEASE_S * 2)
         failing = False
         assert (await ask(pool, made["task_id"], wait=10))["result"] == "done"
+
+
+async def test_an_answer_whose_task_is_cancelled_while_it_is_put_away_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(tmp_path) as pool, pool.worker() as line:
+        made = await submit(pool)
+        task = await line.task()
+        sync = Body.sync
+
+        async def cancelled_meanwhile(self: Body) -> None:
+            await sync(self)
+            pool.pool.dispatcher.cancel(pool.pool.dispatcher.tasks[made["task_id"]], "its client cancelled it")
+            await until(lambda: pool.pool.books._closing)
+            await asyncio.sleep(0)
+
+        monkeypatch.setattr(Body, "sync", cancelled_meanwhile)
+        await line.answer(task.stream, b'"done"', headers=JSON_HEAD)
+        assert (await ask(pool, made["task_id"], wait=10))["status"] == "cancelled"
+        await until(lambda: (pool.pool.spools.memory_used, pool.pool.spools.disk_used) == (0, 0))
+        assert await ledger(pool) == []
+
+
+async def test_a_client_whose_task_cannot_be_ended_in_time_is_not_told_that_it_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(tmp_path, async_timeout_s=0.5) as pool, pool.worker() as line:
+        asking = keyed(pool, "k1")
+        task = await line.task()
+        written = asyncio.Event()
+        insist = Books._insist
+
+        async def slow(self: Books, changes: Any) -> None:
+            await written.wait()
+            await insist(self, changes)
+
+        monkeypatch.setattr(Books, "_insist", slow)
+        await line.answer(task.stream, b'"done"', headers=JSON_HEAD)
+        answer = await soon(asking)
+        assert (answer.status_code, answer.json()["code"]) == (409, "still_running")
+        assert answer.headers["location"].endswith(task.offer.task_id)
+        written.set()
+        assert (await ask(pool, task.offer.task_id, wait=10))["result"] == "done"

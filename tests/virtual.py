@@ -39,8 +39,26 @@ class _Jump(selectors.SelectSelector):
         return []
 
 
-class VirtualLoop(asyncio.SelectorEventLoop):
-    """The loop; what would run in a thread runs at once."""
+class PromptLoop(asyncio.SelectorEventLoop):
+    """A loop on which whatever would run in a thread of its pool runs at once."""
+
+    def run_in_executor(  # type: ignore[override] # any function
+        self,
+        executor: Any,
+        func: Callable[..., Any],
+        *args: Any,
+    ) -> Any:
+        """Run a function at once."""
+        done = self.create_future()
+        try:
+            done.set_result(func(*args))
+        except Exception as error:  # noqa: BLE001 - handed to whoever waits
+            done.set_exception(error)
+        return done
+
+
+class VirtualLoop(PromptLoop):
+    """The loop on virtual time."""
 
     _ready: Any
     _scheduled: list[Any]
@@ -57,15 +75,6 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         """Return virtual seconds."""
         return self._jump.now
 
-    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> Any:
-        """Run a function at once."""
-        done = self.create_future()
-        try:
-            done.set_result(func(*args))
-        except Exception as error:  # noqa: BLE001 - handed to whoever waits
-            done.set_exception(error)
-        return done
-
     # -- lives -------------------------------------------------------------------------------------------------
 
     def new_life(self) -> contextvars.Context:
@@ -77,10 +86,13 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     def spawn(self, life: contextvars.Context, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
         """Run a coroutine in a process; each gets a copy of its context."""
-        task = self.create_task(work, name=name, context=life.copy())
-        return task
+        return self.create_task(work, name=name, context=life.copy())
 
-    def create_task(self, coro: Any, *, name: str | None = None, context: Any = None) -> asyncio.Task[Any]:
+    def run(self, life: contextvars.Context, work: Coroutine[Any, Any, None], name: str) -> None:
+        """Run a coroutine in a process, whatever becomes of it."""
+        self.spawn(life, work, name).add_done_callback(lambda task: task.cancelled() or task.result())
+
+    def create_task(self, coro: Any, *, name: Any = None, context: Any = None) -> asyncio.Task[Any]:
         """Make a task, and remember whose it is."""
         task: asyncio.Task[Any] = super().create_task(coro, name=name, context=context)
         life = (context or contextvars.copy_context()).get(LIFE, 0)
@@ -119,19 +131,20 @@ class VirtualLoop(asyncio.SelectorEventLoop):
             if handle._cancelled:
                 continue
             if isinstance(handle, asyncio.TimerHandle):
-                handle._scheduled = True
                 heapq.heappush(self._scheduled, handle)
             else:
                 self._ready.append(handle)
 
-    def call_soon(self, callback: Any, *args: Any, context: Any = None) -> Any:
+    def call_soon(self, callback: Any, *args: Any, context: Any = None) -> Any:  # type: ignore[override] # any callback
         """Run soon, unless its process is dead or frozen."""
         handle = super().call_soon(callback, *args, context=context)
         if self._dead or self._frozen:
             self._sort_out(handle, self._ready)
         return handle
 
-    def call_at(self, when: float, callback: Any, *args: Any, context: Any = None) -> Any:
+    def call_at(  # type: ignore[override] # any callback
+        self, when: float, callback: Any, *args: Any, context: Any = None
+    ) -> Any:
         """Run at a time, unless its process is dead or frozen."""
         handle = super().call_at(when, callback, *args, context=context)
         if self._dead or self._frozen:
@@ -164,7 +177,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
             for _ in range(20):
                 try:
                     coroutine.close()
-                except BaseException:  # noqa: BLE001, S112 - a finally that awaits cannot: it is tried again until it has ended
+                except BaseException:  # noqa: BLE001 - a finally that awaits cannot: it is tried again until it has ended
                     continue
                 break
 

@@ -205,18 +205,12 @@ class Lanes:
             await self._quart(scope, receive, send)
             return
         route, parts, allowed = self._router.find(scope["method"], scope["path"])
+        call = Call(scope, receive, send, proxies=self._pool.settings.trusted_proxies)
         if route is None and not allowed:
-            call = Call(scope, receive, send, proxies=self._pool.settings.trusted_proxies)
             await self._quart({**scope, CALL: call}, without_body(), call.hand_on)
             return
-        call = Call(scope, receive, send, proxies=self._pool.settings.trusted_proxies)
         call.parts = parts
-        # Not a context manager: every heartbeat passes here.
-        task = self._count()
-        try:
-            await self._raw(route, call, allowed)
-        finally:
-            self._open.discard(task)
+        await self._raw(route, call, allowed)
 
     def cut(self) -> None:
         """End what is still open: the coordinator stops."""
@@ -232,6 +226,7 @@ class Lanes:
 
     async def _raw(self, route: Route | None, call: Call, allowed: tuple[str, ...]) -> None:
         """Serve one call; whatever goes wrong is a problem while nothing has been sent, a broken connection after."""
+        task = self._count()
         try:
             if route is None:
                 raise wrong_method(list(allowed))
@@ -244,6 +239,8 @@ class Lanes:
         except Exception as error:
             logger.exception("%s %s failed", call.method, call.path)
             await _explain(call, unexpected(), error)
+        finally:
+            self._open.discard(task)
 
 
 async def _explain(call: Call, answer: tuple[int, dict[str, str], bytes], error: Exception) -> None:

@@ -102,9 +102,11 @@ class Books:
         self._epoch = epoch
         self.totals = {total.key: total for total in await self._store.load(LedgerTotal)}
         self._rows.extend(sorted(await self._store.load(LedgerEntry), key=lambda entry: entry.ended_at))
-        for record in await self._store.load(IdempotencyRecord):
-            self._idempotency[record.key] = record
         records = await self._store.load(TaskRecord)
+        known = {record.task_id for record in records}
+        for one in await self._store.load(IdempotencyRecord):
+            if one.task_id in known:
+                self._idempotency[one.key] = one
         # A body is of use until its task has ended, an answer from then on; what a crash left over is neither.
         files = {one.task_id if one.ended_at is None else _answer_name(one.task_id) for one in records}
         await asyncio.to_thread(self._spools.sweep, files)
@@ -157,7 +159,8 @@ class Books:
         if kept is None:
             return self._spools.open(record.task_id) if record.body_bytes else self._spools.make()
         body = self._spools.make()
-        await body.write(kept.data)
+        # What was acknowledged is taken up again, however little room there is for more.
+        await body.write(kept.data, counted=False)
         return body
 
     async def close(self) -> None:
@@ -170,6 +173,11 @@ class Books:
         await self.write()
         for body in [*self._bodies.values(), *(answer.body for answer in self._answers.values())]:
             await body.close(keep=True)
+
+    @property
+    def coming(self) -> int:
+        """How many tasks are being written now, and will be queued then."""
+        return len(self._making)
 
     # -- tasks -------------------------------------------------------------------------------------------------
 
@@ -218,6 +226,8 @@ class Books:
             if record is not None:
                 del self._idempotency[key]
             await body.close()
+            # A commit that was given up may be kept all the same; nobody was told, so it must not run one day.
+            self._spawn(self._insist([Delete(TaskRecord, task.id), Delete(TaskBody, task.id)]), f"{task.id} is undone")
             raise
         finally:
             del self._making[task.id]

@@ -95,7 +95,11 @@ def exchange(pool: Pool, assertion: str) -> TokenResponse:
 
 def worker_of(pool: Pool, token: str) -> Worker:
     """Return the worker that holds a worker token. Raises NotAuthenticated."""
-    claims = pool.worker_tokens.check(token)
+    return holder(pool, pool.worker_tokens.check(token))
+
+
+def holder(pool: Pool, claims: tokens.WorkerClaims) -> Worker:
+    """Return the worker of whom a token speaks. Raises NotAuthenticated."""
     worker = pool.fleet.workers.get(claims.worker_id)
     if worker is None or claims.epoch != worker.brief.epoch or worker.brief.disabled:
         raise NotAuthenticated(

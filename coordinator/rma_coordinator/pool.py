@@ -354,9 +354,7 @@ class Pool:
             self._need += 1
         self._placed[worker.id] = self._need
 
-    def heartbeat(
-        self, worker: Worker, beat: Heartbeat, *, ip_address: str, nonce: bool = True
-    ) -> HeartbeatAnswer:
+    def heartbeat(self, worker: Worker, beat: Heartbeat, *, ip_address: str, nonce: bool = True) -> HeartbeatAnswer:
         """Take a sign of life in and say what the worker should do next, with a ``nonce`` if it will need one soon."""
         self.fleet.beat(worker, beat, ip_address=ip_address)
         if beat.report is not None or beat.runtimes is not None or beat.plugins is not None:

@@ -78,8 +78,8 @@ class Body:
         """Whether it is in a file."""
         return self._file is not None
 
-    async def write(self, data: bytes) -> None:
-        """Add a piece; moves to disk once it is large. Raises OutOfSpace."""
+    async def write(self, data: bytes, *, counted: bool = True) -> None:
+        """Add a piece; moves to disk once it is large. Raises OutOfSpace, by ``counted`` also for what all may take."""
         fits = self.size + len(data) <= self._memory_bytes
         if self._file is None and fits and self._spools.memory_used + len(data) <= self._spools.total_memory_bytes:
             self.size += len(data)
@@ -87,7 +87,7 @@ class Body:
             self._memory += data
             return
         added = len(data) + self._in_memory
-        if self._spools.disk_used + added > self._spools.disk_bytes:
+        if counted and self._spools.disk_used + added > self._spools.disk_bytes:
             raise OutOfSpace(
                 f"requests and answers that wait may take {self._spools.disk_bytes} bytes on disk, and do",
                 hints=("try again later",),

@@ -21,6 +21,8 @@ WORKER_TOKEN_S = 900
 LEEWAY_S = 36 * 3600
 #: Seconds after the start, when the first answers have gone out.
 WARM_AFTER_S = 1.0
+#: The share of a token's life after which its worker is soon to ask for the next one, and needs a nonce for that.
+NONCE_AFTER = 0.5
 #: Verified tokens that are remembered: checking one again costs a dictionary look-up instead of a MAC.
 CACHE_SIZE = 4096
 
@@ -37,6 +39,10 @@ class WorkerClaims(NamedTuple):
     worker_id: str
     epoch: int
     expires_at: float
+
+    def ends_soon(self, now: float) -> bool:
+        """Whether the worker will ask for the next one before long; ``now`` is Unix seconds."""
+        return self.expires_at - now < WORKER_TOKEN_S * (1 - NONCE_AFTER)
 
 
 def thumbprint(public_key: str) -> str:
@@ -85,6 +91,10 @@ def _raw(public_key: str) -> bytes:
     return base64.urlsafe_b64decode(public_key + "=" * (-len(public_key) % 4))
 
 
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
 class WorkerTokens:
     """Makes and checks worker tokens with a secret of the pool; ``clock`` gives Unix seconds."""
 
@@ -113,16 +123,22 @@ class WorkerTokens:
 
     def check(self, token: str) -> WorkerClaims:
         """Return what a token says. Raises NotAuthenticated for one that is not ours, or has expired."""
-        key = hashlib.blake2b(token.encode("utf-8", "replace"), digest_size=16).digest()
-        known = self._seen.get(key)
-        found = known or self._decode(token)
+        data = token.encode("utf-8", "replace")
+        return self.seen(data) or self._remember(data, token)
+
+    def seen(self, data: bytes) -> WorkerClaims | None:
+        """Return what a token says that was checked before and is still good, else ``None``; ``data`` is its text."""
+        found = self._seen.get(_digest(data))
+        return found if found is not None and found.expires_at > self._clock() else None
+
+    def _remember(self, data: bytes, token: str) -> WorkerClaims:
+        key = _digest(data)
+        found = self._seen.pop(key, None) or self._decode(token)
         if found.expires_at <= self._clock():
-            self._seen.pop(key, None)
             raise NotAuthenticated("the worker token has expired", hints=("ask /api/worker/token for a new one",))
-        if known is None:
-            self._seen[key] = found
-            if len(self._seen) > CACHE_SIZE:
-                del self._seen[next(iter(self._seen))]
+        self._seen[key] = found
+        if len(self._seen) > CACHE_SIZE:
+            del self._seen[next(iter(self._seen))]
         return found
 
     def _decode(self, token: str) -> WorkerClaims:

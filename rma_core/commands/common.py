@@ -324,7 +324,9 @@ class OneLine(logging.Formatter):
 
 def _log_line(text: str) -> str:
     # Cut first: what nobody will read need not be looked at.
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: LOG_LINE + 1])
+    line = text[: LOG_LINE + 1]
+    if not line.isprintable():
+        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
     return line if len(line) <= LOG_LINE else f"{line[: LOG_LINE - 1]}…"
 
 

@@ -52,6 +52,8 @@ CONTROL_BYTES = 4 * 1024 * 1024
 #: A body that says it is no longer than this must be whole within PATIENCE_S.
 QUICK_BYTES = 64 * 1024
 JSON, NO_STORE = (b"content-type", b"application/json"), (b"cache-control", b"no-store")
+#: How an Authorization header of a worker or a client begins.
+BEARER = b"Bearer "
 #: What may not stand in a header's value (RFC 9110, 5.5).
 FORBIDDEN = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
@@ -160,7 +162,7 @@ class Call(Lingering):
     def __init__(self, scope: Message, receive: Receive, send: Send, *, proxies: Sequence[str] = ()) -> None:
         super().__init__(receive, send)
         self.scope = scope
-        self.method: str = scope.get("method", "GET")
+        self.method: str = scope["method"]
         self.path: str = scope["path"]
         self._raw: dict[bytes, bytes] = dict(scope["headers"])
         self.parts: dict[str, str] = {}
@@ -185,7 +187,16 @@ class Call(Lingering):
     @property
     def ip_address(self) -> str:
         """The caller's address; forwarding headers are believed from configured proxies only."""
+        client = self.scope.get("client")
+        if client and b"x-forwarded-for" not in self._raw:
+            return str(client[0])
         return client_address(self.scope.get("client"), self._header(b"x-forwarded-for"), self._proxies)
+
+    @property
+    def credential(self) -> bytes:
+        """What stands behind `Bearer`, as it came; empty where the header is written in another way."""
+        header = self._raw.get(b"authorization", b"")
+        return header[len(BEARER) :] if header.startswith(BEARER) else b""
 
     @property
     def bearer(self) -> str:
@@ -252,12 +263,15 @@ class Call(Lingering):
         return b"".join([chunk async for chunk in self.chunks(limit)])
 
     async def _whole(self) -> bytes:
-        body = b""
-        while not self._over:
-            message = await self.receive()
+        body, more = b"", True
+        while more:
+            message = await self._receive()
             if message["type"] == "http.disconnect":
                 raise Gone
             body += message.get("body", b"")
+            more = message.get("more_body", False)
+        # Nobody else can wait for the end of it: the handler that reads it has not answered.
+        self._over = True
         return body
 
     async def send(self, message: Message, *, patience_s: float = PATIENCE_S) -> None:
@@ -286,20 +300,21 @@ class Call(Lingering):
         """Send a record or plain data as JSON."""
         body = encode(value)
         # What answers a POST is kept by nobody who was not told to.
-        kind = [JSON] if self.method == "POST" else [JSON, NO_STORE]
-        await self._finish(status, [*kind, *_raw(headers or {}), (b"content-length", b"%d" % len(body))], body)
-
-    async def _finish(self, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
-        """Send a whole answer under one timeout. Raises Gone."""
+        found = [JSON, (b"content-length", b"%d" % len(body))]
+        if self.method != "POST":
+            found.append(NO_STORE)
+        if headers:
+            found += _raw(headers)
         self.started = True
         try:
-            await within(PATIENCE_S, self._both(status, headers, body))
+            await within(PATIENCE_S, self._both(status, found, body))
         except (TimeoutError, OSError):
             raise Gone from None
 
     async def _both(self, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
-        await self.hand_on({"type": "http.response.body", "body": body, "more_body": False})
+        last = {"type": "http.response.body", "body": body, "more_body": False}
+        await (self._send(last) if self._over else self.hand_on(last))
 
     async def problem(self, error: RMAError, **more: object) -> None:
         """Send an expected failure."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -26,9 +25,12 @@ _beats = msgspec.json.Decoder(_Beat)
 
 def read_beat(data: bytes, worker: Worker) -> Heartbeat:
     """Return the heartbeat of a worker. Raises ValidationProblem."""
-    quick: _Beat | None = None
-    with contextlib.suppress(msgspec.MsgspecError, UnicodeError, RecursionError):
+    quick: _Beat | None
+    try:
         quick = _beats.decode(data)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        # The whole decoding says what is wrong with it.
+        quick = None
     # Only a hash is kept, for there are many workers; one that made its own collide would deceive nobody else.
     digest = hash(bytes(quick.containers)) if quick is not None else 0
     if quick is not None and digest == worker.written[0]:

@@ -133,7 +133,7 @@ async def _durable(pool: Pool, call: Call, ask: Ask, *, key: str, detached: bool
 
 def _check_queue(pool: Pool) -> None:
     try:
-        pool.dispatcher.check_room()
+        pool.dispatcher.check_room(coming=pool.books.coming)
     except TryLater as error:
         raise HTTPProblem(429, error.message, code="queue_full", retry_after_s=error.retry_after_s) from None
 

@@ -12,7 +12,7 @@ from rma_coordinator.api.asgi import Gone
 from rma_coordinator.api.beats import read_beat
 from rma_coordinator.domain.tasks import LEASE_S
 from rma_coordinator.hub import Poll
-from rma_coordinator.relay import Head
+from rma_coordinator.relay import Head, Overrun
 from rma_coordinator.spool import PIECE_BYTES
 from rma_core.errors import Forbidden, NotFound, Problem, RMAError, ValidationProblem
 from rma_core.models.strict import convert, decode, parse
@@ -44,11 +44,13 @@ DROP = "drop it: the task goes on elsewhere or has ended"
 
 async def heartbeat(pool: Pool, call: Call) -> None:
     """POST /api/worker/heartbeat."""
-    worker = enrolment.worker_of(pool, call.bearer)
+    # A token that was seen before is not even decoded: this is the hottest call.
+    claims = pool.worker_tokens.seen(call.credential) or pool.worker_tokens.check(call.bearer)
+    worker = enrolment.holder(pool, claims)
     beat = read_beat(await call.body(), worker)
     if worker.id != beat.worker_id:
         raise Forbidden(f"this token is {worker.id}'s, not {beat.worker_id}'s")
-    answer = pool.heartbeat(worker, beat, ip_address=call.ip_address)
+    answer = pool.heartbeat(worker, beat, ip_address=call.ip_address, nonce=claims.ends_soon(pool.wall()))
     pool.offers(worker)
     await call.json(answer)
 
@@ -199,6 +201,8 @@ async def _take_late(
     try:
         async for chunk in chunks:
             await aside.write(chunk)
+        if head.length not in (None, aside.size):
+            raise Overrun(f"the answer announced {head.length} bytes and has {aside.size}")
         if not pool.dispatcher.revive(attempt):
             raise NotFound("nobody wants this answer any more", hints=(DROP,))
         logger.info(

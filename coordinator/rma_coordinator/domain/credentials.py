@@ -152,7 +152,8 @@ class Nonces:
         self._clock = clock
         self._key = secrets.token_bytes(32)
         self._numbers = itertools.count()
-        self._used: dict[str, float] = {}
+        #: When each was used, by its number: that is one nonce's alone, and much smaller.
+        self._used: dict[int, float] = {}
         self._limit = limit
 
     def make(self) -> str:
@@ -165,16 +166,17 @@ class Nonces:
         """Say whether the nonce is ours, young and unused; it is used from now on."""
         body, _, mac = nonce.rpartition(".")
         # compare_digest takes text in ASCII only, and a nonce may say anything.
-        if not body or not nonce.isascii() or not hmac.compare_digest(self._mac(body), mac) or nonce in self._used:
+        if not body or not nonce.isascii() or not hmac.compare_digest(self._mac(body), mac):
             return False
-        now = self._clock()
-        age = now - int(body.partition(".")[0]) / 1000
-        if not -1 <= age <= NONCE_S:
+        # From here on it is known to be one of ours, and so to have the form that `make` gives it.
+        made_ms, _, digits = body.partition(".")
+        now, number = self._clock(), int(digits, 16)
+        if number in self._used or not -1 <= now - int(made_ms) / 1000 <= NONCE_S:
             return False
         self._prune(now)
         if len(self._used) >= self._limit:
             return False
-        self._used[nonce] = now
+        self._used[number] = now
         return True
 
     def _prune(self, now: float) -> None:

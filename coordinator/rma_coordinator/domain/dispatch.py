@@ -91,9 +91,9 @@ class Dispatcher:
         """How many tasks an attempt has."""
         return sum(1 for task in self.tasks.values() if task.state == "running")
 
-    def check_room(self) -> None:
-        """Raise TryLater when as many tasks wait as may."""
-        if self.queued >= self._max_queued:
+    def check_room(self, *, coming: int = 0) -> None:
+        """Raise TryLater when as many tasks wait, or are ``coming``, as may."""
+        if self.queued + coming >= self._max_queued:
             raise TryLater(f"{self.queued} requests are waiting already", retry_after_s=5)
 
     def submit(self, task: Task) -> None:

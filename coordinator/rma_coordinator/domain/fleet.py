@@ -276,8 +276,11 @@ class Fleet:
     def _seen(self, worker: Worker) -> None:
         worker.last_beat = self._clock()
         worker.heard, worker.left = True, False
-        status, reason = worker.said
-        self._to(worker, "degraded" if status == "degraded" else "healthy", reason)
+        said, reason = worker.said
+        status: WorkerStatus = "degraded" if said == "degraded" else "healthy"
+        # Who is away is offline, so nothing else can have changed.
+        if worker.status != status or worker.reason != reason:
+            self._to(worker, status, reason)
 
     def _to(self, worker: Worker, status: WorkerStatus, reason: str) -> None:
         """Change a state and log it, once."""

@@ -1,7 +1,7 @@
 """Workers' lasting records, and how thousands of them are held in little memory: pressed, with a brief beside.
 
-A record is 10 KB as objects and under 1 KB pressed. What is looked at all the time stands in the brief, whose parts are
-shared between workers that have the same.
+A record is 10 KB as objects and 200 to 400 bytes pressed. What is looked at all the time stands in the brief, whose
+parts are shared between workers that have the same.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ H = TypeVar("H", bound="Hashable")
 SHARED = 4096
 #: How far back zlib can refer.
 WINDOW_BYTES = 32_000
+#: A record that stays larger than this part of itself is unlike those that the press knows.
+FAMILIAR = 0.15
 #: The level of zlib beyond which records get hardly smaller.
 LEVEL = 6
 
@@ -86,22 +88,41 @@ def brief(record: WorkerRecord) -> Brief:
 
 
 class Press:
-    """Holds records in little memory; each is written with reference to the first one, which others resemble."""
+    """Holds records in little memory: each is written with reference to a few others that are unlike one another.
+
+    Such samples are gathered up to WINDOW_BYTES. Each time they have doubled they become a new dictionary; the older
+    ones, which together are hardly larger, stay for what was written with them.
+    """
 
     def __init__(self) -> None:
-        self._first: bytes = b""
+        self._samples = b""
+        self._dictionaries = [b""]
 
     def press(self, record: WorkerRecord) -> bytes:
         """Return a record for `open` of this press."""
         data = _encode(record)
-        self._first = self._first or data[-WINDOW_BYTES:]
-        pressing = zlib.compressobj(LEVEL, zdict=self._first)
-        return pressing.compress(data) + pressing.flush()
+        pressed = self._press(data)
+        known = len(pressed) <= len(data) * FAMILIAR
+        return pressed if known or not self._learn(data) else self._press(data)
 
     def open(self, pressed: bytes) -> WorkerRecord:
         """Return a record that was pressed."""
-        opening = zlib.decompressobj(zdict=self._first)
-        return _decode(opening.decompress(pressed) + opening.flush())
+        opening = zlib.decompressobj(zdict=self._dictionaries[pressed[0]])
+        return _decode(opening.decompress(pressed[1:]) + opening.flush())
+
+    def _press(self, data: bytes) -> bytes:
+        pressing = zlib.compressobj(LEVEL, zdict=self._dictionaries[-1])
+        return bytes([len(self._dictionaries) - 1]) + pressing.compress(data) + pressing.flush()
+
+    def _learn(self, data: bytes) -> bool:
+        """Add a sample while there is room; say whether that made a new dictionary."""
+        if len(self._samples) >= WINDOW_BYTES:
+            return False
+        self._samples = (self._samples + data)[-WINDOW_BYTES:]
+        if len(self._samples) < min(WINDOW_BYTES, 2 * len(self._dictionaries[-1])):
+            return False
+        self._dictionaries.append(self._samples)
+        return True
 
 
 def same(value: H) -> H:
