@@ -36,8 +36,8 @@ def test_a_key_names_its_holder_and_its_scopes(ring: Ring) -> None:
     [
         ("", NotAuthenticated),
         ("rmaa_x", NotAuthenticated),
-        (credentials.make_secret("rmaa_"), NotAuthenticated),
-        (credentials.make_secret("rmaj_"), Forbidden),
+        pytest.param(credentials.make_secret("rmaa_"), NotAuthenticated, id="another pool's"),
+        pytest.param(credentials.make_secret("rmaj_"), Forbidden, id="a join token"),
         ("eyJ.worker.token", NotAuthenticated),
         ("ä" * 41, NotAuthenticated),
     ],
