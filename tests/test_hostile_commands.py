@@ -1,4 +1,4 @@
-"""Commands of `rma` with what goes wrong (files, networks, coordinators): one sentence, the right exit code."""
+"""Every command of `rma` with what goes wrong (options, files, networks, coordinators): one sentence, its exit code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from rma_core import http
-from rma_core.commands import run
+from rma_core.commands import Commands, rma, run
 from tests.pools import environment
 from tests.pools import rma as rma_command
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
+    import click
 
 #: What CONTRACT lists.
 EXITS = frozenset({0, 1, 2, 4, 5, 6, 7, 75})
@@ -278,6 +279,98 @@ def test_a_key_that_is_none_is_said(hostile: Hostile, capsysbinary: pytest.Captu
     code, out, err = said(capsysbinary, "workers", "--coordinator", hostile.url, "--key", key, "--json")
     check(code, out, err, as_json=True, arguments=["workers"])
     assert code == 4
+
+
+def commands() -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    """Every command with its words."""
+    import click
+
+    def below(words: tuple[str, ...], command: click.Command) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+        yield words, command
+        if isinstance(command, click.Group) and not isinstance(command, Commands):
+            for name, inner in command.commands.items():
+                yield from below((*words, name), inner)
+
+    for name in rma.list_commands(click.Context(rma)):
+        command = rma.get_command(click.Context(rma), name)
+        assert command is not None
+        yield from below((name,), command)
+
+
+ALL = dict(commands())
+
+
+@pytest.mark.parametrize("words", ALL, ids=[" ".join(words) for words in ALL])
+def test_options_that_do_not_exist_or_do_not_fit_are_mistakes_in_the_call(
+    capsysbinary: pytest.CaptureFixture[bytes], words: tuple[str, ...]
+) -> None:
+    import click
+
+    wrong: list[list[str]] = [["--no-such-option"], ["-\udcff"]]
+    for option in ALL[words].params:
+        if not isinstance(option, click.Option) or option.is_flag or option.hidden:
+            continue
+        name = option.opts[-1]
+        wrong.append([name])
+        if isinstance(option.type, (click.types.IntParamType, click.types.FloatParamType)):
+            wrong += [[name, value] for value in ("x", "-1", "nan", "1e999", "9" * 400, "")]
+    for arguments in wrong:
+        for as_json in (["--json"], []):
+            # Last, so that an option without its value does not take what follows for it.
+            code, out, err = said(capsysbinary, *words, *as_json, *arguments)
+            check(code, out, err, as_json=bool(as_json), arguments=[*words, *arguments])
+            assert code in (2, 4), (words, arguments, code, out, err)
+
+
+FILES: tuple[tuple[str, ...], ...] = (
+    ("detect", "--replay", "{}"),
+    ("policies", "preview", "threshold", "--report", "{}"),
+    ("infer", "notes", "{}", "--coordinator", "http://127.0.0.1:9", "--key", KEY),
+    ("coordinator", "--port", "0", "--tls-cert", "{}", "--tls-key", "{}"),
+    ("coordinator", "--catalog", "{}"),
+    ("coordinator", "--port", "0", "--store", "sqlite:{}"),
+    ("detect", "--home", "{}"),
+    ("plugins", "--home", "{}"),
+    ("status", "--home", "{}"),
+    ("leave", "--yes", "--home", "{}"),
+    ("agent", "--home", "{}"),
+)
+
+
+@pytest.fixture
+def odd_files(tmp_path: Path) -> list[str]:
+    """Names of files that are not what anyone wants."""
+    (tmp_path / "binary.json").write_bytes(bytes(range(256)) * 50)
+    (tmp_path / "empty.json").write_bytes(b"")
+    (tmp_path / "deep.json").write_bytes(b"[" * 100_000)
+    (tmp_path / "list.json").write_bytes(b"[1, null, [], {}]")
+    (tmp_path / "nan.json").write_bytes(b'{"capabilities": {"cpu_cores": NaN, "ram": 1e999}}')
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "loop.json").symlink_to(tmp_path / "loop.json")
+    names = ["binary.json", "empty.json", "deep.json", "list.json", "nan.json", "folder.json", "loop.json"]
+    return [*(str(tmp_path / name) for name in names), "/nonexistent/x.json", "/dev/full", "a\udcffb.json", "n" * 5000]
+
+
+@pytest.mark.parametrize("command", FILES, ids=[" ".join(c).replace("{}", "FILE")[:40] for c in FILES])
+def test_files_that_are_missing_unreadable_or_nonsense_are_said(
+    odd_files: list[str], capsysbinary: pytest.CaptureFixture[bytes], command: tuple[str, ...]
+) -> None:
+    for name in odd_files:
+        if command[0] == "infer" and name.endswith(("binary.json", "empty.json", "deep.json", "list.json", "nan.json")):
+            continue
+        if name == "/dev/full" and command[0] in ("infer", "coordinator"):
+            continue
+        if command[0] == "coordinator" and name.endswith(("folder.json", "empty.json", "x.json")):
+            # An empty catalog, a store that begins, a folder that root may make: nothing is wrong with them.
+            continue
+        if command[1] == "--home" and name.endswith("folder.json"):
+            continue
+        arguments = [part.replace("{}", name) for part in command]
+        code, out, err = said(capsysbinary, *arguments, "--json")
+        if code == 0:
+            assert command[0] in ("detect", "plugins"), (arguments, out)
+            continue
+        check(code, out, err, as_json=True, arguments=arguments)
 
 
 def test_what_cannot_be_written_is_said(capsysbinary: pytest.CaptureFixture[bytes], tmp_path: Path) -> None:

@@ -16,9 +16,13 @@ LAN_PORT = 8443
 PRIVATE = 0o077
 
 
+#: 0 takes a free one.
+PORT = click.IntRange(0, 65_535)
+
+
 @click.command()
 @click.option("--host", help="Address to listen on (default 127.0.0.1).")
-@click.option("--port", type=int, help="Port to listen on (default 8080; 0 takes a free one).")
+@click.option("--port", type=PORT, help="Port to listen on (default 8080; 0 takes a free one).")
 @click.option("--tls-cert", metavar="FILE", help="Certificate (PEM): speak https.")
 @click.option("--tls-key", metavar="FILE", help="Its private key (PEM).")
 @click.option("--public-url", metavar="URL", help="Address by which others reach the coordinator.")
@@ -40,7 +44,7 @@ def coordinator(insecure_http: bool, **flags: Any) -> None:
 
 
 @click.command()
-@click.option("--port", type=int, help="Port on this machine (default 8080, or the next that is free).")
+@click.option("--port", type=PORT, help="Port on this machine (default 8080, or the next that is free).")
 @click.option(
     "--lan",
     is_flag=True,
@@ -49,7 +53,7 @@ def coordinator(insecure_http: bool, **flags: Any) -> None:
 )
 @click.option(
     "--lan-port",
-    type=int,
+    type=PORT,
     default=LAN_PORT,
     show_default=True,
     envvar="RMA_LAN_PORT",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
+import json
 import sys
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 import click
-import msgspec
 
 import rma_core
 from rma_core.commands import common
@@ -160,7 +160,8 @@ def failed(error: RMAError, *, as_json: bool) -> int:
     """Tell a person, or a program, what went wrong and what to do; return the exit code."""
     if as_json:
         body: dict[str, Any] = {"code": error.code, "message": error.message, "hints": list(error.hints)}
-        click.echo(common.escaped_json(msgspec.json.encode({"error": body}).decode()))
+        # A file's name may be no UTF-8: it is written as escapes.
+        click.echo(common.escaped_json(json.dumps({"error": body}, ensure_ascii=False, separators=(",", ":"))))
         return error.exit_code
     message = error.message
     if isinstance(error, ValidationProblem) and len(error.problems) > 1:

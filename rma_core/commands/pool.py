@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 #: What `rma keys create` gives when no scope is named.
 DEFAULT_SCOPES = {"admin": ("admin:read", "tasks:read"), "client": ("infer:*",)}
 
+#: A file of machines is never read further: 100,000 short reports are 20 MB.
+MAX_REPORT_BYTES = 64 * 1024 * 1024
+
 MARKS = {"healthy": "●", "degraded": "▲", "offline": "■"}
 
 
@@ -288,11 +291,15 @@ def policies_preview(name: str, report: str | None, as_json: bool, **options: An
 
 def _machines(report: str) -> list[Any]:
     try:
-        text = sys.stdin.read() if report == "-" else Path(report).read_text(encoding="utf-8")
-        data = json.loads(text)
+        # A pipe or a device may have no end.
+        with sys.stdin.buffer if report == "-" else Path(report).open("rb") as file:
+            content = file.read(MAX_REPORT_BYTES + 1)
+        if len(content) > MAX_REPORT_BYTES:
+            raise UsageProblem(f"{report} has more than {MAX_REPORT_BYTES} bytes, which no list of machines needs")
+        data = json.loads(content)
     except OSError as error:
         raise UsageProblem(f"{report} cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValidationProblem(report, [Problem("$", f"not JSON: {error}")]) from None
     return data if isinstance(data, list) else [data]
 

@@ -22,5 +22,7 @@ def make_store(address: str, home: Path) -> Store:
     if kind == "memory":
         return MemoryStore()
     if kind == "sqlite":
+        if not address.isprintable():
+            raise SettingProblem(f"{address!r}: the store's file needs a name in UTF-8, without control characters")
         return SqliteStore(Path(rest.removeprefix("//")).expanduser() if rest else home / "coordinator.db")
     raise SettingProblem(f"{address!r} is no store", hints=("use `sqlite`, `sqlite:PATH` or `memory`",))
