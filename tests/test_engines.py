@@ -7,6 +7,8 @@ import tempfile
 import time
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 
@@ -111,7 +113,6 @@ def test_up_twice_is_the_same_engine_and_down_ends_it(capsys: pytest.CaptureFixt
 def test_what_is_required_and_missing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(needs.CHECKS, "podman", lambda: "it is not there")
     monkeypatch.setattr(needs, "_found", {})
-    monkeypatch.setattr(needs, "_without", {})
     monkeypatch.setenv("RMA_REQUIRE", "docker")
     with pytest.raises(pytest.skip.Exception, match="podman: it is not there"):
         needs.need("podman")
@@ -121,3 +122,24 @@ def test_what_is_required_and_missing_fails(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("RMA_REQUIRE", "dokcer")
     with pytest.raises(pytest.fail.Exception, match="unknown"):
         needs.need("podman")
+
+
+def test_what_was_not_run_is_summed_up_from_the_reports_of_all_processes() -> None:
+    class Terminal:
+        stats: ClassVar = {
+            "skipped": [
+                SimpleNamespace(longrepr=("x.py", 1, "Skipped: podman: it is not there")),
+                SimpleNamespace(longrepr=("y.py", 2, "Skipped: podman: it is not there")),
+                SimpleNamespace(longrepr=("z.py", 3, "Skipped: for another reason")),
+            ]
+        }
+        said: ClassVar[list[str]] = []
+        section = said.append
+        line = said.append
+
+    needs.summary(Terminal())  # type: ignore[arg-type] # of a terminal only these are used
+    assert Terminal.said == [
+        "not run on this machine",
+        "podman: 2 not run: it is not there",
+        "RMA_REQUIRE=podman makes these fail instead",
+    ]
