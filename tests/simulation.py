@@ -22,7 +22,7 @@ from rma_core.host import Plugins
 from tests.coordinator_fixtures import CATALOG, settings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable
+    from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
     from pathlib import Path
 
     from quart import Quart
@@ -110,6 +110,12 @@ class SimulatedStore:
     async def load(self, kind: type[R]) -> list[R]:
         await self._world.pause(0.001, 0.01)
         return self._disk.load(kind)
+
+    async def pages(self, kind: type[R], size: int) -> AsyncIterator[list[R]]:
+        records = await self.load(kind)
+        for start in range(0, len(records), size):
+            yield records[start : start + size]
+            await self._world.pause(0.001, 0.01)
 
     async def get(self, kind: type[R], key: str) -> R | None:
         await self._world.pause(0.0, 0.003)

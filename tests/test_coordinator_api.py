@@ -16,6 +16,9 @@ from rma_coordinator.api.asgi import CONTROL_BYTES, client_address, header_value
 from rma_coordinator.api.openapi import document
 from rma_coordinator.api.routes import ROUTES, Route
 from rma_coordinator.domain.credentials import SCOPES, make_secret
+from rma_coordinator.domain.fleet import WorkerRecord
+from rma_coordinator.pool import FLUSHED_AT_ONCE
+from rma_coordinator.store import StoreFailed
 from rma_coordinator.tokens import NONCE_AFTER, WORKER_TOKEN_S
 from rma_core.agent.keys import DeviceKey
 from rma_core.models.worker import RegisterRequest
@@ -23,9 +26,12 @@ from tests.coordinator_fixtures import MACHINE, Running, running, soon, until
 from tests.needs import need
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from pathlib import Path
 
     from httpx2 import Response
+
+    from rma_coordinator.store import Change
 
 TASK = "task-" + "0" * 20
 LEASE = "0" * 32
@@ -472,6 +478,33 @@ async def test_what_was_acknowledged_is_known_after_a_restart(tmp_path: Path) ->
 
 
 # -- what admins see -----------------------------------------------------------------------------------------------
+
+
+async def test_the_records_of_many_workers_are_written_a_few_at_a_time_and_what_failed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(tmp_path) as pool:
+        await pool.enrol()
+        fleet, store, sizes = pool.pool.fleet, pool.pool.store, list[int]()
+        known = next(iter(fleet.workers.values())).record
+        ids = {f"worker-{n:08}" for n in range(3 * FLUSHED_AT_ONCE - 1)}
+        for one in ids:
+            fleet.add(msgspec.structs.replace(known, worker_id=one), ip_address="")
+        fleet.changed = set(ids)
+        commit = store.commit
+
+        async def failing(changes: Collection[Change], *, urgent: bool = False) -> None:
+            sizes.append(len(changes))
+            if len(sizes) == 2:
+                raise StoreFailed("not now")
+            await commit(changes, urgent=urgent)
+
+        monkeypatch.setattr(store, "commit", failing)
+        await pool.pool.flush()
+        assert (sizes, len(fleet.changed)) == ([FLUSHED_AT_ONCE] * 2, 2 * FLUSHED_AT_ONCE - 1)
+        await pool.pool.flush()
+        assert (sizes[2:], fleet.changed) == ([FLUSHED_AT_ONCE, FLUSHED_AT_ONCE - 1], set())
+        assert ids < {record.worker_id for record in await store.load(WorkerRecord)}
 
 
 async def test_lists_come_in_pages(tmp_path: Path) -> None:

@@ -126,9 +126,28 @@ def test_used_nonces_are_forgotten_when_they_are_too_old_anyway_and_never_more_t
     now = [1000.0]
     nonces = Nonces(lambda: now[0], limit=3)
     assert [nonces.spend(nonces.make()) for _ in range(4)] == [True, True, True, False]
-    now[0] += NONCE_S + 2
-    assert nonces.spend(nonces.make())
-    assert len(nonces._used) == 1
+    for _ in range(2):
+        now[0] += NONCE_S + 2
+        assert nonces.spend(nonces.make())
+    assert len(nonces._used | nonces._used_before) == 2
+
+
+@given(st.lists(st.tuples(st.sampled_from(("make", "spend")), st.floats(0, 40)), max_size=60))
+def test_no_nonce_is_ever_good_twice_and_each_is_good_once_while_it_is_young(steps: list[tuple[str, float]]) -> None:
+    now = [1000.0]
+    nonces, made, spent = Nonces(lambda: now[0]), list[tuple[float, str]](), set[str]()
+    for what, seconds in steps:
+        now[0] += seconds
+        if what == "make":
+            made.append((now[0], nonces.make()))
+            continue
+        for at, nonce in made[-5:]:
+            age = now[0] - at
+            good = nonces.spend(nonce)
+            assert not (good and nonce in spent)
+            assert good == (nonce not in spent and age <= NONCE_S) or abs(age - NONCE_S) < 0.01
+            if good:
+                spent.add(nonce)
 
 
 def test_nonces_of_one_moment_are_unlike_and_none_can_be_made_from_another() -> None:

@@ -36,12 +36,12 @@ class Pool:
     def __init__(self, *records: WorkerRecord, beats_per_s: float = 500.0) -> None:
         self.now = 0.0
         self.fleet = Fleet(
-            records,
             clock=lambda: self.now,
             wall=lambda: 1_800_000_000.0 + self.now,
             interval_s=INTERVAL_S,
             beats_per_s=beats_per_s,
         )
+        self.fleet.restore(records)
 
     def turn(self, seconds: float, *beating: Worker) -> list[Worker]:
         gone = []

@@ -83,6 +83,15 @@ async def test_a_thousand_commits_at_once_are_all_kept(store: Store) -> None:
     assert len(await store.load(Pear)) == 1000
 
 
+@pytest.mark.parametrize("count", [0, 1, 9, 10, 11, 25])
+async def test_pages_give_every_record_once_in_the_order_of_keys(store: Store, count: int) -> None:
+    names = ["", *(f"{n}é" for n in range(1, count))][:count]
+    await store.commit([Put(name, Pear(name=name)) for name in names] + [Put("z", Apple(name="no pear"))])
+    pages = [page async for page in store.pages(Pear, 10)]
+    assert [pear.name for page in pages for pear in page] == sorted(names)
+    assert all(0 < len(page) <= 10 for page in pages)
+
+
 async def test_one_record_is_got_by_type_and_key(store: Store) -> None:
     assert await store.get(Pear, "a") is None
     await store.commit([Put("a", Pear(name="a", weight=2)), Put("a", Apple(name="an apple"))])

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import secrets
 from datetime import UTC, datetime
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -51,6 +52,8 @@ CHANNELS_LOW = 0.9
 SPARE_SEATS = 8
 #: Counters that only heartbeats and finished tasks move are written at most this often.
 FLUSH_S = 10.0
+#: Workers' records that are whole in memory at a time, 10 KB each, when many are read or written.
+FLUSHED_AT_ONCE = 50
 
 #: What anyone may know of a store that takes nothing; the whole reason, with its paths, is the admin's to read.
 UNWELL: dict[str, str] = {
@@ -127,7 +130,6 @@ class Pool:
         self.pin = pin
         self._made_at = clock()
         self._started = False
-        self._placed: dict[str, int] = {}
         self._need = 0
         self._channels = 0
         self._spare: dict[str, int] = {}
@@ -168,12 +170,13 @@ class Pool:
             await self.store.load(KeyRecord), await self.store.load(JoinTokenRecord), clock=self.wall
         )
         self.fleet = Fleet(
-            await self.store.load(WorkerRecord),
             clock=self.clock,
             wall=self.wall,
             interval_s=self.settings.heartbeat_interval_s,
             beats_per_s=self.settings.heartbeats_per_s,
         )
+        async for records in self.store.pages(WorkerRecord, FLUSHED_AT_ONCE):
+            self.fleet.restore(records)
         await self.books.open(self.record.starts)
         for worker in self.fleet.workers.values():
             worker.completed = self.books.completed(worker.id)
@@ -230,16 +233,21 @@ class Pool:
     async def flush(self) -> None:
         """Write the records that changed; what cannot be written now is tried again the next time."""
         changed, self.fleet.changed = self.fleet.changed, set()
-        workers = [self.fleet.workers[worker_id] for worker_id in changed if worker_id in self.fleet.workers]
-        for worker in workers:
-            worker.record = msgspec.structs.replace(worker.record, last_seen_at=self.fleet.last_seen(worker))
         try:
-            await self.store.commit([Put(worker.id, worker.record) for worker in workers])
+            while changed:
+                some = list(islice(changed, FLUSHED_AT_ONCE))
+                workers = [self.fleet.workers[one] for one in some if one in self.fleet.workers]
+                await self.store.commit([Put(worker.id, self._seen(worker)) for worker in workers])
+                changed.difference_update(some)
         except BaseException as error:
             self.fleet.changed |= changed
             if not isinstance(error, RMAError):
                 raise
             logger.debug("%s; it is tried again", error)
+
+    def _seen(self, worker: Worker) -> WorkerRecord:
+        worker.record = record = msgspec.structs.replace(worker.record, last_seen_at=self.fleet.last_seen(worker))
+        return record
 
     async def backup(self) -> tuple[Path, int]:
         """Copy the store to a new file in the state folder; the newest KEPT_BACKUPS are kept. Return it and its size.
@@ -352,14 +360,14 @@ class Pool:
             self.fleet.recount(worker)
             # What one machine runs changes what the pool lacks: the others are looked at with their next heartbeat.
             self._need += 1
-        self._placed[worker.id] = self._need
+        worker.placed = self._need
 
     def heartbeat(self, worker: Worker, beat: Heartbeat, *, ip_address: str, nonce: bool = True) -> HeartbeatAnswer:
         """Take a sign of life in and say what the worker should do next, with a ``nonce`` if it will need one soon."""
         self.fleet.beat(worker, beat, ip_address=ip_address)
         if beat.report is not None or beat.runtimes is not None or beat.plugins is not None:
             self._new_facts(worker, beat)
-        elif self._placed.get(worker.id) != self._need:
+        elif worker.placed != self._need:
             self.place(worker)
         seat = self.dispatcher.seats.get(worker.id)
         if seat is not None and seat.running:

@@ -7,8 +7,12 @@ import base64
 import hashlib
 import importlib
 import secrets
-from typing import TYPE_CHECKING, Any, NamedTuple
+import sys
+from typing import TYPE_CHECKING, Any
 
+import msgspec
+
+from rma_coordinator.domain.worker_records import same
 from rma_core.errors import NotAuthenticated
 
 if TYPE_CHECKING:
@@ -33,7 +37,7 @@ async def warm() -> None:
     await asyncio.to_thread(importlib.import_module, "jwt")
 
 
-class WorkerClaims(NamedTuple):
+class WorkerClaims(msgspec.Struct, frozen=True, gc=False):
     """What a worker token says."""
 
     worker_id: str
@@ -158,4 +162,5 @@ class WorkerTokens:
             )
         except (jwt.PyJWTError, RecursionError) as error:
             raise NotAuthenticated(f"the worker token does not hold: {error}") from None
-        return WorkerClaims(str(claims["sub"]), int(claims["epoch"]), float(claims["exp"]))
+        # The fleet has the same text for as long as the worker is known.
+        return WorkerClaims(sys.intern(str(claims["sub"])), int(claims["epoch"]), same(float(claims["exp"])))

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from rma_coordinator.domain.worker_records import same
 from rma_core.models.strict import decode
 from rma_core.models.worker import Heartbeat
 
@@ -33,8 +32,9 @@ def read_beat(data: bytes, worker: Worker) -> Heartbeat:
         quick = None
     # Only a hash is kept, for there are many workers; one that made its own collide would deceive nobody else.
     digest = hash(bytes(quick.containers)) if quick is not None else 0
-    if quick is not None and digest == worker.written[0]:
-        return msgspec.structs.replace(quick, containers=worker.written[1])
+    if quick is not None and digest == worker.written:
+        return msgspec.structs.replace(quick, containers=worker.containers)
     found = decode(data, Heartbeat, subject="heartbeat")
-    worker.written = (digest, same(found.containers))
+    if found.containers == worker.containers:
+        worker.written = digest
     return found

@@ -50,7 +50,7 @@ class KeyRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class JoinTokenRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """One join token as it is kept; ``used_by`` are thumbprints, so that a lost answer can be asked for again."""
+    """One join token as it is kept; ``used_by`` knows machines, so that a lost answer can be asked for again."""
 
     token_id: KeyId
     hash: str
@@ -144,7 +144,7 @@ def _checksum(body: str) -> str:
 class Nonces:
     """Stateless nonces: a time and its MAC under a key made at start, so that a restart voids every older one.
 
-    ``clock`` gives Unix seconds; used ones are remembered while they are good, at most ``limit`` of them.
+    ``clock`` gives seconds; used ones are remembered while they are good, by their numbers, at most ``limit`` of them.
     """
 
     def __init__(self, clock: Callable[[], float], *, limit: int = 100_000) -> None:
@@ -152,8 +152,9 @@ class Nonces:
         self._clock = clock
         self._key = secrets.token_bytes(32)
         self._numbers = itertools.count()
-        #: When each was used, by its number: that is one nonce's alone, and much smaller.
-        self._used: dict[int, float] = {}
+        #: Used since the last turn, and between the last two; what is older is too old to be accepted anyway.
+        self._used, self._used_before = set[int](), set[int]()
+        self._turned_at = clock()
         self._limit = limit
 
     def make(self) -> str:
@@ -171,18 +172,14 @@ class Nonces:
         # From here on it is known to be one of ours, and so to have the form that `make` gives it.
         made_ms, _, digits = body.partition(".")
         now, number = self._clock(), int(digits, 16)
-        if number in self._used or not -1 <= now - int(made_ms) / 1000 <= NONCE_S:
+        if now - self._turned_at > NONCE_S + 1:
+            recent = now - self._turned_at <= 2 * (NONCE_S + 1)
+            self._used, self._used_before, self._turned_at = set(), self._used if recent else set(), now
+        known = number in self._used or number in self._used_before
+        if known or not -1 <= now - int(made_ms) / 1000 <= NONCE_S or len(self._used) >= self._limit:
             return False
-        self._prune(now)
-        if len(self._used) >= self._limit:
-            return False
-        self._used[number] = now
+        self._used.add(number)
         return True
-
-    def _prune(self, now: float) -> None:
-        """Forget the oldest used nonces once they are too old to be accepted anyway (dicts keep their order)."""
-        while self._used and now - next(iter(self._used.values())) > NONCE_S + 1:
-            del self._used[next(iter(self._used))]
 
     def _mac(self, body: str) -> str:
         # Each heartbeat's answer has one, and this costs a sixth of an HMAC.

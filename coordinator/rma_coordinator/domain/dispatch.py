@@ -201,8 +201,8 @@ class Dispatcher:
         seat.usable = usable
         # Not copied: workers with the same services share it.
         seat.slots = slots
-        for service in [name for name in seat.quota if name not in slots]:
-            del seat.quota[service]
+        if seat.quota:
+            seat.quota = {name: quota for name, quota in seat.quota.items() if name in slots}
         self._match_all()
 
     def gone(self, worker_id: str, reason: str, *, blame: bool) -> None:

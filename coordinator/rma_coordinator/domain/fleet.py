@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 from collections import deque
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from rma_coordinator.domain.worker_records import SHARED, Press, WorkerRecord, b
 from rma_core.errors import NotFound
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from rma_core.models.hardware import Capabilities
     from rma_core.models.worker import Assignment, ContainerStatus, Heartbeat, WorkerStatus
@@ -54,6 +55,7 @@ class Worker:
         "ip_address",
         "last_beat",
         "left",
+        "placed",
         "reason",
         "said",
         "slots",
@@ -62,7 +64,7 @@ class Worker:
     )
 
     def __init__(self, record: WorkerRecord, *, now: float) -> None:
-        self.id = record.worker_id
+        self.id = sys.intern(record.worker_id)
         self.record = record
         self.last_beat = now
         #: Whether it has said anything since the coordinator started.
@@ -73,8 +75,10 @@ class Worker:
         self.said: tuple[str, str] = ("healthy", "")
         self.current_load = 0.0
         self.containers: tuple[ContainerStatus, ...] = ()
-        #: Containers as its heartbeats by HTTP write them, by hash, and what that text says.
-        self.written: tuple[int, tuple[ContainerStatus, ...]] = (0, ())
+        #: The hash of ``containers`` as its heartbeats by HTTP write them; 0 while that is not known.
+        self.written = 0
+        #: Which of the pool's needs its services were last chosen for; -1 for none.
+        self.placed = -1
         #: The slots it offers, and the containers and the assignment from which they were counted.
         self.slots: tuple[tuple[ContainerStatus, ...], tuple[Assignment, ...], dict[str, int]] = ((), (), {})
         #: The services for which the fleet counts it, kept by `Fleet.recount`.
@@ -136,12 +140,15 @@ def _count(parts: Iterable[Assignment] | Iterable[ContainerStatus]) -> dict[str,
     return counted
 
 
+def _ids(thumbprint: str) -> Iterator[str]:
+    return (f"worker-{thumbprint[start : start + 8]}" for start in range(len(thumbprint) - 8))
+
+
 class Fleet:
     """All workers in memory. ``clock`` is monotonic seconds, ``wall`` Unix seconds."""
 
     def __init__(
         self,
-        records: Iterable[WorkerRecord],
         *,
         clock: Callable[[], float],
         wall: Callable[[], float],
@@ -154,13 +161,7 @@ class Fleet:
         self._beats_per_s = beats_per_s
         now = clock()
         self.workers: dict[str, Worker] = {}
-        self._by_thumbprint: dict[str, Worker] = {}
-        for record in records:
-            worker = self.workers[record.worker_id] = Worker(record, now=now)
-            self._by_thumbprint[record.thumbprint] = worker
         self._assigned: dict[str, int] = {}
-        for worker in self.workers.values():
-            self.recount(worker)
         self.started_at = now
         self.amnesty_until = now + AMNESTY_S
         self.amnesty_reason = "the coordinator has just started"
@@ -168,6 +169,12 @@ class Fleet:
         self._silenced: deque[float] = deque(maxlen=10_000)
         #: Workers whose record is newer than what the store holds; whoever writes them takes them out.
         self.changed: set[str] = set()
+
+    def restore(self, records: Iterable[WorkerRecord]) -> None:
+        """Take in what was known of workers before the coordinator started."""
+        for record in records:
+            worker = self.workers[record.worker_id] = Worker(record, now=self.started_at)
+            self.recount(worker)
 
     @property
     def interval_s(self) -> float:
@@ -183,15 +190,16 @@ class Fleet:
 
     def by_thumbprint(self, thumbprint: str) -> Worker | None:
         """Return the worker with that key, if any."""
-        found = self._by_thumbprint.get(thumbprint)
-        return found if found is not None and self.workers.get(found.id) is found else None
+        # Its id is a part of its key, so nothing more need be kept to find it.
+        known = (self.workers.get(candidate) for candidate in _ids(thumbprint))
+        return next((worker for worker in known if worker and worker.record.thumbprint == thumbprint), None)
 
     def new_id(self, thumbprint: str) -> str:
         """Return a free worker id, from the key where it can be."""
-        for start in range(len(thumbprint) - 8):
-            candidate = f"worker-{thumbprint[start : start + 8]}"
+        for candidate in _ids(thumbprint):
             if candidate not in self.workers:
-                return candidate
+                # Each of its tokens names it too.
+                return sys.intern(candidate)
         raise NotFound("no worker id is free for this key", hints=("make a new key: remove the agent's state folder",))
 
     def add(self, record: WorkerRecord, *, ip_address: str) -> Worker:
@@ -200,8 +208,7 @@ class Fleet:
         if worker is None:
             worker = self.workers[record.worker_id] = Worker(record, now=self._clock())
         worker.record = record
-        self._by_thumbprint[record.thumbprint] = worker
-        worker.ip_address = ip_address
+        worker.ip_address = same(ip_address)
         worker.draining = False
         worker.said = ("healthy", "")
         self._seen(worker)
@@ -217,8 +224,9 @@ class Fleet:
         if worker.containers != heartbeat.containers:
             # What was counted from them is known by their identity.
             worker.containers = same(heartbeat.containers)
+            worker.written = 0
         worker.draining = heartbeat.draining
-        worker.ip_address = ip_address
+        worker.ip_address = same(ip_address)
         self._seen(worker)
 
     def touch(self, worker: Worker) -> None:
@@ -229,6 +237,7 @@ class Fleet:
         """The worker said goodbye; it stays listed, offline."""
         worker.left = True
         worker.containers = ()
+        worker.written = 0
         worker.current_load = 0.0
         self._to(worker, "offline", "it left by itself")
 

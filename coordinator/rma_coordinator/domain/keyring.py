@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 KEY_PREFIX = {"admin": "rmaa_", "client": "rmac_"}
 
 
+#: So much of a machine's thumbprint is kept with the join token that it used: 64 bits are nobody else's by chance.
+KNOWN_BY = 16
+
+
 class Keyring:
     """Keys and join tokens in memory, ``clock`` gives Unix seconds."""
 
@@ -114,16 +118,17 @@ class Keyring:
     def join_token(self, secret: str, thumbprint: str | None) -> JoinTokenRecord:
         """Return a join token that this machine may (still) use. Raises NotAuthenticated or Forbidden."""
         record = self.known_token(secret)
-        if thumbprint not in record.used_by and len(record.used_by) >= record.uses:
+        if (thumbprint or "")[:KNOWN_BY] not in record.used_by and len(record.used_by) >= record.uses:
             message = "this join token is used up"
             raise Forbidden(message, hints=("ask the pool's admin for a new one: rma tokens create",))
         return record
 
     def spend(self, record: JoinTokenRecord, thumbprint: str) -> JoinTokenRecord:
         """Count one machine against a join token; the same machine again costs nothing."""
-        if thumbprint in record.used_by:
+        short = thumbprint[:KNOWN_BY]
+        if short in record.used_by:
             return record
-        spent = msgspec.structs.replace(record, used_by=(*record.used_by, thumbprint))
+        spent = msgspec.structs.replace(record, used_by=(*record.used_by, short))
         self._tokens[record.hash] = spent
         return spent
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import secrets
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
 from rma_core.models.channel import ACCEPT_WITHIN_S
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from rma_core.models.worker import Fault
 
 #: What the id of a task is made of.
@@ -187,6 +190,10 @@ def new_task_id() -> str:
     return f"task-{digits}"
 
 
+#: What a worker's quota is until it fails: shared, for there are many workers, and so never changed in place.
+NO_QUOTA: Mapping[str, int] = MappingProxyType({})
+
+
 class Seat:
     """A worker as dispatch sees it: slots per service, what it runs, and whether it can be reached."""
 
@@ -196,7 +203,7 @@ class Seat:
         self.worker_id = worker_id
         self.slots: dict[str, int] = {}
         #: Slots it is given at most; halved by each failure, doubled by each success, never below one.
-        self.quota: dict[str, int] = {}
+        self.quota = NO_QUOTA
         self.running: dict[str, Attempt] = {}
         self.reachable = False
         self.usable = False
@@ -213,9 +220,11 @@ class Seat:
 
     def halve(self, service: str) -> None:
         """Give it less of a service for now."""
-        self.quota[service] = max(1, self.quota.get(service, self.slots.get(service, 1)) // 2)
+        quota = max(1, self.quota.get(service, self.slots.get(service, 1)) // 2)
+        self.quota = {**self.quota, service: quota}
 
     def double(self, service: str) -> None:
         """Give it more of a service again, up to its slots."""
         slots = self.slots.get(service, 1)
-        self.quota[service] = max(1, min(slots, self.quota.get(service, slots) * 2))
+        if (quota := self.quota.get(service)) is not None:
+            self.quota = {**self.quota, service: max(1, min(slots, quota * 2))}

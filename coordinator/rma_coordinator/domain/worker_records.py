@@ -55,7 +55,7 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     away: str = ""
 
 
-class Brief(msgspec.Struct, frozen=True, kw_only=True):
+class Brief(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What of a record is looked at with every heartbeat and in every round through all workers."""
 
     tier: int | None

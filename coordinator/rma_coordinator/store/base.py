@@ -9,7 +9,7 @@ import msgspec
 from rma_core.errors import OutOfSpace, RMAError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import AsyncIterator, Iterable
     from pathlib import Path
 
 R = TypeVar("R", bound=msgspec.Struct)
@@ -92,6 +92,12 @@ class Store(Protocol):
 
     async def load(self, kind: type[R]) -> list[R]:
         """Return every record of a type, by key, as they all were at one moment. Raises StoreFailed."""
+
+    def pages(self, kind: type[R], size: int) -> AsyncIterator[list[R]]:
+        """Give every record of a type, by key, ``size`` at a time. Raises StoreFailed.
+
+        Never more than a page is in memory; what is committed meanwhile may be seen or not.
+        """
 
     async def get(self, kind: type[R], key: str) -> R | None:
         """Return one record, or None; every acknowledged commit is seen. Raises StoreFailed."""

@@ -10,7 +10,7 @@ from rma_coordinator.store.base import CLOSED, OK, encoded
 from rma_core.errors import SettingProblem
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import AsyncIterator, Iterable
     from pathlib import Path
 
     from rma_coordinator.store.base import Change, R, StoreState
@@ -37,6 +37,12 @@ class MemoryStore:
         self._check()
         table = self._tables.get(kind.__name__, {})
         return [msgspec.json.decode(table[key], type=kind) for key in sorted(table)]
+
+    async def pages(self, kind: type[R], size: int) -> AsyncIterator[list[R]]:
+        """Give every record of a type, by key, ``size`` at a time."""
+        records = await self.load(kind)
+        for start in range(0, len(records), size):
+            yield records[start : start + size]
 
     async def get(self, kind: type[R], key: str) -> R | None:
         """Return one record, or None."""

@@ -7,7 +7,8 @@ import contextlib
 import logging
 import threading
 import time
-from typing import TYPE_CHECKING, TypeVar, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import apsw
 import msgspec
@@ -19,7 +20,7 @@ from rma_coordinator.store.writer import GET, Ask, Commit, Options, Writer
 from rma_core.errors import OutOfSpace, SettingProblem
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterable, Sequence
     from pathlib import Path
 
     from rma_coordinator.store.base import Change, R
@@ -53,6 +54,8 @@ BACKUP_WITHIN_S = 3600.0
 CLOSE_WITHIN_S = 30.0
 
 LOAD = "SELECT key, data FROM records WHERE kind = ? ORDER BY key"
+PAGE = "SELECT key, data FROM records WHERE kind = ? AND key > ? ORDER BY key LIMIT ?"
+FIRST_PAGE = "SELECT key, data FROM records WHERE kind = ? ORDER BY key LIMIT ?"
 
 
 class SqliteStore:
@@ -122,8 +125,19 @@ class SqliteStore:
     async def load(self, kind: type[R]) -> list[R]:
         """Return every record of a type, by key."""
         name = (kind.__name__,)
-        rows = await self._ask(lambda connection: connection.execute(LOAD, name).fetchall())
+        rows = await self._ask(partial(_rows, LOAD, name))
         return await asyncio.to_thread(lambda: [self._read(kind, str(key), data) for key, data in rows])
+
+    async def pages(self, kind: type[R], size: int) -> AsyncIterator[list[R]]:
+        """Give every record of a type, by key, ``size`` at a time."""
+        statement, which = FIRST_PAGE, cast("Sequence[str | int]", (kind.__name__, size))
+        while True:
+            rows = await self._ask(partial(_rows, statement, which))
+            if rows:
+                yield [self._read(kind, str(key), data) for key, data in rows]
+            if len(rows) < size:
+                return
+            statement, which = PAGE, (kind.__name__, rows[-1][0], size)
 
     async def get(self, kind: type[R], key: str) -> R | None:
         """Return one record, or None."""
@@ -281,6 +295,10 @@ class SqliteStore:
         size = disk.publish(part, path)
         layout.note_backup(self._path, path)
         return size
+
+
+def _rows(statement: str, which: Sequence[str | int], connection: apsw.Connection) -> list[tuple[Any, ...]]:
+    return connection.execute(statement, which).fetchall()
 
 
 def _stalled(path: Path) -> StoreState:
