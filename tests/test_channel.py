@@ -70,7 +70,7 @@ async def test_an_answer_is_relayed_from_worker_to_client(tmp_path: Path) -> Non
         assert answer.headers["x-content-type-options"] == "nosniff"
         record = (await pool.client.get("/api/admin/tasks")).json()["tasks"][0]
         assert (record["status"], record["usage"]) == ("succeeded", {"tokens": 2.0})
-        assert pool.pool.fleet.get(line.id).completed == 1
+        await until(lambda: pool.pool.fleet.get(line.id).completed == 1)
 
 
 async def test_the_first_byte_reaches_the_client_before_the_last_is_sent(tmp_path: Path) -> None:

@@ -17,9 +17,12 @@ from rma_core.models import channel as frames
 from tests.coordinator_fixtures import Running, StandIn, running, soon, until
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from httpx2 import Response
+
+    from rma_coordinator.store import Change
 
 ASYNC = {"Prefer": "respond-async"}
 JSON_HEAD = (("content-type", "application/json"),)
@@ -403,6 +406,27 @@ async def test_an_answer_too_large_to_keep_fails_the_task_and_says_so(tmp_path: 
         assert "larger than the 1024 bytes" in found["error"]["message"]
 
 
+async def test_a_credit_counts_once_it_is_on_disk_and_no_answer_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(tmp_path) as pool, pool.worker() as line:
+        worker, store, writes = pool.pool.fleet.get(line.id), pool.pool.store, asyncio.Event()
+        commit = store.commit
+
+        async def slow(changes: Iterable[Change], *, urgent: bool = False) -> None:
+            await writes.wait()
+            await commit(changes, urgent=urgent)
+
+        monkeypatch.setattr(store, "commit", slow)
+        asking = asyncio.create_task(pool.infer())
+        await line.serve(b"1")
+        assert (await soon(asking)).status_code == 200
+        assert (worker.completed, pool.pool.books.completed()[line.id]) == (0, 0)
+        writes.set()
+        await until(lambda: worker.completed == 1)
+        assert [entry.worker_id for entry in await store.load(LedgerEntry)] == [line.id]
+
+
 async def test_the_ledger_has_every_task_once_and_older_entries_added_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -412,7 +436,7 @@ async def test_the_ledger_has_every_task_once_and_older_entries_added_up(
             asking = asyncio.create_task(pool.infer())
             await line.serve(b"1")
             await soon(asking)
-        await until(lambda: pool.pool.books.completed(line.id) == 23)
+        await until(lambda: pool.pool.books.completed()[line.id] == 23)
         await until(lambda: sum(total.tasks for total in pool.pool.books.totals.values()) >= 15)
         worker = line.id
     async with running(tmp_path) as pool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
@@ -75,7 +75,9 @@ class Books:
         settings: CoordinatorSettings,
         clock: Callable[[], float],
         wall: Callable[[], float],
+        on_credited: Callable[[LedgerEntry], None],
     ) -> None:
+        self._on_credited = on_credited
         self._store, self._spools, self._dispatcher, self._hub = store, spools, dispatcher, hub
         self._settings, self._clock, self._wall = settings, clock, wall
         self._epoch = 0
@@ -94,6 +96,7 @@ class Books:
         self._rows: deque[LedgerEntry] = deque()
         self.totals: dict[str, LedgerTotal] = {}
         self._work = asyncio.Event()
+        self._writing = asyncio.Lock()
 
     # -- life --------------------------------------------------------------------------------------------------
 
@@ -354,7 +357,7 @@ class Books:
             changes.append(Put(task.id, entry))
         await self._insist(changes)
         if entry is not None:
-            self._rows.append(entry)
+            self._credited(entry)
         self._kept[task.id] = self._clock() + self._settings.result_ttl_s
         if len(self._kept) > self._settings.kept_tasks:
             self._work.set()
@@ -383,11 +386,19 @@ class Books:
     # -- the ledger and the rest -------------------------------------------------------------------------------
 
     def credit(self, task: Task) -> None:
-        """A request that was answered at once has succeeded: enter it in the ledger soon."""
+        """A request that was answered at once has succeeded: enter it in the ledger soon.
+
+        Its answer does not wait for the disk, which would cost every call that much; the credit does: it counts, and
+        is shown, once it is written.
+        """
         entry = self._entry(task)
         if entry is not None:
             self._owed.append(entry)
             self._work.set()
+
+    def _credited(self, entry: LedgerEntry) -> None:
+        self._rows.append(entry)
+        self._on_credited(entry)
 
     def _entry(self, task: Task) -> LedgerEntry | None:
         attempt = task.holder
@@ -404,10 +415,12 @@ class Books:
             bytes_out=task.answer_bytes,
         )
 
-    def completed(self, worker_id: str) -> int:
-        """Return how many tasks the ledger has of a worker."""
-        older = sum(total.tasks for total in self.totals.values() if total.worker_id == worker_id)
-        return older + sum(entry.worker_id == worker_id for entry in self._rows)
+    def completed(self) -> Counter[str]:
+        """Return how many tasks the ledger has of each worker."""
+        counts: Counter[str] = Counter(entry.worker_id for entry in self._rows)
+        for total in self.totals.values():
+            counts[total.worker_id] += total.tasks
+        return counts
 
     async def run(self) -> None:
         """Write what is noted or owed as it comes, and let go of what is too old. Runs until cancelled."""
@@ -431,22 +444,24 @@ class Books:
 
     async def write(self) -> None:
         """Write what is noted and owed now. Raises StoreFailed, OutOfSpace; then it stays noted and owed."""
-        self._work.clear()
-        noted, owed = self._noted, list(self._owed)
-        self._noted = set()
-        tasks = [task for task_id in noted if (task := self._dispatcher.tasks.get(task_id)) and task.closing is None]
-        changes: list[Change] = [Put(task.id, self._record(task)) for task in tasks]
-        changes += [Put(entry.task_id, entry) for entry in owed]
-        if not changes:
-            return
-        try:
-            await self._store.commit(changes, urgent=True)
-        except BaseException:
-            self._noted |= noted
-            raise
-        for entry in owed:
-            self._owed.popleft()
-            self._rows.append(entry)
+        # Two at once would count what they both write twice.
+        async with self._writing:
+            self._work.clear()
+            noted, owed = self._noted, list(self._owed)
+            self._noted = set()
+            tasks = [one for key in noted if (one := self._dispatcher.tasks.get(key)) and one.closing is None]
+            changes: list[Change] = [Put(task.id, self._record(task)) for task in tasks]
+            changes += [Put(entry.task_id, entry) for entry in owed]
+            if not changes:
+                return
+            try:
+                await self._store.commit(changes, urgent=True)
+            except BaseException:
+                self._noted |= noted
+                raise
+            for entry in owed:
+                self._owed.popleft()
+                self._credited(entry)
 
     async def _fold(self) -> None:
         """Add the oldest entries of the ledger up, so that it does not grow for ever."""

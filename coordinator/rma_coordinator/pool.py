@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from rma_coordinator.domain.placement import Placement
+    from rma_coordinator.domain.records import LedgerEntry
     from rma_coordinator.domain.tasks import Attempt, Task
     from rma_coordinator.spool import Body
     from rma_coordinator.store import Store
@@ -103,7 +104,7 @@ class Pool:
         self.wall = wall
         self.policies = policies
         self.catalog = {entry.service: _registry(entry, settings.image_registry) for entry in catalog}
-        self.hub = Hub(on_accepted=self._accepted, on_closing=self._closing, on_finished=self.completed)
+        self.hub = Hub(on_accepted=self._accepted, on_closing=self._closing, on_finished=self._finished)
         self.dispatcher = Dispatcher(
             self.hub, clock=clock, max_queued=settings.max_queued_tasks, lease_s=settings.lease_s
         )
@@ -121,6 +122,7 @@ class Pool:
             settings=settings,
             clock=clock,
             wall=wall,
+            on_credited=self._credited,
         )
         # They end with the process, so no step of the wall clock need cost anyone theirs.
         self.nonces = Nonces(clock)
@@ -178,9 +180,14 @@ class Pool:
         async for records in self.store.pages(WorkerRecord, FLUSHED_AT_ONCE):
             self.fleet.restore(records)
         await self.books.open(self.record.starts)
+        completed = self.books.completed()
         for worker in self.fleet.workers.values():
-            worker.completed = self.books.completed(worker.id)
+            worker.completed = completed[worker.id]
         self._started = True
+        name, starts = self.record.issuer, self.record.starts
+        known, going_on = len(self.fleet.workers), len(self.dispatcher.tasks)
+        words = "pool %s is open (start %d; %d workers known; %d tasks go on)"
+        logger.info(words, name, starts, known, going_on, extra={"action": "pool_open", "pool": name, "starts": starts})
 
     async def stop(self) -> None:
         """Write what is not written yet and close the store; once is enough."""
@@ -193,9 +200,11 @@ class Pool:
             await self.books.close()
         except RMAError as error:
             # Durable tasks go on after the next start; what is lost is said.
-            logger.error("not everything could be written at the end: %s", error)  # noqa: TRY400 - expected
+            logger.error("not everything could be written at the end: %s", error, extra={"action": "not_written"})  # noqa: TRY400 - expected
         finally:
             await self.store.close()
+            name = self.record.issuer
+            logger.info("pool %s is closed", name, extra={"action": "pool_closed", "pool": name})
 
     async def keep_time(self) -> None:
         """Let leases, deadlines and silent workers run out. Runs until it is cancelled."""
@@ -260,7 +269,7 @@ class Pool:
         path = folder / f"coordinator-{stamp}Z.db"
         size = await self.store.backup(path)
         await asyncio.to_thread(_keep_newest, folder, "coordinator-*.db", KEPT_BACKUPS)
-        logger.info("the state was copied to %s (%d bytes)", path, size, extra={"action": "backup"})
+        logger.info("the state was copied to %s (%d bytes)", path, size, extra={"action": "backup", "path": str(path)})
         return path, size
 
     # -- keys --------------------------------------------------------------------------------------------------
@@ -271,7 +280,8 @@ class Pool:
         """Make a key and keep it; the secret is shown this once."""
         secret, record = self.keyring.create_key(kind=kind, label=label, scopes=scopes, ttl_s=ttl_s)
         await self.store.commit([Put(record.hash, record)])
-        logger.info("key %s made: %s (%s)", record.key_id, label, " ".join(scopes), extra={"action": "key_created"})
+        about = {"action": "key_created", "key": record.key_id}
+        logger.info("key %s was made: %s (%s)", record.key_id, label or kind, " ".join(scopes), extra=about)
         return secret, record
 
     async def first_key(self) -> str:
@@ -283,13 +293,17 @@ class Pool:
         """Make a join token and keep it; the secret is shown this once."""
         secret, record = self.keyring.create_token(label=label, uses=uses, ttl_s=ttl_s)
         await self.store.commit([Put(record.hash, record)])
-        logger.info("join token %s made: %s", record.token_id, label, extra={"action": "token_created"})
+        words, about = "join token %s was made%s; uses: %d", {"action": "token_created", "token": record.token_id}
+        logger.info(words, record.token_id, f": {label}" if label else "", uses, extra=about)
         return secret, record
 
     async def revoke(self, key_id: str) -> None:
         """End a key or join token at once."""
         record = self.keyring.revoke(key_id)
         await self.store.commit([Put(record.hash, record)])
+        kind = "token" if isinstance(record, JoinTokenRecord) else "key"
+        what = "join token" if kind == "token" else "key"
+        logger.info("%s %s was revoked", what, key_id, extra={"action": f"{kind}_revoked", kind: key_id})
 
     # -- tiers and placement -----------------------------------------------------------------------------------
 
@@ -477,6 +491,9 @@ class Pool:
         if disabled:
             self._gone(worker, "an admin disabled the worker", blame=False)
         await self.store.commit([Put(worker.id, worker.record)])
+        state, done = ("disabled", "shut out") if disabled else ("enabled", "let in again")
+        about = {"action": f"worker_{state}", "worker": worker.id}
+        logger.info("%s was %s by an admin", worker.id, done, extra=about)
 
     # -- requests ----------------------------------------------------------------------------------------------
 
@@ -536,13 +553,13 @@ class Pool:
             raise
         return relay
 
-    def completed(self, task: Task) -> None:
-        """Count a succeeded task for the worker that did it."""
-        if task.state != "succeeded":
-            return
-        if not task.durable:
+    def _finished(self, task: Task) -> None:
+        # The books have written a durable one before this.
+        if task.state == "succeeded" and not task.durable:
             self.books.credit(task)
-        worker = self.fleet.workers.get(task.attempt.worker_id) if task.attempt else None
+
+    def _credited(self, entry: LedgerEntry) -> None:
+        worker = self.fleet.workers.get(entry.worker_id)
         if worker is not None:
             worker.completed += 1
 
