@@ -136,14 +136,14 @@ class ContainerRuntime(ABC):
 
     @abstractmethod
     async def pull(self, spec: ContainerSpec, progress: Callable[[PullProgress], None]) -> None:
-        """Get the image, reporting progress; an image that is there already is no work.
+        """Get the image, reporting progress at least every twenty minutes; one that is there already is no work.
 
         A digest in the spec is what must arrive. Raises ImageMissing, ImagePullFailed, OutOfSpace, RuntimeAbsent.
         """
 
     @abstractmethod
     async def start(self, spec: ContainerSpec) -> ContainerHandle:
-        """Make and start the container, locked down, and return once it runs (not: once it is healthy).
+        """Make and start the container, locked down, and return once it runs (not: once it is healthy), in 10 minutes.
 
         Raises StartFailed, PortTaken, OutOfSpace, ImageMissing, RuntimeAbsent, NotSupported.
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from typing import TYPE_CHECKING
 
@@ -118,6 +119,29 @@ class PullBreaksRuntime(MemoryRuntime):
     async def pull(self, spec: ContainerSpec, progress: Callable[[PullProgress], None]) -> None:
         self.check("pull")
         raise ImagePullFailed("the connection to the registry was reset")
+
+
+class HangsRuntime(MemoryRuntime):
+    """One of its calls never returns; a pull reports ``reports`` times before that."""
+
+    def __init__(self, call: str, reports: int = 0) -> None:
+        super().__init__()
+        self.hangs, self.reports = call, reports
+
+    async def pull(self, spec: ContainerSpec, progress: Callable[[PullProgress], None]) -> None:
+        if self.hangs == "pull":
+            self.check("pull")
+            for number in range(self.reports):
+                progress(PullProgress(done_bytes=number))
+                await asyncio.sleep(0.05)
+            await asyncio.Event().wait()
+        await super().pull(spec, progress)
+
+    async def start(self, spec: ContainerSpec) -> ContainerHandle:
+        if self.hangs == "start":
+            self.check("start")
+            await asyncio.Event().wait()
+        return await super().start(spec)
 
 
 class FullDiskRuntime(MemoryRuntime):

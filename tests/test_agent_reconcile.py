@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import time
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from rma_core.agent import engines as engines_module
+from rma_core.agent import keeper, placing
 from rma_core.agent import reconcile as reconcile_module
 from rma_core.agent.consent import Consent
 from rma_core.agent.engines import in_order, stopped
@@ -27,6 +29,7 @@ from rma_core.models.worker import Assignment
 from tests.agent_runtimes import (
     CrashLoopRuntime,
     FullDiskRuntime,
+    HangsRuntime,
     MemoryRuntime,
     NoEngineRuntime,
     PullBreaksRuntime,
@@ -214,6 +217,29 @@ async def test_a_broken_pull_is_tried_again_and_never_replaced_by_a_process() ->
     assert process.calls.count("start") == 0
     pulls = machine.runtimes["docker"].calls.count("pull")
     assert 8 <= pulls <= 20
+
+
+async def test_a_pull_that_says_nothing_for_long_has_failed_and_one_that_reports_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(placing, "PULL_SILENCE_S", 0.4)
+    machine = Machine(runtime := HangsRuntime("pull", reports=12))
+    machine.reconciler.want(1, [wanted()])
+    began = time.monotonic()
+    await machine.rounds(1)
+    assert machine.states() == {"rma-notes": "backoff"}
+    assert "said nothing for 0 s" in machine.reason()
+    assert time.monotonic() - began >= 0.4 + 11 * 0.05, "each report gave it more time"
+    assert runtime.calls.count("pull") == 1
+
+
+async def test_a_start_that_never_returns_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeper, "START_WITHIN_S", 0.2)
+    machine = Machine(HangsRuntime("start"))
+    machine.reconciler.want(1, [wanted()])
+    await machine.rounds(1)
+    assert machine.states() == {"rma-notes": "backoff"}
+    assert "memory: no answer within 0 s" in machine.reason()
 
 
 async def test_a_full_disk_is_said_and_tried_again_every_five_minutes() -> None:

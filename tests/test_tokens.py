@@ -81,6 +81,12 @@ def test_no_other_proof_holds(token: str) -> None:
         verify(token)
 
 
+@pytest.mark.parametrize("off", [{"exp": int(time.time()) - 2 * 86_400}, {"iat": int(time.time()) + 2 * 86_400}])
+def test_a_machine_whose_clock_is_far_off_is_told_that(off: dict[str, int]) -> None:
+    with pytest.raises(NotAuthenticated, match="clock and the coordinator's are more than 36 hours apart"):
+        verify(sign(claims(**off)))
+
+
 def b64(data: bytes) -> str:
     return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
 

@@ -74,6 +74,11 @@ def verify_proof(token: str, *, public_key: str, kind: str, issuer: str) -> dict
             leeway=LEEWAY_S,
             options={"require": ["iss", "sub", "aud", "exp", "iat", "jti"]},
         )
+    except (jwt.ExpiredSignatureError, jwt.ImmatureSignatureError):
+        raise NotAuthenticated(
+            f"this machine's clock and the coordinator's are more than {LEEWAY_S // 3600} hours apart",
+            hints=("set the clock that is wrong; `timedatectl` shows it on Linux",),
+        ) from None
     except (jwt.PyJWTError, ValueError, RecursionError) as error:
         raise NotAuthenticated(
             f"the machine's proof does not hold: {error}", hints=("is the agent up to date?",)

@@ -37,10 +37,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+#: How loud a change of a container's state is; any other is told at INFO.
+LEVELS = {"pending": logging.DEBUG, "starting": logging.DEBUG, "failed": logging.WARNING, "unhealthy": logging.WARNING}
 #: Seconds between two looks at a healthy container, and after a look that found it silent.
 CHECK_EVERY_S, CHECK_AGAIN_S = 10.0, 3.0
 #: Seconds between two looks at one that starts: at first, and at most.
 START_CHECK_S, START_CHECK_MAX_S = 0.2, 2.0
+#: Seconds in which a runtime must have started a container, whatever it says of time limits of its own.
+START_WITHIN_S = 600.0
 #: Looks in a row without an answer after which it is restarted.
 MISSES_TO_RESTART = 3
 #: Restarts wait 0, 10, 20, 40 … seconds; this long healthy and it starts over.
@@ -171,7 +175,8 @@ class Keeper:
             # Isolation boundary: a runtime is a plugin and may raise anything; one container must not end the agent.
             if being_cancelled(error):
                 raise
-            logger.exception("%s: the runtime failed unexpectedly", self.wanted.name)
+            about = {"action": "bug", "container": self.wanted.name}
+            logger.exception("%s: the runtime failed unexpectedly", self.wanted.name, extra=about)
             return await self._failed(StartFailed(f"the runtime failed unexpectedly: {type(error).__name__}: {error}"))
 
     async def _bring_up(self) -> float:
@@ -196,10 +201,14 @@ class Keeper:
         """Start the container, or take over the one that is there; not cut in half by a cancellation."""
         if spot.adopted is not None:
             self._handle = spot.adopted
-            logger.info("%s goes on in %s", self.wanted.name, spot.engine.name, extra={"action": "container_adopted"})
+            about = {"action": "container_adopted", "container": self.wanted.name, "runtime": spot.engine.name}
+            logger.info("%s goes on in %s", self.wanted.name, spot.engine.name, extra=about)
             return
         # A task of its own that raised SystemExit would end the agent: `asked` keeps it in.
-        starting = asyncio.ensure_future(asked(spot.engine.runtime, lambda: spot.engine.runtime.start(spot.spec)))
+        runtime = spot.engine.runtime
+        starting = asyncio.ensure_future(
+            asked(runtime, lambda: runtime.start(spot.spec), within_s=START_WITHIN_S, silence=StartFailed)
+        )
         try:
             self._handle = await asyncio.shield(starting)
         except asyncio.CancelledError:
@@ -374,7 +383,7 @@ class Keeper:
         before, self.state, self.reason = self.state, state, reason
         if before != state:
             extra = {"action": f"container_{state}", "container": self.wanted.name}
-            level = logging.DEBUG if state in ("pending", "starting") else logging.INFO
+            level = LEVELS.get(state, logging.INFO)
             logger.log(level, "%s is %s%s", self.wanted.name, state, f": {reason}" if reason else "", extra=extra)
             self._context.changed()
 

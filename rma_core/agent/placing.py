@@ -36,6 +36,10 @@ NVIDIA_TOOLKIT = "nvidia-container-toolkit"
 WEIGHT = (ImagePullFailed, OutOfSpace, RuntimeAbsent, ImageMissing, NotSupported)
 
 
+#: Seconds for which a pull may report nothing: longer than the patience of the runtimes that come with RMA.
+PULL_SILENCE_S = 1200.0
+
+
 class Spot(NamedTuple):
     """An engine and the spec as it is for that engine; ``adopted`` is what already runs there."""
 
@@ -144,15 +148,26 @@ async def _try(engine: Engine, wanted: Assignment, spec_hash: str, context: Cont
 
 async def _fetch(spot: Spot, pulling: Pulling) -> None:
     runtime = spot.engine.runtime
-    if not await looked_up(runtime, lambda: runtime.has_image(spot.spec)):
-        pulling(spot.engine, None)
+    if await looked_up(runtime, lambda: runtime.has_image(spot.spec)):
+        return
+    pulling(spot.engine, None)
+    loop = asyncio.get_running_loop()
+    patience = asyncio.timeout(PULL_SILENCE_S)
+
+    def heard(progress: PullProgress) -> None:
+        if not patience.expired():
+            patience.reschedule(loop.time() + PULL_SILENCE_S)
+            pulling(spot.engine, progress)
+
+    def report(progress: PullProgress) -> None:
         # A runtime that wraps a blocking SDK may report from a thread of its own.
-        soon = asyncio.get_running_loop().call_soon_threadsafe
+        loop.call_soon_threadsafe(heard, progress)
 
-        def report(progress: PullProgress) -> None:
-            soon(pulling, spot.engine, progress)
-
-        await asked(runtime, lambda: runtime.pull(spot.spec, report))
+    try:
+        async with patience:
+            await asked(runtime, lambda: runtime.pull(spot.spec, report))
+    except TimeoutError:
+        raise ImagePullFailed(f"the pull of {spot.spec.image} said nothing for {PULL_SILENCE_S:.0f} s") from None
 
 
 async def _adopted(wanted: Assignment, spec_hash: str, context: Context) -> Spot | None:
