@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 #: Machines that beat at once, of each kind.
 AT_ONCE = 16
-#: Rounds of (floor, HTTP, channel).
-ROUNDS = 7
+#: Rounds of (floor, HTTP, channel): many and short, so that each kind meets some in which nobody else uses the caches.
+ROUNDS = 25
 #: The bar: a heartbeat by HTTP, as a part of the floor's rate.
 OF_FLOOR = 0.8
 

@@ -235,7 +235,8 @@ class Plugins:
         if self.trace:
             shown = {key: "…" if _SECRET.search(key) else value for key, value in table.items()}
             hook = GROUPS[KINDS[kind]]
-            logger.info("%s.%s(config=%r) -> %s in %.1f ms", name, hook, shown, result, seconds * 1000)
+            about = {"action": "hook", "plugin": name}
+            logger.info("%s.%s(config=%r) -> %s in %.1f ms", name, hook, shown, result, seconds * 1000, extra=about)
 
     def _verdict(self, plugin: _Plugin, error: BaseException, doing: str) -> tuple[State, str]:
         """Return what becomes of a plugin that raised ``error`` while ``doing``; raise it again when ``strict``."""

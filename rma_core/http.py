@@ -1,7 +1,7 @@
 """HTTP, outgoing: the one module that imports the client library.
 
-Clients for a coordinator (TLS, pinned where asked for) and for services on this machine (loopback or Unix sockets);
-problem documents become the exceptions of `rma_core.errors`, with their hints.
+Clients for a coordinator (TLS, pinned where asked for); problem documents become the exceptions of `rma_core.errors`,
+with their hints. Services on this machine have a client of their own, `rma_core.agent.endpoint`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import httpx2
 import msgspec
-from httpx2 import AsyncClient, Client, Headers, HTTPError, Request, Response, StreamError, TimeoutException
+from httpx2 import AsyncClient, Client, Headers, HTTPError, Response, TimeoutException
 
 from rma_core.addresses import is_loopback
 from rma_core.errors import (
@@ -32,7 +32,7 @@ from rma_core.errors import (
 from rma_core.tls import pinned_context
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable, Mapping
+    from collections.abc import Mapping
 
 __all__ = [
     "AsyncClient",
@@ -40,11 +40,8 @@ __all__ = [
     "HTTPError",
     "Headers",
     "Response",
-    "StreamError",
     "TimeoutException",
     "check_url",
-    "endpoint_client",
-    "endpoint_request",
     "error_of",
     "is_loopback",
     "open_client",
@@ -63,13 +60,8 @@ __all__ = [
 CONNECT_TIMEOUT_S = 10.0
 #: Seconds between two reads or writes of an ordinary call.
 CALL_TIMEOUT_S = 30.0
-#: Seconds to reach a service on this machine.
-ENDPOINT_CONNECT_S = 5.0
 #: Connections a client keeps for the next call.
 KEPT_CONNECTIONS = 8
-#: Seconds a connection to a service is kept: less than the 5 s after which common servers close it, so that no
-#: request is sent into a connection that is just being closed.
-ENDPOINT_KEEP_S = 2.0
 #: A problem document is never read further, nor waited for longer than so many seconds.
 MAX_PROBLEM_BYTES = 64 * 1024
 PROBLEM_TIMEOUT_S = 10.0
@@ -157,47 +149,6 @@ def _options(base_url: str, context: ssl.SSLContext | None, token: str, timeout_
 def _trusts_nobody() -> ssl.SSLContext:
     """Return a context for clients that speak no TLS: making a real one would cost 20 ms and some MB."""
     return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-
-
-def endpoint_client(endpoint: str) -> AsyncClient:
-    """Return a client for a runtime's endpoint, ``http://127.0.0.1:PORT`` or ``unix:/path``.
-
-    Raises UsageProblem for an endpoint that is not on this machine.
-    """
-    limits = httpx2.Limits(
-        max_connections=None, max_keepalive_connections=KEPT_CONNECTIONS, keepalive_expiry=ENDPOINT_KEEP_S
-    )
-    if endpoint.startswith("unix:/"):
-        transport = httpx2.AsyncHTTPTransport(
-            uds=endpoint.removeprefix("unix:"), verify=_trusts_nobody(), limits=limits, trust_env=False
-        )
-        return AsyncClient(transport=transport, base_url="http://localhost", trust_env=False)
-    parts = urlsplit(endpoint)
-    if parts.scheme != "http" or not is_loopback(parts.hostname or ""):
-        raise UsageProblem(f"a service's endpoint is on this machine; {endpoint!r} is not")
-    return AsyncClient(base_url=endpoint, verify=_trusts_nobody(), limits=limits, trust_env=False)
-
-
-def endpoint_request(
-    client: AsyncClient,
-    method: str,
-    path: str,
-    *,
-    headers: Iterable[tuple[str, str]] = (),
-    content: AsyncIterator[bytes] | bytes | None = None,
-    write_s: float | None = None,
-) -> Request:
-    """Return a request with exactly these headers (and Host); ``path`` may have a query.
-
-    Its time limits are those to connect and, in ``write_s``, for the service to take more of the body; whoever sends
-    it limits the answer. Raises UsageProblem for a path that would leave the endpoint.
-    """
-    if not path.startswith("/") or not path.isascii() or not path.isprintable() or " " in path:
-        raise UsageProblem("a task's path begins with / and has no spaces or unprintable characters")
-    # Only the path is replaced, never the text joined: "@elsewhere/" behind the port would change the host.
-    url = client.base_url.copy_with(raw_path=path.encode())
-    timeout = httpx2.Timeout(None, connect=ENDPOINT_CONNECT_S, write=write_s).as_dict()
-    return Request(method, url, headers=list(headers), content=content, extensions={"timeout": timeout})
 
 
 def problem_of(content: bytes) -> Mapping[str, Any]:

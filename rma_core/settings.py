@@ -58,6 +58,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     log_level: Annotated[
         str, Meta(pattern="^(debug|info|warning|error)$", description="Least urgent log line that is shown.")
     ] = "info"
+    log_json: Annotated[bool, Meta(description="Log one JSON object a line, for programs.")] = False
     block_plugins: Annotated[list[str], Meta(description="Plugins (by name) that are never imported.")] = []
     only_plugins: Annotated[list[str], Meta(description="When given, the only plugins that are imported.")] = []
     approve_plugins: Annotated[list[str], Meta(description="Plugins that may run; `*` means all (development).")] = (

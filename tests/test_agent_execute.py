@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rma_core import http
 from rma_core.agent import attempts as attempts_module
 from rma_core.agent.attempts import Attempts, Stop
+from rma_core.agent.endpoint import Endpoint
 from rma_core.agent.execute import MAX_HEADER_BYTES, passed_on
 from rma_core.agent.flow import Window
 from rma_core.errors import UsageProblem
@@ -32,6 +32,7 @@ class MemoryUplink:
         self.headers: dict[str, str] = {}
         self.received = bytearray()
         self.frames = 0
+        self.more: list[bool] = []
         self.failure: tuple[str, str] | None = None
         self.heard = True
         self.signs = 0
@@ -42,15 +43,18 @@ class MemoryUplink:
     async def accept(self) -> None:
         pass
 
-    async def head(self, status: int, headers: Sequence[tuple[str, str]], length: int | None) -> None:
+    async def head(
+        self, status: int, headers: Sequence[tuple[str, str]], length: int | None, *, more: bool = False
+    ) -> None:
         self.status, self.headers = status, dict(headers)
 
-    async def data(self, chunk: bytes) -> None:
+    async def data(self, chunk: bytes, *, more: bool = False) -> None:
         while chunk:
             count = await self.window.take(len(chunk))
             self.received += chunk[:count]
             chunk = chunk[count:]
         self.frames += 1
+        self.more.append(more)
         self.news.set()
 
     async def progress(self) -> bool:
@@ -76,7 +80,7 @@ class MemoryUplink:
 class OnePlace:
     """A container that is the local service."""
 
-    def __init__(self, client: http.AsyncClient) -> None:
+    def __init__(self, client: Endpoint) -> None:
         self.client, self.owner, self.released = client, self, 0
 
     def release(self) -> None:
@@ -86,7 +90,7 @@ class OnePlace:
 class Bench:
     """The attempts of one machine that runs one service."""
 
-    def __init__(self, service: LocalService, client: http.AsyncClient) -> None:
+    def __init__(self, service: LocalService, client: Endpoint) -> None:
         self.service, self.place = service, OnePlace(client)
         self.attempts = Attempts(lambda _: self.place)
 
@@ -104,7 +108,7 @@ class Bench:
 @pytest.fixture
 async def bench() -> AsyncIterator[Bench]:
     async with local_service() as service:
-        client = http.endpoint_client(service.url)
+        client = Endpoint(service.url)
         yield Bench(service, client)
         await client.aclose()
 
@@ -213,7 +217,7 @@ async def test_what_ends_an_attempt_is_blamed_exactly(
 
 async def test_a_service_that_is_gone_is_the_services_fault() -> None:
     async with local_service() as service:
-        client = http.endpoint_client(service.url)
+        client = Endpoint(service.url)
     up = await Bench(service, client).run(offer())
     assert up.failure is not None
     assert up.failure[0] == "service"
@@ -228,6 +232,22 @@ async def test_a_request_body_that_stalls_is_the_coordinators_fault(bench: Bench
 
     up = await bench.run(offer("/echo", method="POST", body_bytes=2, gap_s=0.1), body=stalls())
     assert up.failure == ("coordinator", "the request's body stalled for 0.1 s")
+
+
+@pytest.mark.parametrize("size", [3, 5, 200_000])
+async def test_a_request_body_of_another_size_than_announced_is_the_coordinators_fault(bench: Bench, size: int) -> None:
+    body = pieces(b"ab", b"cd")
+    up = await bench.run(offer("/echo", method="POST", body_bytes=size), body=body)
+    assert up.failure == ("coordinator", f"the request's body has not the {size} bytes it should have")
+
+
+async def test_it_is_announced_what_follows_at_once(bench: Bench) -> None:
+    up = MemoryUplink()
+    bench.begin(offer("/halves"), up)
+    await eventually(lambda: bytes(up.received) == b"first")
+    bench.service.go_on.set()
+    await eventually(up.over.is_set)
+    assert (bytes(up.received), up.more) == (b"first+half", [False, True])
 
 
 async def test_a_service_that_does_not_read_its_request_is_found_out(bench: Bench) -> None:
@@ -292,7 +312,7 @@ async def test_an_answer_that_is_whole_when_the_agent_wakes_up_comes_late_but_co
     clock = Frozen()
 
     class Sleepy(MemoryUplink):
-        async def data(self, chunk: bytes) -> None:
+        async def data(self, chunk: bytes, *, more: bool = False) -> None:
             await super().data(chunk)
             clock.now += 60.0
 
@@ -347,6 +367,21 @@ async def test_where_an_attempt_has_no_way_of_its_own_a_heartbeat_keeps_its_leas
     bench.service.go_on.set()
     await eventually(up.over.is_set)
     assert bytes(up.received) == b"ready"
+
+
+async def test_a_sign_that_fails_unexpectedly_is_logged_and_the_lease_says_the_rest(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(attempts_module, "LEAST_SIGN_S", 0.1)
+
+    class Broken(MemoryUplink):
+        async def progress(self) -> bool:
+            raise LookupError("a bug")
+
+    up = Broken()
+    await bench.run(offer("/wait", lease_s=0.3), up)
+    assert up.failure == ("", "abandoned")
+    assert "no sign of life could be sent" in caplog.text
 
 
 async def test_a_lease_of_no_time_does_not_make_the_agent_send_signs_without_pause(bench: Bench) -> None:
@@ -425,7 +460,7 @@ async def test_a_service_behind_a_unix_socket_is_reached_too(tmp_path: Any) -> N
     service = LocalService()
     path = tmp_path / "s"
     server = await asyncio.start_unix_server(service.serve, path)
-    client = http.endpoint_client(f"unix:{path}")
+    client = Endpoint(f"unix:{path}")
     up = await Bench(service, client).run(offer("/echo?x=1", method="POST", body_bytes=2), body=pieces(b"ok"))
     assert bytes(up.received) == b"ok"
     assert service.requests[0][0] == "/echo?x=1"
@@ -439,7 +474,7 @@ async def test_a_service_behind_a_unix_socket_is_reached_too(tmp_path: Any) -> N
 )
 def test_an_endpoint_that_is_not_on_this_machine_is_refused(endpoint: str) -> None:
     with pytest.raises(UsageProblem):
-        http.endpoint_client(endpoint)
+        Endpoint(endpoint)
 
 
 @given(st.lists(st.tuples(st.text(st.characters(codec="ascii"), max_size=300), st.text(max_size=9000)), max_size=100))

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from rma_core import http
 from rma_core.agent.answers import Answers
 from rma_core.agent.attempts import Attempts
 from rma_core.agent.client import CoordinatorClient
+from rma_core.agent.endpoint import Endpoint
 from rma_core.agent.join import registration
 from rma_core.agent.keys import DeviceKey
 from rma_core.agent.poll import Poller
@@ -119,7 +119,7 @@ async def test_a_task_that_runs_already_and_is_polled_again_goes_on_and_is_not_g
     pool: StandIn, client: CoordinatorClient
 ) -> None:
     async with local_service() as service:
-        endpoint = http.endpoint_client(service.url)
+        endpoint = Endpoint(service.url)
         attempts = Attempts(lambda _: OnePlace(endpoint))
         pauses = Pauses(300.0)
         for _ in range(2):

@@ -38,7 +38,7 @@ from tests.agent_runtimes import (
 from tests.agent_service import eventually
 
 if TYPE_CHECKING:
-    from rma_core import http
+    from rma_core.agent.endpoint import Endpoint
 
 WORKER = "worker-0123abcd"
 FORM = ProcessForm(distribution="rma-notes", module="rma_notes")
@@ -74,7 +74,7 @@ class Machine:
             uniform=lambda low, _: low,
         )
 
-    async def check(self, client: http.AsyncClient, path: str) -> str:
+    async def check(self, client: Endpoint, path: str) -> str:
         return self.sick
 
     async def rounds(self, count: int = 4, *, seconds: float = 0.0) -> None:

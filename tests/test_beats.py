@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
+from typing import TYPE_CHECKING
+
 import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rma_coordinator.api import asgi
 from rma_coordinator.api.beats import read_beat
 from rma_coordinator.domain.fleet import Fleet, Worker
 from rma_coordinator.domain.worker_records import WorkerRecord
 from rma_core.errors import ValidationProblem
 from rma_core.models.hardware import Capabilities, HardwareReport
-from rma_core.models.strict import decode
+from rma_core.models.strict import decode, encode
 from rma_core.models.worker import Heartbeat
+from tests.coordinator_fixtures import PATIENCE_S, running, until
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pytest
 
 CONTAINERS = st.lists(
     st.fixed_dictionaries(
@@ -89,3 +99,50 @@ def test_containers_written_as_before_are_the_same_object() -> None:
     assert [beat.generation for beat in beats] == [0, 1, 2, 3]
     assert beats[2].containers is beats[3].containers is one.containers
     assert read_beat(b'{"worker_id":"worker-00000001"}', one).containers == ()
+
+
+async def test_the_answer_when_nothing_is_new_is_the_one_that_the_pool_gives(tmp_path: Path) -> None:
+    async with running(tmp_path) as coordinator:
+        machine = await coordinator.enrol()
+        pool, worker = coordinator.pool, coordinator.pool.fleet.get(machine.id)
+        await machine.beat()
+        for draining in (False, True, False):
+            known = worker.brief.generation
+            answer = await machine.beat(generation=known, draining=draining)
+            assert answer.content == encode(pool.answer(worker, known, nonce=False))
+            assert answer.headers["content-type"] == "application/json"
+            assert worker.draining == draining
+        outdated = (await machine.beat(generation=known + 1)).json()
+        assert {box["service"] for box in outdated["containers"]} == {"notes", "ner"}
+        await pool.set_disabled(worker, disabled=True)
+        assert (await machine.beat(generation=known)).status_code == 401
+
+
+async def test_a_heartbeat_whose_body_does_not_come_is_refused_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(tmp_path) as coordinator:
+        machine = await coordinator.enrol()
+        lanes = coordinator.app.extensions["rma_lanes"]
+        monkeypatch.setattr(asgi, "PATIENCE_S", 0.3)
+        head = f"POST /api/worker/heartbeat HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {machine.token}\r\n"
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(coordinator.url.rpartition(":")[2]))
+        writer.write(f"{head}Content-Length: 90\r\n\r\n{{".encode())
+        async with asyncio.timeout(PATIENCE_S):
+            said = await reader.readuntil(b"\r\n\r\n")
+            assert said.startswith(b"HTTP/1.1 408 ")
+            assert b"the body was not whole within" in await reader.readuntil(b"}")
+        writer.close()
+        await until(lambda: not lanes._open)
+
+
+async def test_a_heartbeat_that_waits_ends_with_its_connection(tmp_path: Path) -> None:
+    async with running(tmp_path) as coordinator:
+        machine = await coordinator.enrol()
+        lanes = coordinator.app.extensions["rma_lanes"]
+        head = f"POST /api/worker/heartbeat HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {machine.token}\r\n"
+        _, writer = await asyncio.open_connection("127.0.0.1", int(coordinator.url.rpartition(":")[2]))
+        writer.write(f"{head}Content-Length: 90\r\n\r\n{{".encode())
+        await until(lambda: len(lanes._open) == 1)
+        writer.transport.abort()
+        await until(lambda: not lanes._open)

@@ -14,6 +14,7 @@ import pytest
 from rma_coordinator.api import admin, plain
 from rma_coordinator.domain.credentials import SCOPES
 from rma_core.models import channel as frames
+from rma_core.models.worker import Heartbeat
 from tests.coordinator_fixtures import Line, Running, running
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 QUICK_S, LONG_S = 8, 600
 #: Seconds that a poll really waits here; what it may ask for is as always.
 POLL_S = 0.05
+#: Seconds between two signs of life of the worker that answers.
+BEAT_S = 10.0
 #: What is looked for in every answer. That good data is taken is for other tests: a document cannot say that a
 #: proof must hold or that a worker must exist.
 CHECKS = (
@@ -65,7 +68,7 @@ def _quick_polls(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextlib.asynccontextmanager
 async def serving(line: Line) -> AsyncIterator[None]:
-    """Answer every request of the pool with JSON until told to end."""
+    """Answer every request of the pool with JSON, and beat, until told to end."""
 
     async def serve() -> None:
         while True:
@@ -73,13 +76,17 @@ async def serving(line: Line) -> AsyncIterator[None]:
             await line.say(frames.Accept(stream=task.stream))
             await line.answer(task.stream, b'{"text": "x"}', headers=(("content-type", "application/json"),))
 
-    task = asyncio.create_task(serve(), name="a worker that answers")
-    try:
+    async def beat() -> None:
+        while True:
+            # A channel that says nothing for long is closed, as a dead one.
+            await line.say(frames.Beat(beat=Heartbeat(worker_id=line.id), slots={"notes": 64}))
+            await asyncio.sleep(BEAT_S)
+
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(serve()), group.create_task(beat())]
         yield
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+        for task in tasks:
+            task.cancel()
 
 
 async def secret_of(pool: Running, caller: Caller) -> str:

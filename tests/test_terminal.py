@@ -235,7 +235,7 @@ def test_the_commands_log_with_that_format() -> None:
     words = "import logging; from rma_core.commands import common; common.set_up_logging('info'); "
     words += r"logging.getLogger('x').warning('a\nb\x1b[2J')"
     done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, timeout=60, check=True)
-    assert re.fullmatch(r"\d\d:\d\d:\d\d WARNING a\\nb\\x1b\[2J\n", done.stderr)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d WARNING a\\nb\\x1b\[2J\n", done.stderr)
 
 
 # -- options -------------------------------------------------------------------------------------------------------

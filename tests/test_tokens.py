@@ -149,17 +149,31 @@ def test_verified_tokens_are_remembered_up_to_a_bound() -> None:
     assert len(made._seen) == CACHE_SIZE
 
 
+def test_what_ends_like_a_token_that_was_checked_is_no_token() -> None:
+    made = WorkerTokens(b"x" * 32, issuer=ISSUER, clock=lambda: 1000.0)
+    token = made.make("worker-1", 3)
+    found = made.check(token)
+    head, _, signature = token.split(".")
+    other = made.make("worker-2", 3).split(".")[1]
+    for forged in (f"{head}.{other}.{signature}", f"x{token}", signature, signature[-22:], f"{head}..{signature}"):
+        assert made.seen(b"Bearer " + forged.encode()) is None
+        with pytest.raises(NotAuthenticated):
+            made.check(forged)
+    assert made.check(token) == found
+    assert made.seen(b"Bearer " + token.encode()) == found
+
+
 def test_a_token_that_was_checked_is_known_by_its_bytes_until_it_expires() -> None:
     now = [1000.0]
     made = WorkerTokens(b"x" * 32, issuer=ISSUER, clock=lambda: now[0])
     token = made.make("worker-1", 3)
-    assert made.seen(token.encode()) is None
+    assert made.seen(b"Bearer " + token.encode()) is None
     found = made.check(token)
-    assert made.seen(token.encode()) == found
+    assert made.seen(b"Bearer " + token.encode()) == found
     assert made.seen(b"") is None
-    assert made.seen(token.encode() + b"x") is None
+    assert made.seen(b"Bearer " + token.encode() + b"x") is None
     assert [found.ends_soon(now[0] + share * WORKER_TOKEN_S) for share in (0.0, 0.4, 0.6)] == [False, False, True]
     now[0] += WORKER_TOKEN_S
-    assert made.seen(token.encode()) is None
+    assert made.seen(b"Bearer " + token.encode()) is None
     with pytest.raises(NotAuthenticated, match="expired"):
         made.check(token)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rma_coordinator.api.asgi import within
+from rma_coordinator.api.asgi import go_on, within
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -115,3 +115,19 @@ async def test_a_future_can_be_waited_for() -> None:
     future = asyncio.get_running_loop().create_future()
     asyncio.get_running_loop().call_soon(future.set_result, 7)
     assert await within(LONG_S, future) == 7
+
+
+def test_who_is_thrown_away_after_what_it_waited_for_ends_quietly() -> None:
+    async def hang() -> None:
+        await asyncio.get_running_loop().create_future()
+
+    async def main() -> None:
+        waited = hang()
+        began = waited.__await__()
+        waits = go_on(began, next(began))
+        next(waits)
+        # What a collector of garbage does when nobody holds either of them.
+        waited.close()
+        waits.close()
+
+    asyncio.run(main())

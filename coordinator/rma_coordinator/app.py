@@ -15,7 +15,7 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from rma_coordinator import enrolment, tokens
 from rma_coordinator.api import admin, channel, inference, plain, tasks, worker
-from rma_coordinator.api.asgi import CONTROL_BYTES, Call, Gone
+from rma_coordinator.api.asgi import CONTROL_BYTES, Call, Gone, go_on, too_slow
 from rma_coordinator.api.problems import STATUS_WORDS, HTTPProblem, problem, unexpected, wrong_method
 from rma_coordinator.api.routes import ROUTES, Route, Router
 from rma_coordinator.api.web import CALL, Web, without_body
@@ -25,7 +25,7 @@ from rma_core.errors import RMAError, SettingProblem
 from rma_core.models.strict import encode
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 
     from rma_coordinator.api.asgi import Message, Receive, Send
     from rma_coordinator.store import Store
@@ -147,7 +147,7 @@ async def _failed(error: Exception) -> Response:
         # Nobody is there to read it.
         status, headers, body = problem(HTTPProblem(400, "the body broke off"))
     else:
-        logger.error("a handler failed", exc_info=error)
+        logger.error("a handler failed", exc_info=error, extra={"action": "bug"})
         status, headers, body = unexpected()
     return Response(body, status=status, headers=headers)
 
@@ -188,29 +188,50 @@ class Lanes:
     def __init__(self, quart: ASGI, pool: Pool) -> None:
         self._quart = quart
         self._pool = pool
+        self._proxies = pool.settings.trusted_proxies
         self._router = Router()
         #: What is being served below Quart now, so that it can be ended when the coordinator stops.
         self._open: set[asyncio.Task[Any]] = set()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Serve one ASGI scope."""
-        if scope["type"] == "websocket" and scope["path"] == CHANNEL_PATH:
-            task = self._count()
-            try:
-                await channel.serve_channel(self._pool, scope, receive, send)
-            finally:
-                self._open.discard(task)
-            return
         if scope["type"] != "http":
-            await self._quart(scope, receive, send)
+            await self._no_call(scope, receive, send)
             return
-        route, parts, allowed = self._router.find(scope["method"], scope["path"])
-        call = Call(scope, receive, send, proxies=self._pool.settings.trusted_proxies)
+        call = Call(scope, receive, send, proxies=self._proxies)
+        route, parts, allowed = self._router.find(call.method, call.path)
         if route is None and not allowed:
             await self._quart({**scope, CALL: call}, without_body(), call.hand_on)
             return
         call.parts = parts
-        await self._raw(route, call, allowed)
+        try:
+            if route is None:
+                raise wrong_method(list(allowed))
+            steps = RAW[route.handler](self._pool, call).__await__()
+            try:
+                waits_for = next(steps)
+            except StopIteration:
+                # Most never wait; nothing else has run meanwhile that could have ended it.
+                return
+            await self._wait(call, steps, waits_for)
+        except (Gone, inference.CutAnswer) as error:
+            # The server closes a connection whose answer nothing ends; what it was about has a line of its own.
+            logger.debug("%s %s was cut: %s", call.method, call.path, str(error) or "the other side left")
+        except RMAError as error:
+            await self._explain(call, problem(error), error)
+        except Exception as error:
+            logger.exception("%s %s failed", call.method, call.path, extra={"action": "bug"})
+            await self._explain(call, unexpected(), error)
+
+    async def _no_call(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "websocket" or scope["path"] != CHANNEL_PATH:
+            await self._quart(scope, receive, send)
+            return
+        task = self._count()
+        try:
+            await channel.serve_channel(self._pool, scope, receive, send)
+        finally:
+            self._open.discard(task)
 
     def cut(self) -> None:
         """End what is still open: the coordinator stops."""
@@ -224,32 +245,30 @@ class Lanes:
         self._open.add(task)
         return task
 
-    async def _raw(self, route: Route | None, call: Call, allowed: tuple[str, ...]) -> None:
-        """Serve one call; whatever goes wrong is a problem while nothing has been sent, a broken connection after."""
+    async def _wait(self, call: Call, steps: Generator[Any, Any, None], waits_for: object) -> None:
+        """Go on with a call that has to wait: from now on it can be ended, and its time may be bounded."""
         task = self._count()
         try:
-            if route is None:
-                raise wrong_method(list(allowed))
-            await RAW[route.handler](self._pool, call)
-        except (Gone, inference.CutAnswer) as error:
-            # The server closes a connection whose answer nothing ends.
-            logger.info("%s %s was cut: %s", call.method, call.path, str(error) or "the other side left")
-        except RMAError as error:
-            await _explain(call, problem(error), error)
-        except Exception as error:
-            logger.exception("%s %s failed", call.method, call.path)
-            await _explain(call, unexpected(), error)
+            async with asyncio.timeout(call.bound_s):
+                await go_on(steps, waits_for)
+        except TimeoutError:
+            if call.bound_s is None:
+                raise
+            raise (Gone if call.started else too_slow(call.bound_s)) from None
         finally:
             self._open.discard(task)
 
-
-async def _explain(call: Call, answer: tuple[int, dict[str, str], bytes], error: Exception) -> None:
-    """Answer with a problem where that is still possible."""
-    if call.started:
-        logger.info("%s %s broke off: %s", call.method, call.path, error)
-        return
-    with contextlib.suppress(Gone):
-        await call.answer(*answer)
+    async def _explain(self, call: Call, answer: tuple[int, dict[str, str], bytes], error: Exception) -> None:
+        """Answer with a problem where that is still possible."""
+        if call.started:
+            logger.info("%s %s broke off: %s", call.method, call.path, error, extra={"action": "call_cut"})
+            return
+        task = self._count()
+        try:
+            with contextlib.suppress(Gone):
+                await call.answer(*answer)
+        finally:
+            self._open.discard(task)
 
 
 def pool_of(app: Quart) -> Pool:

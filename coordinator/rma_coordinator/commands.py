@@ -30,6 +30,7 @@ PORT = click.IntRange(0, 65_535)
 @click.option("--policy", "tier_policy", metavar="NAME", help="Active tier policy (default threshold).")
 @click.option("--catalog", metavar="FOLDER", help="Catalog entries, where not those that came along.")
 @click.option("--insecure-http", is_flag=True, help="Listen beyond this machine without TLS.")
+@common.log_options
 @common.home_option
 @common.errors_option
 def coordinator(insecure_http: bool, **flags: Any) -> None:
@@ -39,7 +40,7 @@ def coordinator(insecure_http: bool, **flags: Any) -> None:
 
     settings = load_settings(CoordinatorSettings, flags=flags, known=(AgentSettings,))
     os.umask(PRIVATE)
-    common.set_up_logging(settings.log_level)
+    common.set_up_logging(settings.log_level, as_json=settings.log_json)
     run(coordinate(settings, insecure_http=insecure_http))
 
 
@@ -86,7 +87,7 @@ def up(**flags: Any) -> None:
     common.no_attach(flags.pop("attach"))
     settings = load_settings(CoordinatorSettings, flags={"home": flags["home"]}, known=(AgentSettings,))
     os.umask(PRIVATE)
-    common.set_up_logging(settings.log_level if flags["verbose"] else "warning")
+    common.set_up_logging(settings.log_level if flags["verbose"] else "warning", as_json=settings.log_json)
     run(Up(settings, **{name: value for name, value in flags.items() if name != "home"}).main())
 
 

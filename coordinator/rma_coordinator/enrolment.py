@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from rma_coordinator.pool import Pool
     from rma_core.models.worker import RegisterRequest
 
+logger = logging.getLogger(__name__)
+
+#: Seconds after it joined in which another registration of a worker belongs to its joining.
+JOINING_S = 10.0
 #: What a preview calls the machine; no worker has this id, for no key has this thumbprint.
 NOBODY = "worker-00000000"
 
@@ -63,7 +68,7 @@ async def register(
     if known is not None and known.record.disabled:
         raise Refused("an admin has disabled this machine", hints=("ask the pool's admin",))
     spent = pool.keyring.spend(token, thumbprint)
-    worker = _enlist(pool, request, thumbprint, known, ip_address=ip_address)
+    worker = _enlist(pool, request, thumbprint, known, ip_address=ip_address, token_id=token.token_id)
     await pool.store.commit([Put(worker.id, worker.record), Put(spent.hash, spent)])
     return _welcome(pool, worker), known is None
 
@@ -108,7 +113,9 @@ def holder(pool: Pool, claims: tokens.WorkerClaims) -> Worker:
     return worker
 
 
-def _enlist(pool: Pool, request: RegisterRequest, thumbprint: str, known: Worker | None, *, ip_address: str) -> Worker:
+def _enlist(
+    pool: Pool, request: RegisterRequest, thumbprint: str, known: Worker | None, *, ip_address: str, token_id: str = ""
+) -> Worker:
     report = request.report or HardwareReport(capabilities=request.capabilities)
     base = known.record if known else _first_record(pool, request, thumbprint, report)
     decision = pool.decide(report, labels=request.labels, worker_id=base.worker_id)
@@ -124,9 +131,28 @@ def _enlist(pool: Pool, request: RegisterRequest, thumbprint: str, known: Worker
         tier_reason=decision.reason,
         last_seen_at=pool.wall(),
     )
+    _tell(pool, record, known, ip_address=ip_address, token_id=token_id)
     worker = pool.fleet.add(record, ip_address=ip_address)
     pool.place(worker, anew=decision.tier != base.tier)
     return worker
+
+
+def _tell(pool: Pool, record: WorkerRecord, known: Worker | None, *, ip_address: str, token_id: str) -> None:
+    """Log that a machine is a worker now; before the fleet says how that worker is."""
+    # An agent that has joined registers once more when it starts, which is nothing new.
+    again = known is not None and pool.wall() - record.registered_at < JOINING_S
+    about = {"action": "worker_registered" if known else "worker_joined", "worker": record.worker_id}
+    about |= {"token": token_id} if token_id else {}
+    logger.log(
+        logging.DEBUG if again else logging.INFO,
+        "%s %s from %s%s; %s",
+        record.worker_id,
+        "has registered again" if known else "has joined",
+        ip_address,
+        f" with join token {token_id}" if token_id else "",
+        record.tier_reason,
+        extra=about,
+    )
 
 
 def _first_record(pool: Pool, request: RegisterRequest, thumbprint: str, report: HardwareReport) -> WorkerRecord:

@@ -186,7 +186,7 @@ class Pool:
         self._started = True
         name, starts = self.record.issuer, self.record.starts
         known, going_on = len(self.fleet.workers), len(self.dispatcher.tasks)
-        words = "pool %s is open (start %d; %d workers known; %d tasks go on)"
+        words = "pool %s is open (start %d; workers known: %d; tasks that go on: %d)"
         logger.info(words, name, starts, known, going_on, extra={"action": "pool_open", "pool": name, "starts": starts})
 
     async def stop(self) -> None:
@@ -378,6 +378,11 @@ class Pool:
 
     def heartbeat(self, worker: Worker, beat: Heartbeat, *, ip_address: str, nonce: bool = True) -> HeartbeatAnswer:
         """Take a sign of life in and say what the worker should do next, with a ``nonce`` if it will need one soon."""
+        cancel = self.heard(worker, beat, ip_address=ip_address)
+        return self.answer(worker, beat.generation, cancel=cancel, nonce=nonce)
+
+    def heard(self, worker: Worker, beat: Heartbeat, *, ip_address: str) -> tuple[AttemptRef, ...]:
+        """Take a sign of life in; return those of the worker's attempts that nobody wants any more."""
         self.fleet.beat(worker, beat, ip_address=ip_address)
         if beat.report is not None or beat.runtimes is not None or beat.plugins is not None:
             self._new_facts(worker, beat)
@@ -387,8 +392,7 @@ class Pool:
         if seat is not None and seat.running:
             # A worker that polls has no other way to say that it has begun and goes on.
             self.dispatcher.heard(worker.id, beat.attempts)
-        cancel = self.unwanted(worker, beat.attempts) if beat.attempts else ()
-        return self.answer(worker, beat.generation, cancel=cancel, nonce=nonce)
+        return self.unwanted(worker, beat.attempts) if beat.attempts else ()
 
     def _new_facts(self, worker: Worker, beat: Heartbeat) -> None:
         record = worker.record
@@ -434,10 +438,10 @@ class Pool:
             containers=record.assignment if generation != record.generation else None,
             cancel=cancel,
             nonce=self.nonces.make() if nonce else "",
-            connect=self._keeps_channel(worker),
+            connect=self.keeps_channel(worker),
         )
 
-    def _keeps_channel(self, worker: Worker) -> bool:
+    def keeps_channel(self, worker: Worker) -> bool:
         """Say whether a worker should have its channel open; the others are parked while there are enough of them."""
         if self._channels <= self.settings.max_channels * CHANNELS_LOW:
             return True

@@ -9,7 +9,7 @@ import gc
 import logging
 import socket
 import sys
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from hypercorn.asyncio import run as hypercorn_run
 from hypercorn.asyncio import serve
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from hypercorn.config import Sockets
     from hypercorn.events import Event
+    from hypercorn.typing import Framework
     from quart import Quart
 
     from rma_coordinator.app import Lanes
@@ -219,6 +220,7 @@ async def run_server(
     start raised, and SettingProblem when an address was taken meanwhile.
     """
     pool = pool_of(app)
+    lanes: Lanes = app.extensions["rma_lanes"]
     config.places.limit = connections_for(pool.settings.max_connections, raise_descriptors())
     # Before the lifespan, which would turn a refusal into a traceback and lose its hints.
     await pool.start()
@@ -227,7 +229,8 @@ async def run_server(
         app.while_serving(functools.partial(_announce, ready, failures))
     stop = asyncio.Event()
     trigger = asyncio.create_task(_until(until, stop), name="stop")
-    server = asyncio.create_task(serve(app, config, shutdown_trigger=stop.wait), name="server")
+    # Quart would only hand each call on to them.
+    server = asyncio.create_task(serve(cast("Framework", lanes), config, shutdown_trigger=stop.wait), name="server")
     try:
         await asyncio.wait({server, trigger}, return_when=asyncio.FIRST_COMPLETED)
         cut = not await _end(app, server)

@@ -27,8 +27,13 @@ LEEWAY_S = 36 * 3600
 WARM_AFTER_S = 1.0
 #: The share of a token's life after which its worker is soon to ask for the next one, and needs a nonce for that.
 NONCE_AFTER = 0.5
+NONCE_BEFORE_S = WORKER_TOKEN_S * (1 - NONCE_AFTER)
 #: Verified tokens that are remembered: checking one again costs a dictionary look-up instead of a MAC.
 CACHE_SIZE = 4096
+#: How an Authorization header with a token begins.
+BEARER = b"Bearer "
+#: A verified token is known by so many of its last characters: 130 bits of its MAC.
+KEY_BYTES = 22
 
 
 async def warm() -> None:
@@ -43,10 +48,12 @@ class WorkerClaims(msgspec.Struct, frozen=True, gc=False):
     worker_id: str
     epoch: int
     expires_at: float
+    #: The hash of the header that it comes in.
+    digest: int = 0
 
     def ends_soon(self, now: float) -> bool:
         """Whether the worker will ask for the next one before long; ``now`` is Unix seconds."""
-        return self.expires_at - now < WORKER_TOKEN_S * (1 - NONCE_AFTER)
+        return self.expires_at - now < NONCE_BEFORE_S
 
 
 def thumbprint(public_key: str) -> str:
@@ -100,10 +107,6 @@ def _raw(public_key: str) -> bytes:
     return base64.urlsafe_b64decode(public_key + "=" * (-len(public_key) % 4))
 
 
-def _digest(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=16).digest()
-
-
 class WorkerTokens:
     """Makes and checks worker tokens with a secret of the pool; ``clock`` gives Unix seconds."""
 
@@ -111,7 +114,7 @@ class WorkerTokens:
         self._secret = secret
         self._issuer = issuer
         self._clock = clock
-        #: By hash, for a token is long and a pool has many; the oldest go first, as they expire.
+        #: By their ends, for a token is long and a pool has many; the oldest go first, as they expire.
         self._seen: dict[bytes, WorkerClaims] = {}
 
     def make(self, worker_id: str, epoch: int) -> str:
@@ -133,16 +136,23 @@ class WorkerTokens:
     def check(self, token: str) -> WorkerClaims:
         """Return what a token says. Raises NotAuthenticated for one that is not ours, or has expired."""
         data = token.encode("utf-8", "replace")
-        return self.seen(data) or self._remember(data, token)
+        return self.seen(BEARER + data) or self._remember(BEARER + data, token)
 
-    def seen(self, data: bytes) -> WorkerClaims | None:
-        """Return what a token says that was checked before and is still good, else ``None``; ``data`` is its text."""
-        found = self._seen.get(_digest(data))
-        return found if found is not None and found.expires_at > self._clock() else None
+    def seen(self, header: bytes) -> WorkerClaims | None:
+        """Return what a token says that was checked before and is still good, else ``None``.
 
-    def _remember(self, data: bytes, token: str) -> WorkerClaims:
-        key = _digest(data)
-        found = self._seen.pop(key, None) or self._decode(token)
+        ``header`` is the whole Authorization header, as workers write it.
+        """
+        found = self._seen.get(header[-KEY_BYTES:])
+        # Nobody can guess the end; the hash sees to it that what stands before it is what was checked.
+        if found is None or found.digest != hash(header) or found.expires_at <= self._clock():
+            return None
+        return found
+
+    def _remember(self, header: bytes, token: str) -> WorkerClaims:
+        key, digest = header[-KEY_BYTES:], hash(header)
+        known = self._seen.pop(key, None)
+        found = known if known is not None and known.digest == digest else self._decode(token, digest=digest)
         if found.expires_at <= self._clock():
             raise NotAuthenticated("the worker token has expired", hints=("ask /api/worker/token for a new one",))
         self._seen[key] = found
@@ -150,7 +160,7 @@ class WorkerTokens:
             del self._seen[next(iter(self._seen))]
         return found
 
-    def _decode(self, token: str) -> WorkerClaims:
+    def _decode(self, token: str, *, digest: int) -> WorkerClaims:
         import jwt
 
         try:
@@ -168,4 +178,4 @@ class WorkerTokens:
         except (jwt.PyJWTError, RecursionError) as error:
             raise NotAuthenticated(f"the worker token does not hold: {error}") from None
         # The fleet has the same text for as long as the worker is known.
-        return WorkerClaims(sys.intern(str(claims["sub"])), int(claims["epoch"]), same(float(claims["exp"])))
+        return WorkerClaims(sys.intern(str(claims["sub"])), int(claims["epoch"]), same(float(claims["exp"])), digest)

@@ -214,7 +214,9 @@ class Answers:
         if not self._late:
             self._backoff.reset()
         self._late[copy.ref.lease_id] = Late(copy, self._clock())
-        logger.info("%s attempt %d is kept for late delivery", copy.ref.task_id, copy.ref.attempt)
+        about = {"action": "answer_kept", "task": copy.ref.task_id, "attempt": copy.ref.attempt}
+        words = "%s attempt %d: nobody has said that its answer arrived; it is kept, to be sent again"
+        logger.info(words, copy.ref.task_id, copy.ref.attempt, extra=about)
         while len(self._late) > MAX_KEPT or sum(late.size for late in self._late.values()) > MAX_KEPT_BYTES:
             self._forget(next(iter(self._late.values())), "too many answers wait")
         self._look()
@@ -239,7 +241,8 @@ class Answers:
                 await confirm()
                 await self._settled.wait()
         except TimeoutError:
-            logger.info("%d answers could not be delivered", len(self))
+            words = "%d answers could not be delivered and are lost with the agent"
+            logger.warning(words, len(self), extra={"action": "answers_lost"})
 
     async def run(self) -> None:
         """Deliver what waits, until cancelled."""
@@ -298,7 +301,8 @@ class Answers:
             self._forget(late, f"the coordinator does not want it: {error}")
         else:
             # An answer must not be tried for ever with a bug in its way; the traceback says what to mend.
-            logger.error("%s could not be delivered", late.copy.ref.task_id, exc_info=error)
+            about = {"action": "answer_bug", "task": late.copy.ref.task_id, "attempt": late.copy.ref.attempt}
+            logger.error("%s could not be delivered", late.copy.ref.task_id, exc_info=error, extra=about)
             self._forget(late, "a bug in the agent")
 
     def _again(self, late: Late, error: BaseException) -> None:
@@ -316,8 +320,9 @@ class Answers:
         ref = late.copy.ref
         if self._late.get(ref.lease_id) is late:
             del self._late[ref.lease_id]
-            words = f"is dropped: {reason}" if reason else "is delivered late"
-            logger.info("%s attempt %d %s", ref.task_id, ref.attempt, words, extra={"action": "late_answer"})
+            words = f"its answer is dropped: {reason}" if reason else "its answer is delivered late"
+            about = {"action": "answer_dropped" if reason else "late_answer", "task": ref.task_id}
+            logger.info("%s attempt %d: %s", ref.task_id, ref.attempt, words, extra=about | {"attempt": ref.attempt})
         if late.delivery is not None:
             late.delivery.cancel()
         self._look()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import logging
 import sys
 import time
@@ -17,11 +19,11 @@ from rma_core.models.worker import AttemptRef
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 
-    from rma_core import http
+    from rma_core.agent.endpoint import Endpoint
     from rma_core.agent.uplink import Uplink
     from rma_core.models.worker import Fault, TaskOffer
 
-    BodySource = Callable[[], AsyncGenerator[bytes, None] | None]
+    BodySource = Callable[[], AsyncGenerator[bytes, None] | bytes | None]
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +61,8 @@ class Place(Protocol):
     """A healthy container with a free slot; the slot is taken until `release`."""
 
     @property
-    def client(self) -> http.AsyncClient:
-        """The client for its endpoint."""
+    def client(self) -> Endpoint:
+        """The connections to it."""
 
     @property
     def owner(self) -> object:
@@ -91,6 +93,10 @@ class Attempt:
         self.finished = False
         self.stopped: Stop | None = None
         self.task: asyncio.Task[Stop | None] | None = None
+        #: When the next sign is due, the next look at the lease, and the sign that is on its way.
+        self.sign_at = now + self.lease_s / SIGNS_PER_LEASE
+        self.look: asyncio.TimerHandle | None = None
+        self.sign: asyncio.Task[None] | None = None
 
     @property
     def deadline(self) -> float:
@@ -102,6 +108,13 @@ class Attempt:
         if self.stopped is None and self.task is not None and not self.task.done():
             self.stopped = stop
             self.task.cancel()
+
+    def let_lease_go(self) -> None:
+        """Look after its lease no longer."""
+        if self.look is not None:
+            self.look.cancel()
+        if self.sign is not None:
+            self.sign.cancel()
 
 
 class LeaseEndedError(LinkLostError):
@@ -126,15 +139,17 @@ class Fenced:
         if self._expired:
             raise LeaseEndedError(EXPIRED)
 
-    async def head(self, status: int, headers: Sequence[tuple[str, str]], length: int | None) -> None:
+    async def head(
+        self, status: int, headers: Sequence[tuple[str, str]], length: int | None, *, more: bool = False
+    ) -> None:
         """Send status and headers, while the lease lasts. Raises LeaseEndedError."""
         self._check()
-        await self._uplink.head(status, headers, length)
+        await self._uplink.head(status, headers, length, more=more)
 
-    async def data(self, chunk: bytes) -> None:
+    async def data(self, chunk: bytes, *, more: bool = False) -> None:
         """Send a part, while the lease lasts. Raises LeaseEndedError."""
         self._check()
-        await self._uplink.data(chunk)
+        await self._uplink.data(chunk, more=more)
 
     async def end(self, usage: Mapping[str, float], timings: Mapping[str, float]) -> None:
         """End the answer; one that is whole is worth something without a lease, too."""
@@ -226,8 +241,8 @@ class Attempts:
 
     async def _run(self, attempt: Attempt, body: BodySource) -> Stop | None:
         """Do the work; return why there is no whole answer, if so."""
-        lease = asyncio.create_task(self._keep_lease(attempt))
         source = body()
+        self._keep_lease(attempt)
         try:
             await attempt.uplink.accept()
             way = Fenced(attempt, self._clock)
@@ -243,8 +258,8 @@ class Attempts:
             # The answer was refused (outdated, cancelled): there is nobody to tell.
             return Stop("coordinator", error.message, tell=False)
         finally:
-            lease.cancel()
-            if source is not None:
+            attempt.let_lease_go()
+            if source is not None and not isinstance(source, bytes):
                 await source.aclose()
         return None
 
@@ -255,9 +270,10 @@ class Attempts:
         failure = self._failure(attempt, task)
         if failure is None:
             self.succeeded += 1
+            _log(attempt, "succeeded", "succeeded", logging.DEBUG)
         else:
             self.failed += failure.fault in ("worker", "service")
-            logger.info("%s attempt %d: %s", attempt.ref.task_id, attempt.ref.attempt, failure.reason)
+            _log(attempt, "failed", failure.reason, logging.DEBUG if failure.fault == "request" else logging.INFO)
             self._tell(attempt.uplink, failure)
         if not self._running:
             self._idle.set()
@@ -269,36 +285,34 @@ class Attempts:
         if error is None:
             return task.result()
         # An attempt must end in the books whatever happens; the traceback says what to mend.
-        logger.error("%s failed in the agent", attempt.ref.task_id, exc_info=error)
+        about = {"action": "attempt_bug", "task": attempt.ref.task_id, "attempt": attempt.ref.attempt}
+        logger.error("%s failed in the agent", attempt.ref.task_id, exc_info=error, extra=about)
         return Stop("worker", "a bug in the agent; its log has the details", tell=True)
 
     def _crowded(self) -> bool:
         return len(self._running) >= LOAD_ATTEMPTS
 
-    async def _keep_lease(self, attempt: Attempt) -> None:
-        """Say that the attempt lives; stop it before its lease ends when nobody can have heard that."""
-        every_s = attempt.lease_s / SIGNS_PER_LEASE
-        sign_at = attempt.renewed_at + every_s
-        while True:
-            now = self._clock()
-            if now >= attempt.deadline:
-                if not attempt.finished:
-                    attempt.stop(Stop("coordinator", EXPIRED, tell=False))
-                return
-            if now >= sign_at:
-                sign_at = now + every_s
-                if await self._sign(attempt, attempt.deadline - now):
-                    attempt.renewed_at = now
-            else:
-                await asyncio.sleep(min(LOOK_S, sign_at - now, attempt.deadline - now))
+    def _keep_lease(self, attempt: Attempt) -> None:
+        """Look at a lease now and then: say that its attempt lives, or stop it when nobody can have heard that."""
+        now = self._clock()
+        if now >= attempt.deadline:
+            if not attempt.finished:
+                attempt.stop(Stop("coordinator", EXPIRED, tell=False))
+            return
+        if now >= attempt.sign_at and attempt.sign is None:
+            attempt.sign = asyncio.create_task(self._sign(attempt, now))
+            attempt.sign.add_done_callback(functools.partial(_signed, attempt))
+            attempt.sign_at = now + attempt.lease_s / SIGNS_PER_LEASE
+        due = max(attempt.sign_at, now) if attempt.sign is None else attempt.deadline
+        wait_s = min(LOOK_S, due - now, attempt.deadline - now)
+        attempt.look = asyncio.get_running_loop().call_later(wait_s, self._keep_lease, attempt)
 
-    async def _sign(self, attempt: Attempt, within_s: float) -> bool:
-        """Say that the attempt lives, by a heartbeat where it has no way of its own; say whether that was heard."""
-        try:
-            async with asyncio.timeout(within_s):
-                return await attempt.uplink.progress() or (self._beat is not None and await self._beat())
-        except TimeoutError:
-            return False
+    async def _sign(self, attempt: Attempt, now: float) -> None:
+        """Say that the attempt lives, by a heartbeat where it has no way of its own; renew its lease when heard."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(attempt.deadline - now):
+                if await attempt.uplink.progress() or (self._beat is not None and await self._beat()):
+                    attempt.renewed_at = now
 
     def _tell(self, uplink: Uplink, stop: Stop) -> None:
         """Say why there is no answer, beside everything else; when that fails, the lease's end says it."""
@@ -317,6 +331,21 @@ class Attempts:
                     await asyncio.sleep(backoff.next_s())
         except TimeoutError:
             logger.debug("not told in time: %s", stop.reason)
+
+
+def _log(attempt: Attempt, end: str, words: str, level: int) -> None:
+    """Write an attempt's one line: what went well is only counted here, the coordinator has a line for its task."""
+    ref = attempt.ref
+    about = {"action": f"attempt_{end}", "task": ref.task_id, "attempt": ref.attempt, "service": attempt.offer.service}
+    logger.log(level, "%s attempt %d: %s", ref.task_id, ref.attempt, words, extra=about)
+
+
+def _signed(attempt: Attempt, task: asyncio.Task[None]) -> None:
+    """Let the next sign be sent; one that failed unexpectedly is a bug, and the lease's end says the rest."""
+    attempt.sign = None
+    if not task.cancelled() and (error := task.exception()) is not None:
+        about = {"action": "attempt_bug", "task": attempt.ref.task_id, "attempt": attempt.ref.attempt}
+        logger.error("%s: no sign of life could be sent", attempt.ref.task_id, exc_info=error, extra=about)
 
 
 async def _told(uplink: Uplink, stop: Stop) -> bool:

@@ -11,10 +11,11 @@ import asyncio
 import contextlib
 import logging
 import time
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 from rma_core import http
 from rma_core.agent.answers import LinkLostError
+from rma_core.agent.gathered import Gathered
 from rma_core.agent.streams import ChannelStream
 from rma_core.backoff import Backoff
 from rma_core.errors import CoordinatorError, NotAuthenticated, NotFound, TryLater, ValidationProblem
@@ -153,13 +154,14 @@ class Channel:
         """Send a heartbeat; its answer comes as `Events.assigned`. Raises LinkLostError."""
         await self.send(frames.pack(frames.Beat(beat=beat, slots=self._events.slots())))
 
-    async def send(self, message: str | bytes) -> None:
-        """Send one message now. Raises LinkLostError."""
+    async def send(self, message: str | bytes, *, more: bool = False) -> None:
+        """Send one message now, or, when ``more`` is expected to follow, together with that. Raises LinkLostError."""
         from websockets.exceptions import ConnectionClosed
 
         connection = self._connection
         if connection is None:
             raise LinkLostError("the channel is down")
+        cast("Gathered", connection.transport).patient = more
         try:
             await connection.send(message)
         except ConnectionClosed as error:
@@ -252,7 +254,11 @@ class Channel:
         return True
 
     async def _session(self, token: str) -> None:
-        from websockets.asyncio.client import connect
+        from websockets.asyncio.client import ClientConnection, connect
+
+        class Gathering(ClientConnection):
+            def connection_made(self, transport: asyncio.BaseTransport) -> None:
+                super().connection_made(cast("asyncio.Transport", Gathered(cast("asyncio.Transport", transport))))
 
         class Connect(connect):
             def process_redirect(self, exc: Exception) -> Exception | str:
@@ -272,6 +278,7 @@ class Channel:
             close_timeout=CLOSE_TIMEOUT_S,
             user_agent_header=None,
             proxy=None if self._client.local else True,
+            create_connection=Gathering,
         ) as connection:
             self._opened = True
             confirming = asyncio.create_task(self._confirm(), name="answers are confirmed")

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from typing import TYPE_CHECKING, NamedTuple
 
-from rma_core import http
-from rma_core.agent.flow import Pipe
+from rma_core.agent.endpoint import EndpointError
 from rma_core.errors import CoordinatorError, UsageProblem
 from rma_core.models.channel import MAX_DATA_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable
+    from collections.abc import AsyncGenerator, Callable, Iterable
 
+    from rma_core.agent.endpoint import Answer, Endpoint
     from rma_core.agent.uplink import Uplink
     from rma_core.models.worker import Fault, TaskOffer
 
-#: Bytes of an answer that wait between the service and the way up; then the service is held back.
-PIPE_BYTES = 64 * 1024
 #: Frames smaller than this are gathered under load.
 SMALL_BYTES = 4 * 1024
 #: Attempts at once from which on small frames are gathered, and for how long.
 LOAD_ATTEMPTS = 4
 GATHER_S = 0.005
+#: A request's body up to this size is sent once it is whole: in one piece, over a kept connection.
+WHOLE_BODY_BYTES = MAX_DATA_BYTES
 #: Headers of an answer, all together; servers take 16 KiB of headers, and ours stand in one.
 MAX_HEADER_BYTES = 8 * 1024
 MAX_HEADERS = 64
@@ -54,13 +53,13 @@ class Timings(NamedTuple):
 
 async def forward(
     offer: TaskOffer,
-    client: http.AsyncClient,
-    body: AsyncIterator[bytes] | None,
+    endpoint: Endpoint,
+    body: AsyncGenerator[bytes, None] | bytes | None,
     uplink: Uplink,
     *,
     crowded: Callable[[], bool] = lambda: False,
 ) -> Timings:
-    """Send the offer's request to the service behind ``client`` and its answer up; return once the answer is whole.
+    """Send the offer's request to the service at ``endpoint`` and its answer up; return once the answer is whole.
 
     Raises AttemptFailed, and what the uplink raises. Cancelling it closes the request to the service at once.
     """
@@ -68,14 +67,14 @@ async def forward(
     begun = clock()
     try:
         async with asyncio.timeout(offer.total_s):
-            response = await _ask(offer, client, body)
+            answer = await _ask(offer, endpoint, body)
             try:
                 first_byte = clock() - begun
-                headers = passed_on(response.headers.multi_items(), HOP_BY_HOP)
-                await uplink.head(response.status_code, headers, _length(response.headers))
-                await _relay(response, uplink, offer.gap_s, crowded)
+                headers = passed_on(answer.headers, HOP_BY_HOP)
+                await uplink.head(answer.status, headers, _length(answer.headers), more=answer.ready)
+                await _relay(answer, uplink, offer.gap_s, crowded)
             finally:
-                await response.aclose()
+                await answer.aclose()
     except TimeoutError:
         raise AttemptFailed("service", f"{offer.service} was not done within {offer.total_s:g} s") from None
     timings = Timings(first_byte, clock() - begun)
@@ -83,79 +82,66 @@ async def forward(
     return timings
 
 
-async def _ask(offer: TaskOffer, client: http.AsyncClient, body: AsyncIterator[bytes] | None) -> http.Response:
+async def _ask(offer: TaskOffer, endpoint: Endpoint, body: AsyncGenerator[bytes, None] | bytes | None) -> Answer:
     """Send the request and return the answer with its body unread."""
+    if body is not None and not isinstance(body, bytes):
+        body = _steady(body, offer)
+        if offer.body_bytes <= WHOLE_BODY_BYTES:
+            body = b"".join([chunk async for chunk in body])
     try:
-        # The time to the first byte counts from the end of the request's body: a slow upload is not a slow service.
-        async with asyncio.timeout(None) as limit:
-
-            def sent() -> None:
-                limit.reschedule(asyncio.get_running_loop().time() + offer.first_byte_s)
-
-            if body is None:
-                sent()
-            content = None if body is None else _steady(body, offer.gap_s, sent)
-            request = http.endpoint_request(
-                client, offer.method, offer.path, headers=_request_headers(offer), content=content, write_s=offer.gap_s
-            )
-            return await client.send(request, stream=True)
+        return await endpoint.request(
+            offer.method,
+            offer.path,
+            headers=(*passed_on(offer.headers, NOT_PASSED_ON), ("accept-encoding", "identity")),
+            body=body,
+            length=offer.body_bytes if offer.body_bytes or offer.method in ("POST", "PUT", "PATCH") else None,
+            write_s=offer.gap_s,
+            # It counts from the end of the request's body: a slow upload is not a slow service.
+            answer_s=offer.first_byte_s,
+        )
     except TimeoutError:
         raise AttemptFailed("service", f"{offer.service} did not answer within {offer.first_byte_s:g} s") from None
     except UsageProblem as error:
         raise AttemptFailed("request", error.message) from None
-    except http.HTTPError as error:
-        words = str(error) or type(error).__name__
-        raise AttemptFailed("service", f"{offer.service} broke off before it answered: {words}") from None
+    except EndpointError as error:
+        raise AttemptFailed("service", f"{offer.service} broke off before it answered: {error}") from None
 
 
-async def _steady(body: AsyncIterator[bytes], gap_s: float, sent: Callable[[], None]) -> AsyncIterator[bytes]:
-    """Yield a request's body; say when it is all sent, and fail when it stalls."""
+async def _steady(body: AsyncGenerator[bytes, None], offer: TaskOffer) -> AsyncGenerator[bytes, None]:
+    """Yield a request's body; fail when it stalls, or has another size than announced."""
+    size = 0
     try:
-        while True:
-            async with asyncio.timeout(gap_s):
+        while size <= offer.body_bytes:
+            async with asyncio.timeout(offer.gap_s):
                 chunk = await anext(body, None)
             if chunk is None:
                 break
+            size += len(chunk)
             yield chunk
     except TimeoutError:
-        raise AttemptFailed("coordinator", f"the request's body stalled for {gap_s:g} s") from None
+        raise AttemptFailed("coordinator", f"the request's body stalled for {offer.gap_s:g} s") from None
     except CoordinatorError as error:
         raise AttemptFailed("coordinator", f"the request's body could not be had: {error}") from None
-    sent()
+    if size != offer.body_bytes:
+        raise AttemptFailed("coordinator", f"the request's body has not the {offer.body_bytes} bytes it should have")
 
 
-async def _relay(response: http.Response, uplink: Uplink, gap_s: float, crowded: Callable[[], bool]) -> None:
+async def _relay(answer: Answer, uplink: Uplink, gap_s: float, crowded: Callable[[], bool]) -> None:
     """Send the answer's body up; the service is read only as fast as it goes."""
-    pipe = Pipe(PIPE_BYTES)
-    reader = asyncio.create_task(_read(response, pipe, gap_s))
-    try:
-        while data := await pipe.take(MAX_DATA_BYTES):
-            await uplink.data(data)
-            if len(data) < SMALL_BYTES and len(pipe) < SMALL_BYTES and crowded():
-                await asyncio.sleep(GATHER_S)
-    finally:
-        reader.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await reader
+    while data := await _read(answer, gap_s):
+        await uplink.data(data, more=answer.ready)
+        if len(data) < SMALL_BYTES and not answer.over and crowded():
+            await asyncio.sleep(GATHER_S)
 
 
-async def _read(response: http.Response, pipe: Pipe, gap_s: float) -> None:
-    """Read the answer's body into the pipe, whose end or break says how that went."""
-    chunks = response.aiter_raw()
+async def _read(answer: Answer, gap_s: float) -> bytes:
+    """Return what has come of the answer. Only the service's own silence counts, not the time it waits for room."""
     try:
-        while True:
-            # Only the service's own silence counts, not the time its answer waits for room.
-            async with asyncio.timeout(gap_s):
-                chunk = await anext(chunks, None)
-            if chunk is None:
-                pipe.end()
-                return
-            await pipe.put(chunk)
+        return await answer.read(MAX_DATA_BYTES, within_s=gap_s)
     except TimeoutError:
-        pipe.fail(AttemptFailed("service", f"the answer stalled for {gap_s:g} s"))
-    except (http.HTTPError, http.StreamError) as error:
-        words = str(error) or type(error).__name__
-        pipe.fail(AttemptFailed("service", f"the service broke off in the middle of its answer: {words}"))
+        raise AttemptFailed("service", f"the answer stalled for {gap_s:g} s") from None
+    except EndpointError as error:
+        raise AttemptFailed("service", f"the service broke off in the middle of its answer: {error}") from None
 
 
 def passed_on(headers: Iterable[tuple[str, str]], without: frozenset[str]) -> tuple[tuple[str, str], ...]:
@@ -172,14 +158,6 @@ def passed_on(headers: Iterable[tuple[str, str]], without: frozenset[str]) -> tu
     return tuple(kept)
 
 
-def _request_headers(offer: TaskOffer) -> list[tuple[str, str]]:
-    headers = [*passed_on(offer.headers, NOT_PASSED_ON), ("accept-encoding", "identity")]
-    if offer.body_bytes or offer.method in ("POST", "PUT", "PATCH"):
-        size = len(offer.body) if offer.body is not None else offer.body_bytes
-        headers.append(("content-length", str(size)))
-    return headers
-
-
-def _length(headers: http.Headers) -> int | None:
-    text = headers.get("content-length", "")
+def _length(headers: Iterable[tuple[str, str]]) -> int | None:
+    text = next((value for name, value in headers if name == "content-length"), "")
     return int(text) if text.isdecimal() and len(text) < 20 else None  # noqa: PLR2004 - more digits than a disk has bytes

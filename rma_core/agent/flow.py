@@ -64,6 +64,14 @@ class Pipe:
             self._writable.set()
         return data
 
+    def whole(self) -> bytes:
+        """Return everything at once when it has all come and fits, else nothing, and leave it here."""
+        if not self._ended or self._error is not None:
+            return b""
+        data = bytes(self._data)
+        self._data.clear()
+        return data
+
 
 class Window:
     """The bytes a receiver still allows."""
@@ -73,6 +81,11 @@ class Window:
         self._size = size_bytes
         self._open = asyncio.Event()
         self._open.set()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether something may be sent now."""
+        return self._open.is_set()
 
     def give(self, count: int) -> None:
         """Add what the receiver has taken; it cannot give back more than it got."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
@@ -65,13 +66,11 @@ class Heart:
     async def run(self) -> None:
         """Beat until cancelled; the first time when the channel is open, or could not be opened."""
         while True:
-            try:
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self.interval_s * self._uniform(0.8, 1.0)):
                     await self._soon.wait()
                 # Changes seldom come alone, and a heartbeat tells of all of them.
                 await asyncio.sleep(GATHER_CHANNEL_S if self._channel.up else GATHER_HTTP_S)
-            except TimeoutError:
-                logger.debug("a heartbeat is due")
             self._soon.clear()
             await self.beat()
 

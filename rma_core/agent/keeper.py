@@ -12,7 +12,7 @@ import logging
 from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
-from rma_core import http
+from rma_core.agent.endpoint import Endpoint
 from rma_core.agent.engines import asked, being_cancelled, last_line, looked_up, stopped
 from rma_core.agent.placing import Spot, find_spot
 from rma_core.errors import (
@@ -84,7 +84,7 @@ class Context(Protocol):
     def changed(self) -> None:
         """Something that the coordinator should know has changed."""
 
-    def check(self, client: http.AsyncClient, path: str) -> Awaitable[str]:
+    def check(self, client: Endpoint, path: str) -> Awaitable[str]:
         """Ask a service for its health; an empty string is good, anything else the reason."""
 
 
@@ -100,7 +100,7 @@ class Keeper:
         self.wanted, self.hash = wanted, spec_hash(wanted)
         self.state: ContainerState = "pending"
         self.reason = ""
-        self.client: http.AsyncClient | None = None
+        self.client: Endpoint | None = None
         self.spot: Spot | None = None
         self.busy = self.restarts = 0
         self.leaving = False
@@ -358,7 +358,7 @@ class Keeper:
 
     async def _connect(self, endpoint: str) -> None:
         await self._disconnect()
-        self.client = http.endpoint_client(endpoint)
+        self.client = Endpoint(endpoint)
 
     async def _disconnect(self) -> None:
         client, self.client = self.client, None
@@ -391,7 +391,7 @@ class Keeper:
 class Slot:
     """One of a container's slots, taken by an attempt."""
 
-    def __init__(self, keeper: Keeper, client: http.AsyncClient, released: Callable[[], None]) -> None:
+    def __init__(self, keeper: Keeper, client: Endpoint, released: Callable[[], None]) -> None:
         self.owner, self.client, self._released = keeper, client, released
         keeper.busy += 1
         keeper.idle.clear()

@@ -45,6 +45,8 @@ GOODBYE_S = 5.0
 DELIVER_S = 5.0
 #: Attempts that a heartbeat and HELLO can list.
 MAX_LISTED = 1024
+#: How `websockets` calls a connection that ended without a goodbye.
+CUT_OFF = "no close frame received or sent"
 #: Seconds to stop what the agent's runtimes hold, before it ends all the same.
 CLOSE_S = 30.0
 
@@ -94,7 +96,7 @@ class Agent:
             uniform=uniform,
         )
         self.answers = Answers(self.client, changed=self._changed, clock=clock)
-        self.link = Link()
+        self.link = Link(self.client)
         self.load = Load()
         self.channel = Channel(self.client, self, self.answers, agent_version=rma_core.__version__, clock=clock)
         self.membership = Membership(
@@ -181,6 +183,9 @@ class Agent:
             for task in (stopping, *parts, *self._minor):
                 task.cancel()
             await asyncio.gather(stopping, *parts, *self._minor, return_exceptions=True)
+        if self.membership.registered.is_set():
+            # Last of all: whatever is heard of a worker after its goodbye counts as its return.
+            await self._goodbye()
 
     def _part(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         return asyncio.create_task(work, name=name)
@@ -211,7 +216,9 @@ class Agent:
         self.draining = True
         self.attempts.closed_because = DRAIN.reason
         running = len(self.attempts)
-        logger.info("stopping: %d tasks are finished first", running, extra={"action": "drain"})
+        words = f"attempts that are finished first, within {self.settings.drain_s:.0f} s: {running}"
+        about = {"action": "drain", "worker": self.client.worker_id or None}
+        logger.info("stopping; %s", words if running else "nothing runs", extra=about)
         self.heart.soon()
         drain = asyncio.create_task(self.attempts.drain(self.settings.drain_s, DRAIN))
         hurry = asyncio.create_task(self._hurried.wait())
@@ -221,15 +228,17 @@ class Agent:
             drain.cancel()
             await self.attempts.drain(0, DRAIN)
         await self.answers.finish(self.channel.confirm, within_s=0 if self._hurried.is_set() else DELIVER_S)
-        if self.membership.registered.is_set():
-            await self._goodbye()
 
     async def _goodbye(self) -> None:
+        name = self.client.worker_id
         try:
             async with asyncio.timeout(GOODBYE_S):
                 await self.client.unregister()
         except (CoordinatorError, TimeoutError) as error:
-            logger.info("the coordinator was not told: %s", error)
+            reason = str(error) or f"no answer within {GOODBYE_S:.0f} s"
+            logger.info("the coordinator was not told: %s", reason, extra={"action": "not_told", "worker": name})
+        else:
+            logger.info("%s has said goodbye to the coordinator", name, extra={"action": "left", "worker": name})
 
     async def _clear_away(self) -> None:
         """Stop every container and let go of everything; what an engine cannot stop now, the next start finds."""
@@ -237,7 +246,8 @@ class Agent:
             async with asyncio.timeout(CLOSE_S):
                 await self.reconciler.close(stop=True)
         except TimeoutError:
-            logger.info("not everything could be stopped: no time left")
+            words = "not everything was stopped within %.0f s; the next start looks for it"
+            logger.warning(words, CLOSE_S, extra={"action": "not_stopped"})
         await let_go(self._runtimes.values(), within_s=CLOSE_S)
         await self.client.aclose()
 
@@ -290,6 +300,7 @@ class Agent:
     def connected(self) -> None:
         """The channel is open: heartbeats go over it, and no poll is needed."""
         self._plain_way.clear()
+        self._say_channel("open" if self._had_channel is None else "open again")
         self._had_channel = True
         self.link.up()
         self.heart.soon()
@@ -297,7 +308,10 @@ class Agent:
 
     def disconnected(self, reason: str) -> None:
         """The channel is broken, or does not get through at all."""
-        logger.debug("the channel is down: %s", reason)
+        if self._had_channel and not self.draining:
+            self._say_channel("broken" if self.channel.wanted.is_set() else "parked", reason)
+        else:
+            logger.debug("the channel is down: %s", reason, extra={"action": "channel_down"})
         if self.channel.given_up and not self._plain_way.is_set():
             logger.info("WebSocket does not get through (%s); polling instead", reason, extra={"action": "plain_way"})
             self._plain_way.set()
@@ -305,6 +319,15 @@ class Agent:
             # Not after every failed try: the interval's own heartbeats tell of a coordinator that is away.
             self.heart.soon()
         self._had_channel = False
+
+    def _say_channel(self, state: str, reason: str = "") -> None:
+        """Log what became of the channel, once for each change, however often it is tried to mend it."""
+        words = {
+            "parked": "the channel is closed: the coordinator calls this machine back when it is needed",
+            "broken": f"the channel broke ({'cut off' if reason == CUT_OFF else reason}); it is opened again",
+        }
+        about = {"action": f"channel_{state.partition(' ')[0]}", "worker": self.client.worker_id}
+        logger.info("%s", words.get(state, f"the channel to the coordinator is {state}"), extra=about)
 
     def forgotten(self) -> None:
         """The coordinator does not know this worker."""

@@ -28,7 +28,8 @@ UNKNOWN = "the coordinator does not know this machine"
 class Link:
     """Whether the coordinator can be spoken to; a change is logged once, however many calls notice it."""
 
-    def __init__(self) -> None:
+    def __init__(self, client: CoordinatorClient) -> None:
+        self._client = client
         self.standing: Standing = "joining"
         self.reason = ""
 
@@ -36,7 +37,9 @@ class Link:
         """A call was answered well."""
         if self.standing != "registered":
             back = "" if self.standing == "joining" else " again"
-            logger.info("registered with the coordinator%s", back, extra={"action": "link_up"})
+            words = "%s is registered with the coordinator%s, at %s"
+            about = {"action": "link_up", "worker": self._client.worker_id}
+            logger.info(words, self._client.worker_id, back, self._client.base_url, extra=about)
         self.standing, self.reason = "registered", ""
 
     def failed(self, error: CoordinatorError) -> None:
@@ -47,7 +50,8 @@ class Link:
     def down(self, standing: Standing, reason: str) -> None:
         """A call failed."""
         if self.standing != standing:
-            logger.warning("%s; trying again, less and less often", reason, extra={"action": f"link_{standing}"})
+            about = {"action": f"link_{standing}", "worker": self._client.worker_id or None}
+            logger.warning("%s; trying again, less and less often", reason, extra=about)
         self.standing, self.reason = standing, reason
 
 
@@ -60,7 +64,7 @@ class Messages:
     def say(self, message: str) -> None:
         """Show a message, unless it was shown before."""
         if message not in self._said:
-            logger.info("the coordinator says: %s", message[:500])
+            logger.info("the coordinator says: %s", message[:500], extra={"action": "message"})
             self._said[message] = None
             if len(self._said) > MAX_MESSAGES:
                 del self._said[next(iter(self._said))]

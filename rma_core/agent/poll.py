@@ -45,25 +45,29 @@ class PolledTask:
         self._copy: Copy | None = None
         self._upload: Upload | None = None
 
-    def body(self) -> AsyncGenerator[bytes, None] | None:
+    def body(self) -> AsyncGenerator[bytes, None] | bytes | None:
         """Return the request's body, or ``None`` when there is none."""
         if self.offer.body_url is not None and self.offer.body is None:
             return self._client.body(self.offer)
-        return self._inline(self.offer.body) if self.offer.body else None
-
-    async def _inline(self, body: bytes) -> AsyncGenerator[bytes, None]:
-        yield body
+        return self.offer.body or None
 
     async def accept(self) -> None:
         """Nothing: one heartbeat says it for all tasks of a poll."""
 
-    async def head(self, status: int, headers: Sequence[tuple[str, str]], length: int | None) -> None:
+    async def head(
+        self,
+        status: int,
+        headers: Sequence[tuple[str, str]],
+        length: int | None,
+        *,
+        more: bool = False,  # noqa: ARG002 - a small answer leaves in one piece anyway
+    ) -> None:
         """Open the upload, or keep a small answer until it is whole."""
         self._copy = self._answers.copy(self.ref, status, headers, length)
         if length is None or length > INLINE_BODY_BYTES or not self._copy.kept:
             self._upload = Upload(self._client, self._answers, self._copy)
 
-    async def data(self, chunk: bytes) -> None:
+    async def data(self, chunk: bytes, *, more: bool = False) -> None:  # noqa: ARG002 - the same
         """Send or keep a part of the answer."""
         if self._upload is not None:
             await self._upload.write(chunk)

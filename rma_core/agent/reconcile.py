@@ -9,7 +9,7 @@ import random
 import time
 from typing import TYPE_CHECKING
 
-from rma_core import http
+from rma_core.agent.endpoint import EndpointError
 from rma_core.agent.engines import stopped
 from rma_core.agent.keeper import ENGINE_WAIT_S, Keeper, Slot, spec_hash
 from rma_core.catalog import choose_gpu, gpu_share
@@ -19,14 +19,15 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 
     from rma_core.agent.consent import Consent
+    from rma_core.agent.endpoint import Endpoint
     from rma_core.agent.engines import Engine
     from rma_core.models.hardware import Device
     from rma_core.models.worker import Assignment, ContainerStatus
 
 logger = logging.getLogger(__name__)
 
-#: Seconds a service has to answer its health check.
-HEALTH_TIMEOUT_S = 5.0
+#: Seconds a service has to answer its health check, and the statuses that are good.
+HEALTH_TIMEOUT_S, GOOD = 5.0, range(200, 300)
 #: Seconds a container that is no longer wanted may finish what it has.
 WITHDRAW_DRAIN_S = 30.0
 #: Tries to take a container down before it is left to the next start of the agent.
@@ -38,17 +39,17 @@ MAX_CONTAINERS = 256
 LEAVING = "leaving"
 
 
-async def ask_health(client: http.AsyncClient, path: str) -> str:
+async def ask_health(client: Endpoint, path: str) -> str:
     """Ask a service for its health; an empty string is good, anything else the reason."""
     try:
         async with asyncio.timeout(HEALTH_TIMEOUT_S):
-            response = await client.send(http.endpoint_request(client, "GET", path), stream=True)
-            await response.aclose()
+            answer = await client.request("GET", path)
+            await answer.aclose()
     except TimeoutError:
         return f"no answer to GET {path} within {HEALTH_TIMEOUT_S:g} s"
-    except http.HTTPError as error:
-        return f"no answer to GET {path}: {str(error) or type(error).__name__}"
-    return "" if response.is_success else f"GET {path} answered {response.status_code}"
+    except EndpointError as error:
+        return f"no answer to GET {path}: {error}"
+    return "" if answer.status in GOOD else f"GET {path} answered {answer.status}"
 
 
 class Reconciler:
@@ -68,7 +69,7 @@ class Reconciler:
         changed: Callable[[], None] = lambda: None,
         freed: Callable[[], None] = lambda: None,
         stop_attempts: Callable[[Keeper], None] = lambda _: None,
-        check: Callable[[http.AsyncClient, str], Awaitable[str]] = ask_health,
+        check: Callable[[Endpoint, str], Awaitable[str]] = ask_health,
         clock: Callable[[], float] = time.monotonic,
         uniform: Callable[[float, float], float] = random.uniform,
     ) -> None:
@@ -214,7 +215,8 @@ class Reconciler:
             del self._tasks[keeper]
         error = None if task.cancelled() else task.exception()
         if error is not None:
-            logger.error("%s is no longer looked after", keeper.wanted.name, exc_info=error)
+            about = {"action": "bug", "container": keeper.wanted.name}
+            logger.error("%s is no longer looked after", keeper.wanted.name, exc_info=error, extra=about)
             keeper.neglected(error)
 
     async def _keep(self, keeper: Keeper) -> None:
@@ -260,7 +262,8 @@ class Reconciler:
                 await keeper.take_down()
                 break
             except RuntimeFailure as error:
-                logger.info("%s could not be stopped: %s", keeper.wanted.name, error)
+                about = {"action": "container_stuck", "container": keeper.wanted.name}
+                logger.warning("%s could not be stopped: %s", keeper.wanted.name, error, extra=about)
                 if left:
                     await asyncio.sleep(TAKE_DOWN_PAUSE_S)
         else:
@@ -295,4 +298,4 @@ class Reconciler:
 
 def _never_silent(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and task.exception() is not None:
-        logger.error("the engines are no longer watched", exc_info=task.exception())
+        logger.error("the engines are no longer watched", exc_info=task.exception(), extra={"action": "bug"})

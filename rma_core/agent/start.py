@@ -128,7 +128,12 @@ async def _enrol(settings: AgentSettings, folder: StateFolder, report: HardwareR
     agreed = consent or EVERYTHING.narrowed(settings.services)
     request = registration(report, services=agreed.names, labels=settings.labels)
     answer = await enrol(invitation, request, folder, consent=agreed)
-    logger.info("enrolled as %s at %s", answer.worker_id, invitation.url, extra={"action": "enrolled"})
+    logger.info(
+        "enrolled as %s at %s",
+        answer.worker_id,
+        invitation.url,
+        extra={"action": "enrolled", "worker": answer.worker_id},
+    )
 
 
 def _moved(folder: StateFolder, settings: AgentSettings, consent: Consent | None) -> WorkerRecord:

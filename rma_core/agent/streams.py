@@ -74,16 +74,17 @@ class ChannelStream:
         self.go.set()
         self._window.open()
 
-    def body(self) -> AsyncGenerator[bytes, None] | None:
-        """Return the request's body as it comes, or ``None`` when there is none."""
+    def body(self) -> AsyncGenerator[bytes, None] | bytes | None:
+        """Return the request's body, whole when it is here, else as it comes; ``None`` when there is none."""
         if self.offer.body_url is not None:
             return self._client.body(self.offer)
-        return self._read_body() if self.offer.body_bytes or self.offer.body else None
+        if self.offer.body is not None:
+            return self.offer.body or None
+        if not self.offer.body_bytes:
+            return None
+        return self._body.whole() or self._read_body()
 
     async def _read_body(self) -> AsyncGenerator[bytes, None]:
-        if self.offer.body is not None:
-            yield self.offer.body
-            return
         while chunk := await self._body.take(frames.MAX_DATA_BYTES):
             yield chunk
             self._body_due += len(chunk)
@@ -113,9 +114,12 @@ class ChannelStream:
     async def accept(self) -> None:
         """Say that the attempt runs; when the channel breaks, HELLO says it instead."""
         with contextlib.suppress(LinkLostError):
-            await self._send(frames.Accept(stream=self.number))
+            # A quick service has answered in the meantime: then both leave together.
+            await self._channel.send(frames.pack(frames.Accept(stream=self.number)), more=True)
 
-    async def head(self, status: int, headers: Sequence[tuple[str, str]], length: int | None) -> None:
+    async def head(
+        self, status: int, headers: Sequence[tuple[str, str]], length: int | None, *, more: bool = False
+    ) -> None:
         """Send status and headers; a large or late answer opens an HTTP request of its own instead."""
         await self.go.wait()
         self._copy = self._answers.copy(self.ref, status, headers, length)
@@ -123,10 +127,10 @@ class ChannelStream:
             self._upload = Upload(self._client, self._answers, self._copy)
         else:
             await self._send_or_detach(
-                frames.pack(frames.Head(stream=self.number, status=status, headers=tuple(headers)))
+                frames.pack(frames.Head(stream=self.number, status=status, headers=tuple(headers))), more=more
             )
 
-    async def data(self, chunk: bytes) -> None:
+    async def data(self, chunk: bytes, *, more: bool = False) -> None:
         """Send a part of the answer as the window allows, or only keep it."""
         if self._upload is not None:
             await self._upload.write(chunk)
@@ -137,13 +141,15 @@ class ChannelStream:
         while chunk and not self.detached:
             count = await self._room(min(len(chunk), frames.MAX_DATA_BYTES))
             if not self.detached:
-                await self._send_or_detach(frames.pack_data(self.number, chunk[:count]))
+                await self._send_or_detach(frames.pack_data(self.number, chunk[:count]), more=more)
                 chunk = chunk[count:]
         if self.detached and not copy.kept:
             raise LinkLostError("the channel broke, and the answer is too large to be kept")
 
     async def _room(self, count: int) -> int:
         """Wait for the window to open, but not for ever: a coordinator may have forgotten the stream."""
+        if self._window.is_open:
+            return await self._window.take(count)
         gap_s = self.offer.gap_s
         try:
             async with asyncio.timeout(gap_s):
@@ -151,10 +157,10 @@ class ChannelStream:
         except TimeoutError:
             raise AttemptFailed("coordinator", f"nobody took more of the answer for {gap_s:g} s") from None
 
-    async def _send_or_detach(self, message: str | bytes) -> None:
+    async def _send_or_detach(self, message: str | bytes, *, more: bool = False) -> None:
         """Send a part of the answer; when the channel is broken, go on without it if that can be."""
         try:
-            await self._channel.send(message)
+            await self._channel.send(message, more=more)
         except LinkLostError:
             if not self.broke():
                 raise

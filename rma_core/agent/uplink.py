@@ -37,10 +37,15 @@ class Uplink(Protocol):
     async def accept(self) -> None:
         """Say that the attempt runs."""
 
-    async def head(self, status: int, headers: Sequence[tuple[str, str]], length: int | None) -> None:
-        """Send status and headers of the answer; ``length`` is the size of its body when that is known."""
+    async def head(
+        self, status: int, headers: Sequence[tuple[str, str]], length: int | None, *, more: bool = False
+    ) -> None:
+        """Send status and headers of the answer; ``length`` is the size of its body when that is known.
 
-    async def data(self, chunk: bytes) -> None:
+        ``more`` follows at once, so that both may leave together; so for `data`.
+        """
+
+    async def data(self, chunk: bytes, *, more: bool = False) -> None:
         """Send a part of the answer, when the other side has room for it."""
 
     async def progress(self) -> bool:

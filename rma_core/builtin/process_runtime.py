@@ -293,7 +293,8 @@ class ProcessRuntime(ContainerRuntime):
             self._swept = True
             swept = await asyncio.to_thread(supervised.sweep, home / "run", keep=frozenset(self._runs))
             if swept:
-                logger.info("cleaned up after %s services of an agent that was killed", swept)
+                words = "what a killed agent had left running was ended first: %d services"
+                logger.info(words, swept, extra={"action": "swept", "runtime": self.name})
         return [run.handle for run in self._runs.values() if run.spec.worker_id == worker_id]
 
     async def aclose(self) -> None:

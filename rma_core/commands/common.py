@@ -32,6 +32,10 @@ F = TypeVar("F", bound="Callable[..., Any]")
 PIPE_WIDTH = 250
 #: Longest line of a log, in characters.
 LOG_LINE = 4000
+#: Whose records are logged at the level that was asked for; libraries only warn.
+OUR_LOGGERS = ("rma_core", "rma_coordinator")
+#: What every record of `logging` has; anything else is an id or a fact that whoever logged it added.
+BARE_RECORD = frozenset({*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"})
 #: What to do about an answer that no coordinator of this version gives.
 OTHER_SIDE = ("check the address: is it RMA's, or a proxy's?", "rma --version there and here should agree")
 #: Pages of a list at most, of a thousand entries each.
@@ -330,11 +334,52 @@ def _log_line(text: str) -> str:
     return line if len(line) <= LOG_LINE else f"{line[: LOG_LINE - 1]}…"
 
 
-def set_up_logging(level: str) -> None:
-    """Send log lines to stderr, for a person."""
+class JSONLine(logging.Formatter):
+    """Writes each record as one JSON object on one line: time, level, logger, message, action, and what it is about.
+
+    The ids have the same names everywhere: ``worker``, ``task``, ``attempt``, ``token``, ``key``, ``container`` ….
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record as JSON; long texts are cut as `OneLine` cuts them."""
+        moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        found: dict[str, object] = {
+            "time": f"{moment.partition('+')[0]}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            "action": "",
+        }
+        found |= {name: value for name, value in vars(record).items() if name not in BARE_RECORD and value is not None}
+        if record.exc_info:
+            found["traceback"] = self.formatException(record.exc_info)[-LOG_LINE:]
+        return json.dumps({name: _short(value) for name, value in found.items()})
+
+
+def _short(value: object) -> object:
+    if isinstance(value, bool | int | float):
+        return value
+    text = str(value)
+    return text if len(text) <= LOG_LINE else f"{text[: LOG_LINE - 1]}…"
+
+
+def set_up_logging(level: str, *, as_json: bool = False) -> None:
+    """Send log lines to stderr: for a person, or for a program that wants one JSON object a line."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(OneLine("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S"))
-    logging.basicConfig(level=level.upper(), handlers=[handler])
-    # These say on INFO what each request did; that is ours to say.
-    for name in ("httpx2", "httpcore2", "httpx", "httpcore", "websockets", "hypercorn.error", "docker", "urllib3"):
-        logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))
+    for_people = OneLine("%(asctime)s %(levelname)-7s %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+    handler.setFormatter(JSONLine() if as_json else for_people)
+    ours = logging.getLevelNamesMapping()[level.upper()]
+    # What libraries say below WARNING is not for an admin, and on DEBUG it holds headers with credentials.
+    logging.basicConfig(level=max(logging.WARNING, ours), handlers=[handler])
+    for name in OUR_LOGGERS:
+        logging.getLogger(name).setLevel(ours)
+
+
+def log_options(command: F) -> F:
+    """Add the options that say what is logged and how."""
+    for option in (
+        click.option("--log-json", is_flag=True, default=None, help="Log one JSON object a line (RMA_LOG_JSON)."),
+        click.option("--log-level", metavar="LEVEL", help="debug, info, warning or error (RMA_LOG_LEVEL)."),
+    ):
+        command = option(command)
+    return command

@@ -28,7 +28,7 @@ def settings_of(home: str | None, **flags: Any) -> AgentSettings:
     """Return the agent's settings for a command."""
     settings = load_settings(AgentSettings, flags={"home": home, **flags}, known=(CoordinatorSettings,))
     if settings.trace_hooks:
-        common.set_up_logging("info")
+        common.set_up_logging("info", as_json=settings.log_json)
     return settings
 
 

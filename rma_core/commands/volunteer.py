@@ -69,7 +69,7 @@ def join(
     if enrol_only:
         common.say("Enrolled. Start working with:  rma agent")
         return
-    common.set_up_logging(settings.log_level)
+    common.set_up_logging(settings.log_level, as_json=settings.log_json)
     _run_agent(settings)
 
 
@@ -175,6 +175,7 @@ def _ask() -> None:
 @click.option("--runtime", "runtimes", multiple=True, metavar="NAME", help="docker, podman or process, in your order.")
 @click.option("--attach", multiple=True, metavar="URL", help="A model server that already runs here (not served yet).")
 @click.option("--until-stdin-ends", is_flag=True, hidden=True, help="Stop when whoever started it is gone.")
+@common.log_options
 @common.home_option
 @common.errors_option
 def agent(
@@ -184,13 +185,16 @@ def agent(
     attach: tuple[str, ...],
     until_stdin_ends: bool,
     home: str | None,
+    log_level: str | None,
+    log_json: bool | None,
 ) -> None:
     """Run the agent in the foreground: work for the pool that this machine has joined."""
     common.no_attach(attach)
     flags = {"coordinator_url": coordinator_url, "insecure_http": insecure_http or None}
-    settings = settings_of(home, runtimes=list(runtimes) or None, **flags)
+    logs = {"log_level": log_level, "log_json": log_json}
+    settings = settings_of(home, runtimes=list(runtimes) or None, **flags, **logs)
     common.no_attach(tuple(settings.attach))
-    common.set_up_logging(settings.log_level)
+    common.set_up_logging(settings.log_level, as_json=settings.log_json)
     _run_agent(settings, ready=_tied_to_stdin if until_stdin_ends else _untied)
 
 

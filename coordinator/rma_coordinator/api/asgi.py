@@ -25,7 +25,6 @@ if TYPE_CHECKING:
         Awaitable,
         Callable,
         Generator,
-        Iterable,
         Mapping,
         MutableMapping,
         Sequence,
@@ -52,8 +51,6 @@ CONTROL_BYTES = 4 * 1024 * 1024
 #: A body that says it is no longer than this must be whole within PATIENCE_S.
 QUICK_BYTES = 64 * 1024
 JSON, NO_STORE = (b"content-type", b"application/json"), (b"cache-control", b"no-store")
-#: How an Authorization header of a worker or a client begins.
-BEARER = b"Bearer "
 #: What may not stand in a header's value (RFC 9110, 5.5).
 FORBIDDEN = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
@@ -68,12 +65,11 @@ class Lingering:
     A connection closed with unread data on it is reset, and the sender never sees the answer that explains why.
     """
 
-    def __init__(self, receive: Receive, send: Send) -> None:
-        self._receive = receive
-        self._send = send
-        self._over = False
-        #: Made when somebody waits for the body's end, which is seldom.
-        self._end: asyncio.Event | None = None
+    _receive: Receive
+    _send: Send
+    _over = False
+    #: Made when somebody waits for the body's end, which is seldom.
+    _end: asyncio.Event | None = None
 
     async def receive(self) -> Message:
         """Receive, and note the body's end."""
@@ -136,15 +132,19 @@ async def within(seconds: float, awaitable: Awaitable[T]) -> T:
         value: T = done.value
         return value
     async with asyncio.timeout(seconds):
-        return await _rest(steps, waits_for)
+        return await go_on(steps, waits_for)
 
 
 @types.coroutine
-def _rest(steps: Generator[Any, Any, T], waits_for: object) -> Generator[Any, Any, T]:
+def go_on(steps: Generator[Any, Any, T], waits_for: object) -> Generator[Any, Any, T]:
     """Go on with what was begun, as ``yield from`` would have from its first step."""
     while True:
         try:
             sent = yield waits_for
+        except GeneratorExit:
+            # Whoever is thrown away is closed, which what it waited for may have been before it.
+            steps.close()
+            raise
         except BaseException as error:  # noqa: BLE001 - handed on to what waits, which decides
             go_on = functools.partial(steps.throw, error)
         else:
@@ -159,20 +159,26 @@ def _rest(steps: Generator[Any, Any, T], waits_for: object) -> Generator[Any, An
 class Call(Lingering):
     """One HTTP request below Quart: its scope in convenient form, and bounded ways to read and answer."""
 
+    #: What stands in the path where the route has names; set by whoever found the route.
+    parts: Mapping[str, str] = types.MappingProxyType({})
+    started = False
+    #: Seconds for the whole call from its first wait on; ``None`` when each of its waits has a bound of its own.
+    bound_s: float | None = None
+
     def __init__(self, scope: Message, receive: Receive, send: Send, *, proxies: Sequence[str] = ()) -> None:
-        super().__init__(receive, send)
+        self._receive = receive
+        self._send = send
         self.scope = scope
         self.method: str = scope["method"]
         self.path: str = scope["path"]
-        self._raw: dict[bytes, bytes] = dict(scope["headers"])
-        self.parts: dict[str, str] = {}
-        self.started = False
+        #: The headers as they came; servers hand their names over in lower case.
+        self.raw: dict[bytes, bytes] = dict(scope["headers"])
         self._proxies = proxies
 
     @functools.cached_property
     def headers(self) -> dict[str, str]:
         """The headers, their names in lower case; of one that is there twice, the last."""
-        return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in self._raw.items()}
+        return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in self.raw.items()}
 
     @functools.cached_property
     def query(self) -> dict[str, str]:
@@ -181,22 +187,15 @@ class Call(Lingering):
         return {name: values[-1] for name, values in parse_qs(text).items()}
 
     def _header(self, name: bytes) -> str:
-        # ASGI servers hand names over in lower case.
-        return self._raw.get(name, b"").decode("latin-1")
+        return self.raw.get(name, b"").decode("latin-1")
 
     @property
     def ip_address(self) -> str:
         """The caller's address; forwarding headers are believed from configured proxies only."""
         client = self.scope.get("client")
-        if client and b"x-forwarded-for" not in self._raw:
+        if client and b"x-forwarded-for" not in self.raw:
             return str(client[0])
         return client_address(self.scope.get("client"), self._header(b"x-forwarded-for"), self._proxies)
-
-    @property
-    def credential(self) -> bytes:
-        """What stands behind `Bearer`, as it came; empty where the header is written in another way."""
-        header = self._raw.get(b"authorization", b"")
-        return header[len(BEARER) :] if header.startswith(BEARER) else b""
 
     @property
     def bearer(self) -> str:
@@ -219,9 +218,9 @@ class Call(Lingering):
 
         Raises HTTPProblem.
         """
-        if b"content-encoding" in self._raw:
+        if b"content-encoding" in self.raw:
             check_encoding(self._header(b"content-encoding"))
-        text = self._raw.get(b"content-length", b"0")
+        text = self.raw.get(b"content-length", b"0")
         if not text.isdigit() or len(text) > MOST_DIGITS or (length := int(text)) > limit:
             raise too_large(limit)
         return length
@@ -259,8 +258,18 @@ class Call(Lingering):
             try:
                 return await within(PATIENCE_S, self._whole())
             except TimeoutError:
-                raise HTTPProblem(408, f"the body was not whole within {PATIENCE_S:.0f} s") from None
+                raise too_slow(PATIENCE_S) from None
         return b"".join([chunk async for chunk in self.chunks(limit)])
+
+    def short_body(self) -> Awaitable[bytes]:
+        """Return what gives the whole body of the hottest call; a short one sets one bound for all waits of the call.
+
+        Raises HTTPProblem.
+        """
+        if 0 < self.check_body(CONTROL_BYTES) <= QUICK_BYTES:
+            self.bound_s = PATIENCE_S
+            return self._whole()
+        return self.body()
 
     async def _whole(self) -> bytes:
         body, more = b"", True
@@ -300,21 +309,23 @@ class Call(Lingering):
         """Send a record or plain data as JSON."""
         body = encode(value)
         # What answers a POST is kept by nobody who was not told to.
-        found = [JSON, (b"content-length", b"%d" % len(body))]
-        if self.method != "POST":
-            found.append(NO_STORE)
+        more = [] if self.method == "POST" else [NO_STORE]
         if headers:
-            found += _raw(headers)
-        self.started = True
+            more += _raw(headers)
+        last = {"type": "http.response.body", "body": body, "more_body": False}
         try:
-            await within(PATIENCE_S, self._both(status, found, body))
-        except (TimeoutError, OSError):
+            await within(PATIENCE_S, self.both(json_head(len(body), status, more), last))
+        except TimeoutError:
             raise Gone from None
 
-    async def _both(self, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
-        await self._send({"type": "http.response.start", "status": status, "headers": headers})
-        last = {"type": "http.response.body", "body": body, "more_body": False}
-        await (self._send(last) if self._over else self.hand_on(last))
+    async def both(self, first: Message, last: Message) -> None:
+        """Send the two messages of a whole answer; whoever awaits it bounds its time. Raises Gone."""
+        self.started = True
+        try:
+            await self._send(first)
+            await (self._send(last) if self._over else self.hand_on(last))
+        except OSError:
+            raise Gone from None
 
     async def problem(self, error: RMAError, **more: object) -> None:
         """Send an expected failure."""
@@ -324,6 +335,12 @@ class Call(Lingering):
         """Return when the client has gone; further parts of its request are thrown away."""
         while (await self.receive())["type"] != "http.disconnect":
             pass
+
+
+def json_head(length: int, status: int = 200, more: Sequence[tuple[bytes, bytes]] = ()) -> Message:
+    """Return the message that begins an answer in JSON, with ``more`` headers."""
+    headers = [JSON, (b"content-length", b"%d" % length), *more]
+    return {"type": "http.response.start", "status": status, "headers": headers}
 
 
 def _raw(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
@@ -345,6 +362,11 @@ def check_encoding(encoding: str) -> None:
     """Refuse a body with a Content-Encoding, whose size nobody knows. Raises HTTPProblem (415)."""
     if encoding.strip().lower() not in ("", "identity"):
         raise HTTPProblem(415, f"a body with Content-Encoding {encoding!r} is not taken", hints=("send it unencoded",))
+
+
+def too_slow(seconds: float) -> HTTPProblem:
+    """Return the refusal of a body that took longer than ``seconds``."""
+    return HTTPProblem(408, f"the body was not whole within {seconds:.0f} s")
 
 
 def too_large(limit: int) -> HTTPProblem:

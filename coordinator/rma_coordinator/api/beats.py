@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from rma_core.models.strict import decode
-from rma_core.models.worker import Heartbeat
+from rma_coordinator.api.asgi import json_head
+from rma_core.models.strict import decode, encode
+from rma_core.models.worker import Heartbeat, HeartbeatAnswer
 
 if TYPE_CHECKING:
+    from rma_coordinator.api.asgi import Message
     from rma_coordinator.domain.fleet import Worker
 
 
-class _Beat(Heartbeat, frozen=True, kw_only=True):
+#: Answers that are kept as they are sent: machines of the same kind to which nothing new is said get the same one.
+ANSWERS = 256
+
+
+class _Beat(Heartbeat, frozen=True, kw_only=True, gc=False):
     """A heartbeat whose containers, which are most of it and seldom change, are left as they were written."""
 
+    #: Whether it is an id at all is looked at only when it is not the one of the worker that beats.
+    worker_id: str
     containers: msgspec.Raw = msgspec.Raw(b"[]")  # type: ignore[assignment]  # it never leaves this module
 
 
@@ -32,9 +41,28 @@ def read_beat(data: bytes, worker: Worker) -> Heartbeat:
         quick = None
     # Only a hash is kept, for there are many workers; one that made its own collide would deceive nobody else.
     digest = hash(bytes(quick.containers)) if quick is not None else 0
-    if quick is not None and digest == worker.written:
-        return msgspec.structs.replace(quick, containers=worker.containers)
+    if quick is not None and digest == worker.written and quick.worker_id == worker.id:
+        # Nobody else has it yet; another one with these containers would cost as much as reading this.
+        msgspec.structs.force_setattr(quick, "containers", worker.containers)
+        return quick
     found = decode(data, Heartbeat, subject="heartbeat")
     if found.containers == worker.containers:
         worker.written = digest
     return found
+
+
+@functools.lru_cache(ANSWERS)
+def nothing_new(
+    interval_s: float,
+    generation: int,
+    tier: int | None,
+    tier_reason: str,
+    connect: bool,  # noqa: FBT001 - a key
+) -> tuple[Message, Message]:
+    """Return the answer that says only what the worker knows, as the two messages of ASGI; not to be changed."""
+    body = encode(
+        HeartbeatAnswer(
+            heartbeat_interval_s=interval_s, generation=generation, tier=tier, tier_reason=tier_reason, connect=connect
+        )
+    )
+    return json_head(len(body)), {"type": "http.response.body", "body": body, "more_body": False}

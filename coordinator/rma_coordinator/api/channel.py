@@ -124,7 +124,8 @@ async def _send_all(channel: Channel, send: Send) -> None:
         try:
             await _say(send, event, SEND_WITHIN_S)
         except Gone:
-            logger.info("%s does not read; its channel is closed", channel.worker_id)
+            about = {"action": "channel_stuck", "worker": channel.worker_id}
+            logger.info("%s does not read; its channel is closed", channel.worker_id, extra=about)
             return
 
 
@@ -154,7 +155,10 @@ class Session:
         except (RMAError, ValueError) as error:
             self.close_code = CLOSED_PROTOCOL
             logger.warning(
-                "%s broke the channel's protocol: %s", self.worker.id, error, extra={"action": "channel_protocol"}
+                "%s broke the channel's protocol: %s",
+                self.worker.id,
+                error,
+                extra={"action": "channel_protocol", "worker": self.worker.id},
             )
 
     async def _first(self, receive: Receive) -> frames.Hello:
@@ -168,6 +172,8 @@ class Session:
 
     def _hello(self, hello: frames.Hello) -> None:
         pool, worker = self.pool, self.worker
+        about = {"action": "channel_open", "worker": worker.id}
+        logger.debug("%s: its channel is open; attempts on it: %d", worker.id, len(hello.attempts), extra=about)
         pool.hub.attach(worker.id, self.channel)
         pool.fleet.touch(worker)
         for attempt in pool.dispatcher.arrived(worker.id, keeps=hello.attempts):

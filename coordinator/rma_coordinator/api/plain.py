@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rma_coordinator import enrolment
 from rma_coordinator.api.asgi import Gone
-from rma_coordinator.api.beats import read_beat
+from rma_coordinator.api.beats import nothing_new, read_beat
 from rma_coordinator.domain.tasks import LEASE_S
 from rma_coordinator.hub import Poll
 from rma_coordinator.relay import Head, Overrun
@@ -45,14 +45,21 @@ DROP = "drop it: the task goes on elsewhere or has ended"
 async def heartbeat(pool: Pool, call: Call) -> None:
     """POST /api/worker/heartbeat."""
     # A token that was seen before is not even decoded: this is the hottest call.
-    claims = pool.worker_tokens.seen(call.credential) or pool.worker_tokens.check(call.bearer)
+    claims = pool.worker_tokens.seen(call.raw.get(b"authorization", b"")) or pool.worker_tokens.check(call.bearer)
     worker = enrolment.holder(pool, claims)
-    beat = read_beat(await call.body(), worker)
+    beat = read_beat(await call.short_body(), worker)
     if worker.id != beat.worker_id:
         raise Forbidden(f"this token is {worker.id}'s, not {beat.worker_id}'s")
-    answer = pool.heartbeat(worker, beat, ip_address=call.ip_address, nonce=claims.ends_soon(pool.wall()))
+    cancel = pool.heard(worker, beat, ip_address=call.ip_address)
+    nonce, known = claims.ends_soon(pool.wall()), worker.brief
+    if cancel or nonce or beat.generation != known.generation or call.bound_s is None:
+        answer = pool.answer(worker, beat.generation, cancel=cancel, nonce=nonce)
+        pool.offers(worker)
+        await call.json(answer)
+        return
+    connect = pool.keeps_channel(worker)
     pool.offers(worker)
-    await call.json(answer)
+    await call.both(*nothing_new(pool.fleet.interval_s, known.generation, known.tier, known.tier_reason, connect))
 
 
 async def poll(pool: Pool, call: Call) -> None:

@@ -194,6 +194,7 @@ class Dispatcher:
         seat = self.seats.get(worker_id)
         if seat is not None:
             seat.reachable, seat.gone_at = False, self._clock()
+            _log_break(seat)
 
     def offers(self, worker_id: str, slots: dict[str, int], *, usable: bool) -> None:
         """A worker says what it can take; new slots start with a full quota."""
@@ -354,7 +355,8 @@ class Dispatcher:
 
     def _forgive(self, seconds: float) -> None:
         """Give everyone the time during which the coordinator itself stood still and heard nothing."""
-        logger.warning("the coordinator stood still for %.1f s; leases are extended", seconds)
+        words = "the coordinator stood still for %.1f s; leases are extended"
+        logger.warning(words, seconds, extra={"action": "stall"})
         for seat in self.seats.values():
             if seat.gone_at is not None:
                 seat.gone_at += seconds
@@ -408,6 +410,7 @@ class Dispatcher:
         if exclude if exclude is not None else (blame or state == "returned"):
             task.excluded.add(attempt.worker_id)
         task.reasons.append(f"{attempt.worker_id}: {reason}")
+        _log_lost(attempt)
         self._go_on(task, reason)
 
     def _go_on(self, task: Task, reason: str) -> None:
@@ -522,16 +525,37 @@ class Dispatcher:
             self._lose(attempt, "the worker could not be reached")
 
 
+def _log_break(seat: Seat) -> None:
+    """Say that a worker's channel broke: it comes and goes by itself, and matters when tasks are on it."""
+    count = len(seat.running)
+    words = "%s: its channel ended%s"
+    waits = f"; attempts that wait {RESUME_WITHIN_S:.0f} s for it to come back: {count}" if count else ""
+    about = {"action": "channel_down", "worker": seat.worker_id}
+    logger.log(logging.INFO if count else logging.DEBUG, words, seat.worker_id, waits, extra=about)
+
+
+def _log_lost(attempt: Attempt) -> None:
+    """Say why an attempt came to nothing, for whoever looks closer: the task's own line will tell it too."""
+    task, number, worker_id = attempt.task, attempt.number, attempt.worker_id
+    about = {"action": f"attempt_{attempt.state}", "task": task.id, "attempt": number, "worker": worker_id}
+    logger.debug("%s attempt %d on %s: %s", task.id, number, worker_id, attempt.reason, extra=about)
+
+
 def _log(task: Task) -> None:
+    """Write the one line of a task: how it ended, where, and all that stood in its way."""
     attempt = task.attempt
     seconds = (task.ended_at or 0) - task.created_at
-    logger.info(
+    about: dict[str, object] = {"action": f"task_{task.state}", "task": task.id, "service": task.service}
+    if attempt:
+        about |= {"attempt": attempt.number, "worker": attempt.worker_id}
+    logger.log(
+        logging.WARNING if task.state == "failed" else logging.INFO,
         "%s %s %s in %.2f s%s%s",
         task.id,
         task.service,
         task.state,
         seconds,
-        f" on {attempt.worker_id}" if attempt else "",
+        f" on {attempt.worker_id}, attempt {attempt.number}" if attempt else "",
         f": {'; '.join(task.reasons)}" if task.reasons else "",
-        extra={"action": f"task_{task.state}", "task": task.id, "worker": attempt.worker_id if attempt else None},
+        extra=about | {"seconds": round(seconds, 3), "key": task.key_id.removeprefix("key:")},
     )

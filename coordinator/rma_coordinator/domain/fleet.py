@@ -158,6 +158,8 @@ class Fleet:
         self._clock = clock
         self._wall = wall
         self._least_s = interval_s
+        #: Seconds between heartbeats: longer for a large fleet, so that the coordinator is never flooded.
+        self.interval_s = interval_s
         self._beats_per_s = beats_per_s
         now = clock()
         self.workers: dict[str, Worker] = {}
@@ -175,11 +177,10 @@ class Fleet:
         for record in records:
             worker = self.workers[record.worker_id] = Worker(record, now=self.started_at)
             self.recount(worker)
+        self._pace()
 
-    @property
-    def interval_s(self) -> float:
-        """Seconds between heartbeats: longer for a large fleet, so that the coordinator is never flooded."""
-        return max(self._least_s, len(self.workers) / self._beats_per_s)
+    def _pace(self) -> None:
+        self.interval_s = max(self._least_s, len(self.workers) / self._beats_per_s)
 
     def get(self, worker_id: str) -> Worker:
         """Return one worker. Raises NotFound."""
@@ -207,6 +208,7 @@ class Fleet:
         worker = self.workers.get(record.worker_id)
         if worker is None:
             worker = self.workers[record.worker_id] = Worker(record, now=self._clock())
+            self._pace()
         worker.record = record
         worker.ip_address = same(ip_address)
         worker.draining = False
@@ -217,16 +219,17 @@ class Fleet:
 
     def beat(self, worker: Worker, heartbeat: Heartbeat, *, ip_address: str) -> None:
         """Take a heartbeat in."""
-        said = (heartbeat.status, heartbeat.reason)
-        if worker.said != said:
-            worker.said = same(said)
+        status, reason = worker.said
+        if status != heartbeat.status or reason != heartbeat.reason:
+            worker.said = same((heartbeat.status, heartbeat.reason))
         worker.current_load = heartbeat.current_load
-        if worker.containers != heartbeat.containers:
+        if worker.containers is not heartbeat.containers and worker.containers != heartbeat.containers:
             # What was counted from them is known by their identity.
             worker.containers = same(heartbeat.containers)
             worker.written = 0
         worker.draining = heartbeat.draining
-        worker.ip_address = same(ip_address)
+        if worker.ip_address != ip_address:
+            worker.ip_address = same(ip_address)
         self._seen(worker)
 
     def touch(self, worker: Worker) -> None:

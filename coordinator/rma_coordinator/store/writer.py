@@ -120,9 +120,10 @@ class Writer:
         if connection is not None and self.state.ok:
             try:
                 connection.close()
-            except apsw.Error:
+            except apsw.Error as error:
                 # Nothing is lost: the log has everything, and the next start reads it.
-                logger.warning("%s was not closed in order", self.options.path, exc_info=True)
+                words = "%s was not closed in order (%s); the next start reads what is beside it"
+                logger.warning(words, self.options.path, error, extra={"action": "store_unclean"})
         elif connection is not None:
             layout.let_go(connection)
         lock, self._lock = self._lock, None
