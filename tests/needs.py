@@ -164,6 +164,11 @@ def _openapi() -> str | None:
     return "the validator of OpenAPI documents is not installed; pip install openapi-spec-validator"
 
 
+def _llama() -> str | None:
+    missing = [name for name in ("xllamacpp", "gguf", "rma_llama_cpp") if not importlib.util.find_spec(name)]
+    return f"{', '.join(missing)} not installed; pip install -r requirements-dev.txt" if missing else None
+
+
 def _mount() -> str | None:
     if not hasattr(os, "geteuid") or os.geteuid() != 0:
         return "mounting a small file system needs root on Linux"
@@ -198,6 +203,7 @@ CHECKS: dict[str, Callable[[], str | None]] = {
     "debootstrap": _debootstrap,
     "docker": _docker,
     "gcc": _gcc,
+    "llama": _llama,
     "mount": _mount,
     "netns": _netns,
     "nginx": _nginx,

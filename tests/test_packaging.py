@@ -29,6 +29,7 @@ PLUGINS = {
 FOLDERS = {
     "rma-core": ".",
     "rma-coordinator": "coordinator",
+    "rma-llama-cpp": "containers/llama-cpp",
     "rma-notes": "containers/notes",
     "rma-ocr": "containers/ocr",
     **{name: folder for name, (folder, _, _) in PLUGINS.items()},

@@ -20,6 +20,9 @@ Generation = Annotated[int, Meta(ge=0, le=2**53)]
 HeaderPair = tuple[Annotated[str, Meta(max_length=256)], Annotated[str, Meta(max_length=8192)]]
 Headers = Annotated[tuple[HeaderPair, ...], Meta(max_length=64)]
 
+#: What a model goes by: `llama3.1:8b`, `org/name`, a file's name; no spaces, nothing that would confuse a log.
+ModelName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,199}$")]
+
 WorkerStatus = Literal["healthy", "degraded", "offline"]
 ContainerState = Literal[
     "pending", "pulling", "starting", "healthy", "unhealthy", "backoff", "failed", "refused", "stopping"
@@ -28,6 +31,8 @@ Fault = Literal["worker", "service", "request", "owner", "coordinator"]
 
 #: Bodies up to here travel on the channel or inside a poll's answer; larger ones take an HTTP request of their own.
 INLINE_BODY_BYTES = 256 * 1024
+#: The runtime of what already ran on the machine, and whose owner shares it.
+ATTACHED = "attached"
 
 
 class RuntimeReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,8 +79,20 @@ class Assignment(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     trusted: bool = True
 
 
+class ModelStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One model that a service can answer with; ``context`` in tokens, 0 where it is not known."""
+
+    name: ModelName
+    state: Literal["loaded", "loading", "cold"] = "loaded"
+    context: Annotated[int, Meta(ge=0, le=2**31)] = 0
+
+
 class ContainerStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One container as it stands on the worker; ``progress`` is 0..1 while pulling, when the size is known."""
+    """One container as it stands on the worker; ``progress`` is 0..1 while pulling, when the size is known.
+
+    What the owner attached has the runtime ATTACHED: nobody assigned it, and it stands outside tiers. A service that
+    answers with models lists them.
+    """
 
     name: ContainerName
     service: ServiceName
@@ -87,6 +104,7 @@ class ContainerStatus(msgspec.Struct, frozen=True, kw_only=True):
     slots: Annotated[int, Meta(ge=0, le=1024)] = 1
     restarts: Annotated[int, Meta(ge=0)] = 0
     progress: Load | None = None
+    models: Annotated[tuple[ModelStatus, ...], Meta(max_length=64)] = ()
 
 
 class AttemptRef(msgspec.Struct, frozen=True, kw_only=True):
@@ -184,6 +202,8 @@ class TaskOffer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     attempt: Attempt
     lease_id: LeaseId
     service: ServiceName
+    #: With which of the service's models, where it has several.
+    model: ModelName | Literal[""] = ""
     method: Annotated[str, Meta(pattern=r"^[A-Z]{3,7}$")]
     path: Annotated[str, Meta(max_length=4096)]
     headers: Headers = ()

@@ -1,0 +1,219 @@
+"""Real model servers for tests: the service `llm` with tiny models, as processes that can be asked, left and killed."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import psutil
+
+from tests import tiny_model
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
+
+#: Seconds until anything that is waited for has happened.
+PATIENCE_S = 30.0
+#: Tokens a server of `serving` gives each slot unless told otherwise.
+CONTEXT = 2048
+
+
+class Reply(NamedTuple):
+    """A whole response; ``body`` is its JSON."""
+
+    status: int
+    headers: dict[str, str]
+    body: Any
+
+
+class ModelServer(NamedTuple):
+    """One running service: ``endpoint`` as a runtime gives it, ``log`` the file of all it said."""
+
+    process: subprocess.Popen[bytes]
+    endpoint: str
+    model: str
+    log: Path
+
+    def connect(self) -> http.client.HTTPConnection:
+        """Return a connection, on which nothing was asked yet."""
+        return connect(self.endpoint)
+
+    def send(self, path: str, body: object, **headers: str) -> http.client.HTTPConnection:
+        """Send a request and leave its answer to be read; closing the connection is leaving."""
+        connection = self.connect()
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        connection.request("POST", path, data, {"Content-Type": "application/json", **named})
+        return connection
+
+    def post(self, path: str, body: object, **headers: str) -> Reply:
+        """Ask, and read the whole answer."""
+        with contextlib.closing(self.send(path, body, **headers)) as connection:
+            return _reply(connection)
+
+    def get(self, path: str, method: str = "GET") -> Reply:
+        """Ask for something without a body."""
+        with contextlib.closing(self.connect()) as connection:
+            connection.request(method, path)
+            return _reply(connection)
+
+    def chat(self, said: str, *, begin: str = "", max_tokens: int = 40, **options: object) -> dict[str, Any]:
+        """Return a request for a chat at temperature 0, which goes on from ``begin``."""
+        messages = [{"role": "user", "content": said}, *([{"role": "assistant", "content": begin}] if begin else [])]
+        return {"model": self.model, "messages": messages, "max_tokens": max_tokens, "temperature": 0, **options}
+
+    def text(self, said: str, **options: Any) -> str:
+        """Return what the model answers, whole."""
+        reply = self.post("/v1/chat/completions", self.chat(said, **options))
+        assert reply.status == 200, reply.body
+        return str(reply.body["choices"][0]["message"]["content"])
+
+    def stream(self, said: str, **options: Any) -> Iterator[str]:
+        """Give the pieces of an answer as they come; ends without error only behind the end marker."""
+        connection = self.send("/v1/chat/completions", self.chat(said, stream=True, **options))
+        with contextlib.closing(connection):
+            for data in events(connection.getresponse()):
+                for choice in data["choices"]:
+                    yield choice["delta"].get("content") or ""
+
+    def busy(self) -> int:
+        """Return how many slots are at work."""
+        return sum(slot["is_processing"] for slot in self.get("/slots").body)
+
+    def engines(self) -> list[psutil.Process]:
+        """Return the processes that hold a model."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            children = psutil.Process(self.process.pid).children(recursive=True)
+            return [child for child in children if "rma_llama_cpp.engine" in " ".join(child.cmdline())]
+        return []
+
+    def kill_engine(self) -> None:
+        """Kill the process that holds the model, as if memory had run out."""
+        for engine in self.engines():
+            engine.send_signal(signal.SIGKILL)
+
+    def said(self) -> str:
+        """Return all it wrote so far."""
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=PATIENCE_S)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(PATIENCE_S)
+        self.sock.connect(self._path)
+
+
+def connect(endpoint: str) -> http.client.HTTPConnection:
+    """Return a connection to an endpoint as a runtime names it."""
+    if endpoint.startswith("unix:"):
+        return _UnixConnection(endpoint.removeprefix("unix:"))
+    return http.client.HTTPConnection(endpoint.removeprefix("http://"), timeout=PATIENCE_S)
+
+
+def _reply(connection: http.client.HTTPConnection) -> Reply:
+    response = connection.getresponse()
+    return Reply(response.status, {k.lower(): v for k, v in response.headers.items()}, json.loads(response.read()))
+
+
+def events(response: http.client.HTTPResponse) -> Iterator[Any]:
+    """Give the events of a stream; raises EOFError when it ends without its end marker."""
+    assert response.status == 200, response.read()
+    with contextlib.suppress(http.client.IncompleteRead, ConnectionError):
+        while line := response.readline():
+            if line.strip() == b"data: [DONE]":
+                return
+            if line.startswith(b"data:"):
+                yield json.loads(line[5:])
+    raise EOFError("the stream has no end")
+
+
+def until(condition: Callable[[], object], *, what: str, patience_s: float = PATIENCE_S) -> None:
+    """Wait until the condition holds; fails when it does not in time."""
+    end = time.monotonic() + patience_s
+    while not condition():
+        assert time.monotonic() < end, f"waited in vain: {what}"
+        time.sleep(0.02)
+
+
+def start(
+    folder: Path, file: Path, *, model: str = "tiny", unix: bool = False, env: Mapping[str, str] | None = None
+) -> ModelServer:
+    """Start the service for ``file``, with its log and its socket in ``folder``; waits for nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if unix:
+        path = folder / "s"
+        endpoint, where = f"unix:{path}", ["--uds", str(path)]
+    else:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        endpoint, where = f"http://127.0.0.1:{port}", ["--host", "127.0.0.1", "--port", port]
+    told = {
+        "MODEL": model,
+        "MODEL_FILE": str(file),
+        "CONTEXT": str(CONTEXT),
+        "SLOTS": "2",
+        "TMPDIR": str(folder),
+        **(env or {}),
+    }
+    log = folder / "log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-u", "-m", "rma_llama_cpp", *where],
+            env={**os.environ, **told}, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+        )  # fmt: skip
+    return ModelServer(process, endpoint, model, log)
+
+
+def is_ready(server: ModelServer) -> bool:
+    """Whether the model is loaded; fails where the service has ended."""
+    assert server.process.poll() is None, server.said()
+    with contextlib.suppress(OSError):
+        return server.get("/health").status == 200
+    return False
+
+
+def stop(server: ModelServer) -> None:
+    """End the service with all it started, whatever state it is in."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        engines = server.engines()
+        server.process.terminate()
+        try:
+            server.process.wait(PATIENCE_S)
+        finally:
+            server.process.kill()
+            for engine in engines:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    engine.kill()
+
+
+@contextlib.contextmanager
+def serving(
+    folder: Path, *, count: int = 1, file: Path | None = None, unix: bool = False, model: str = "tiny",
+    env: Mapping[str, str] | None = None,
+) -> Iterator[list[ModelServer]]:  # fmt: skip
+    """Start ``count`` servers of one file (a new tiny chat model where none is named), and wait until all are ready."""
+    folder.mkdir(parents=True, exist_ok=True)
+    served = file or tiny_model.write_chat_model(folder / "chat.gguf")
+    servers = [start(folder / str(n), served, unix=unix, model=model, env=env) for n in range(count)]
+    try:
+        for server in servers:
+            until(lambda server=server: is_ready(server), what="the model is loaded")  # type: ignore[misc]  # bound now
+        yield servers
+    finally:
+        for server in servers:
+            stop(server)
