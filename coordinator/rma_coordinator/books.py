@@ -129,6 +129,7 @@ class Books:
         task = Task(
             task_id=record.task_id,
             service=record.service,
+            model=record.model,
             method=record.method,
             path=record.path,
             headers=record.headers,
@@ -515,6 +516,7 @@ class Books:
         return TaskRecord(
             task_id=task.id,
             service=task.service,
+            model=task.model,
             method=task.method,
             path=task.path,
             headers=task.headers,

@@ -57,6 +57,7 @@ def make_offer(attempt: Attempt, relay: Relay, *, inline: bool, now: float) -> T
         attempt=attempt.number,
         lease_id=attempt.lease_id,
         service=task.service,
+        model=task.model,
         method=task.method,
         path=task.path,
         headers=task.headers,

@@ -15,13 +15,14 @@ from rma_coordinator import tokens
 from rma_coordinator.books import Books
 from rma_coordinator.domain.credentials import SCOPES, JoinTokenRecord, KeyRecord, Nonces, Principal
 from rma_coordinator.domain.dispatch import Dispatcher
-from rma_coordinator.domain.fleet import SWEEP_S, Fleet, Worker, WorkerRecord
+from rma_coordinator.domain.fleet import ATTACHABLE, SWEEP_S, Fleet, Worker, WorkerRecord
 from rma_coordinator.domain.keyring import Keyring
+from rma_coordinator.domain.models import ModelRecord, Models
 from rma_coordinator.domain.placement import place
 from rma_coordinator.hub import Hub
 from rma_coordinator.relay import Relay
 from rma_coordinator.spool import Spools
-from rma_coordinator.store import Put, StoreFailed
+from rma_coordinator.store import Delete, Put, StoreFailed
 from rma_core.errors import NotFound, RMAError, SettingProblem, TryLater
 from rma_core.interfaces import PolicyInput, TierDecision
 from rma_core.models.worker import HeartbeatAnswer
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
     from pathlib import Path
 
+    from rma_coordinator.domain.models import ModelView
     from rma_coordinator.domain.placement import Placement
     from rma_coordinator.domain.records import LedgerEntry
     from rma_coordinator.domain.tasks import Attempt, Task
@@ -51,6 +53,8 @@ KEPT_BACKUPS = 7
 CHANNELS_LOW = 0.9
 #: Workers with room that each service keeps reachable while others are parked.
 SPARE_SEATS = 8
+#: Models that a client is told of when it names another.
+SHOWN_MODELS = 20
 #: Counters that only heartbeats and finished tasks move are written at most this often.
 FLUSH_S = 10.0
 #: Workers' records that are whole in memory at a time, 10 KB each, when many are read or written.
@@ -114,6 +118,7 @@ class Pool:
             total_memory_bytes=settings.memory_bodies_bytes,
             disk_bytes=settings.spool_bytes,
         )
+        self.seen_models = Models(wall=wall)
         self.books = Books(
             store=store,
             spools=self.spools,
@@ -179,6 +184,7 @@ class Pool:
         )
         async for records in self.store.pages(WorkerRecord, FLUSHED_AT_ONCE):
             self.fleet.restore(records)
+        self.seen_models.restore(await self.store.load(ModelRecord))
         await self.books.open(self.record.starts)
         completed = self.books.completed()
         for worker in self.fleet.workers.values():
@@ -248,11 +254,20 @@ class Pool:
                 workers = [self.fleet.workers[one] for one in some if one in self.fleet.workers]
                 await self.store.commit([Put(worker.id, self._seen(worker)) for worker in workers])
                 changed.difference_update(some)
+            await self._write_models()
         except BaseException as error:
             self.fleet.changed |= changed
             if not isinstance(error, RMAError):
                 raise
             logger.debug("%s; it is tried again", error)
+
+    async def _write_models(self) -> None:
+        models = self.seen_models
+        changed, gone = set(models.changed), set(models.gone)
+        puts = [Put(name, record) for name in changed if (record := models.record(name))]
+        await self.store.commit([*puts, *(Delete(ModelRecord, name) for name in gone)])
+        models.changed -= changed
+        models.gone -= gone
 
     def _seen(self, worker: Worker) -> WorkerRecord:
         worker.record = record = msgspec.structs.replace(worker.record, last_seen_at=self.fleet.last_seen(worker))
@@ -470,11 +485,26 @@ class Pool:
 
         Only services that it was assigned count: nobody draws other requests to a machine by claiming to serve them.
         """
-        offered, usable = worker.offered(slots), worker.usable
+        offered, models, usable = worker.offered(slots), worker.models, worker.usable
         seat = self.dispatcher.seats.get(worker.id)
         # Most heartbeats change nothing, and what waits is looked at every TICK_S anyway.
-        if seat is None or seat.slots is not offered or seat.usable != usable:
-            self.dispatcher.offers(worker.id, offered, usable=usable)
+        if seat is None or seat.slots is not offered or seat.models is not models or seat.usable != usable:
+            if models:
+                self.seen_models.note(worker.containers)
+            self.dispatcher.offers(worker.id, offered, models=models, usable=usable)
+
+    def models(self) -> dict[str, ModelView]:
+        """Return the pool's models by name: what can be asked for now, then what was there before."""
+        return self.seen_models.view(self.fleet.workers.values())
+
+    def check_model(self, model: str) -> None:
+        """Raise NotFound for a model that nobody ever had, TryLater for one that nobody offers now."""
+        if self.dispatcher.can_serve(ATTACHABLE, model):
+            return
+        if model in self.seen_models:
+            raise TryLater(f"the pool has the model {model!r}, but no worker offers it now", retry_after_s=30)
+        known = ", ".join(sorted(self.seen_models.newest(SHOWN_MODELS))) or "none yet"
+        raise NotFound(f"this pool has no model {model!r}", hints=(f"it has or had: {known}",))
 
     def unregister(self, worker: Worker) -> None:
         """A worker says goodbye: its tasks go to others at once, its key stays known."""

@@ -12,12 +12,12 @@ import logging
 from collections import OrderedDict, deque
 from typing import TYPE_CHECKING, Protocol
 
-from rma_coordinator.domain.tasks import BLAMED, LEASE_S, Attempt, Seat, Task
+from rma_coordinator.domain.tasks import BLAMED, LEASE_S, NO_MODELS, Attempt, Seat, Task
 from rma_core.errors import NotFound, TryLater
 from rma_core.models.channel import ACCEPT_WITHIN_S, RESUME_WITHIN_S
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
+    from collections.abc import Callable, Collection, Iterator, Mapping
 
     from rma_coordinator.domain.tasks import AttemptState, TaskState
     from rma_core.models.worker import AttemptRef, Fault
@@ -101,15 +101,15 @@ class Dispatcher:
         if not task.durable:
             self.check_room()
         self.tasks[task.id] = task
-        self._queues.setdefault(task.service, deque()).append(task)
-        self._match(task.service)
+        self._queues.setdefault(task.lane, deque()).append(task)
+        self._match(task.lane)
 
     def restore(self, task: Task, given: Attempt | None) -> None:
         """Take a durable task up again after the coordinator's restart; ``given`` is the attempt that may still run."""
         self.tasks[task.id] = task
         task.excluded |= {attempt.worker_id for attempt in task.attempts if attempt.state in ("failed", "returned")}
         if given is None:
-            self._queues.setdefault(task.service, deque()).append(task)
+            self._queues.setdefault(task.lane, deque()).append(task)
             return
         given.state, given.restored = "running", True
         task.state, task.holder = "running", given
@@ -196,12 +196,19 @@ class Dispatcher:
             seat.reachable, seat.gone_at = False, self._clock()
             _log_break(seat)
 
-    def offers(self, worker_id: str, slots: dict[str, int], *, usable: bool) -> None:
+    def offers(
+        self,
+        worker_id: str,
+        slots: dict[str, int],
+        *,
+        usable: bool,
+        models: Mapping[str, frozenset[str]] = NO_MODELS,
+    ) -> None:
         """A worker says what it can take; new slots start with a full quota."""
         seat = self.seat(worker_id)
         seat.usable = usable
-        # Not copied: workers with the same services share it.
-        seat.slots = slots
+        # Not copied: workers with the same services share them.
+        seat.slots, seat.models = slots, models
         if seat.quota:
             seat.quota = {name: quota for name, quota in seat.quota.items() if name in slots}
         self._match_all()
@@ -214,9 +221,10 @@ class Dispatcher:
         for attempt in list(seat.running.values()):
             self._lose(attempt, reason, blame=blame and attempt.state == "running")
 
-    def can_serve(self, service: str, *, besides: Collection[str] = ()) -> bool:
-        """Say whether any worker that may be given work offers the service now."""
-        return any(s.usable and s.slots.get(service, 0) > 0 and s.worker_id not in besides for s in self.seats.values())
+    def can_serve(self, service: str, model: str = "", *, besides: Collection[str] = ()) -> bool:
+        """Say whether any worker that may be given work offers the service now, with the model where one is named."""
+        seats = self.seats.values()
+        return any(seat.usable and seat.offers(service, model) and seat.worker_id not in besides for seat in seats)
 
     def spare(self) -> dict[str, int]:
         """Return for each service how many reachable workers have room for it; none while its tasks wait."""
@@ -225,7 +233,8 @@ class Dispatcher:
             if seat.usable and seat.reachable:
                 for service in seat.slots:
                     counts[service] = counts.get(service, 0) + (seat.room(service) > 0)
-        return {service: 0 if self._queues.get(service) else count for service, count in counts.items()}
+        waiting = {queue[0].service for queue in self._queues.values() if queue}
+        return {service: 0 if service in waiting else count for service, count in counts.items()}
 
     # -- attempts ----------------------------------------------------------------------------------------------
 
@@ -350,6 +359,8 @@ class Dispatcher:
             what = "no worker was free" if task.state == "queued" else "no whole answer"
             self._close(task, "failed", f"{what} within {task.deadline - task.created_at:.0f} s")
         self._match_all()
+        # Clients name the models: what they named once must not be kept for ever.
+        self._queues = {lane: queue for lane, queue in self._queues.items() if queue}
 
     # -- inside ------------------------------------------------------------------------------------------------
 
@@ -422,13 +433,13 @@ class Dispatcher:
             self._close(task, "failed", f"the answer broke off: {reason}")
         elif len(blamed) >= MAX_BLAMED or tried >= MAX_ATTEMPTS:
             self._close(task, "failed", f"given up after {len(task.attempts)} attempts")
-        elif not patient and not self.can_serve(task.service, besides=task.excluded):
-            self._close(task, "failed", f"no other worker offers {task.service}")
+        elif not patient and not self.can_serve(task.service, task.model, besides=task.excluded):
+            self._close(task, "failed", f"no other worker offers {task.lane}")
         else:
             task.state = "queued"
             self._effects.restarted(task)
-            self._queues.setdefault(task.service, deque()).appendleft(task)
-            self._match(task.service)
+            self._queues.setdefault(task.lane, deque()).appendleft(task)
+            self._match_service(task.service)
 
     def _end(self, attempt: Attempt, state: AttemptState, reason: str) -> None:
         attempt.state, attempt.reason, attempt.ended_at = state, reason, self._clock()
@@ -442,7 +453,7 @@ class Dispatcher:
         return next((attempt for attempt in attempts if attempt.belongs(number, lease_id, worker_id)), None)
 
     def _unqueue(self, task: Task) -> None:
-        queue = self._queues.get(task.service)
+        queue = self._queues.get(task.lane)
         if queue and task.state == "queued" and task in queue:
             queue.remove(task)
 
@@ -462,7 +473,7 @@ class Dispatcher:
             self._effects.closing(task)
         else:
             self._finish(task, state)
-        self._match(task.service)
+        self._match_service(task.service)
 
     def _finish(self, task: Task, state: TaskState) -> None:
         """Record the end of a task and tell everyone."""
@@ -479,12 +490,20 @@ class Dispatcher:
         self._effects.finished(task)
 
     def _match_all(self) -> None:
-        for service in [name for name, queue in self._queues.items() if queue]:
-            self._match(service)
+        for lane in list(self._queues):
+            self._match(lane)
 
-    def _match(self, service: str) -> None:
+    def _match_service(self, service: str) -> None:
+        """A slot of a service came free: whatever model waits, it is one for all of them."""
+        waiting = [queue[0] for queue in self._queues.values() if queue and queue[0].service == service]
+        for task in sorted(waiting, key=lambda task: task.created_at):
+            self._match(task.lane)
+
+    def _match(self, lane: str) -> None:
         """Give waiting tasks to free workers, oldest task first, freest worker first."""
-        queue = self._queues.get(service)
+        queue = self._queues.get(lane)
+        if queue is None:
+            return
         waiting: list[Task] = []
         while queue:
             task = queue.popleft()
@@ -496,8 +515,7 @@ class Dispatcher:
             # A task that no worker is barred from shows that nobody has room: the rest need not be tried.
             if not task.excluded:
                 break
-        if queue is not None:
-            queue.extendleft(reversed(waiting))
+        queue.extendleft(reversed(waiting))
 
     def _best(self, task: Task) -> Seat | None:
         tried, now = {attempt.worker_id for attempt in task.attempts}, self._clock()
@@ -508,6 +526,7 @@ class Dispatcher:
             and seat.reachable
             and seat.full_until <= now
             and seat.worker_id not in task.excluded
+            and seat.offers(task.service, task.model)
             and (room := seat.room(task.service)) > 0
             and self._effects.ready(seat.worker_id)
         ]
@@ -546,13 +565,15 @@ def _log(task: Task) -> None:
     attempt = task.attempt
     seconds = (task.ended_at or 0) - task.created_at
     about: dict[str, object] = {"action": f"task_{task.state}", "task": task.id, "service": task.service}
+    if task.model:
+        about["model"] = task.model
     if attempt:
         about |= {"attempt": attempt.number, "worker": attempt.worker_id}
     logger.log(
         logging.WARNING if task.state == "failed" else logging.INFO,
         "%s %s %s in %.2f s%s%s",
         task.id,
-        task.service,
+        task.lane,
         task.state,
         seconds,
         f" on {attempt.worker_id}, attempt {attempt.number}" if attempt else "",

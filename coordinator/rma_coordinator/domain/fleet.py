@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from rma_coordinator.domain.tasks import NO_MODELS
 from rma_coordinator.domain.worker_records import SHARED, Press, WorkerRecord, brief, same
 from rma_core.errors import NotFound
+from rma_core.models.worker import ATTACHED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -37,6 +39,11 @@ SWEEP_S = 2.0
 STALL_S = 5.0
 #: When a third of at least ten workers falls silent within a minute, the fault is probably ours.
 MASS_SHARE, MASS_LEAST, MASS_WITHIN_S = 1 / 3, 10, 60.0
+
+
+#: The service that owners may attach servers for, outside tiers, and the most slots that one machine may bring so.
+ATTACHABLE = "llm"
+MOST_ATTACHED = 64
 
 
 class Worker:
@@ -111,20 +118,44 @@ class Worker:
     def offered(self, said: Mapping[str, int] | None = None) -> dict[str, int]:
         """Return the slots it offers: those it says, else those of its healthy containers; not to be changed.
 
-        Never more than it was assigned: who claims a thousand slots would be given all there is.
+        Never more than it was assigned, or than an owner may attach: who claims a thousand slots would be given all
+        there is.
         """
         assignment = self.brief.assignment
         if said is not None:
-            return _within(said, assignment)
+            return _within(said, assignment, self.containers)
         known = self.slots
         if known[0] is not self.containers or known[1] is not assignment:
             healthy = [one for one in self.containers if one.state == "healthy"]
-            known = self.slots = (self.containers, assignment, _within(_count(healthy), assignment))
+            known = self.slots = (self.containers, assignment, _within(_count(healthy), assignment, self.containers))
         return known[2]
 
+    @property
+    def models(self) -> Mapping[str, frozenset[str]]:
+        """The models of each healthy service that has any; not to be changed."""
+        # Most workers have none, and hashing what a worker runs costs more than looking.
+        if any(one.models for one in self.containers):
+            return _models(self.containers)
+        return NO_MODELS
 
-def _within(slots: Mapping[str, int], assignment: Iterable[Assignment]) -> dict[str, int]:
-    return _least(tuple(slots.items()), tuple(_count(assignment).items()))
+
+def _within(
+    slots: Mapping[str, int], assignment: Iterable[Assignment], containers: Iterable[ContainerStatus]
+) -> dict[str, int]:
+    limits = _count(assignment)
+    attached = sum(one.slots for one in containers if one.runtime == ATTACHED and one.service == ATTACHABLE)
+    if attached:
+        limits[ATTACHABLE] = limits.get(ATTACHABLE, 0) + min(attached, MOST_ATTACHED)
+    return _least(tuple(slots.items()), tuple(limits.items()))
+
+
+@functools.lru_cache(SHARED)
+def _models(containers: tuple[ContainerStatus, ...]) -> Mapping[str, frozenset[str]]:
+    found: dict[str, set[str]] = {}
+    for one in containers:
+        if one.state == "healthy" and one.models:
+            found.setdefault(one.service, set()).update(model.name for model in one.models)
+    return {service: frozenset(names) for service, names in found.items()}
 
 
 @functools.lru_cache(SHARED)

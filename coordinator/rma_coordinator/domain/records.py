@@ -38,6 +38,7 @@ class TaskRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     created_at: float
     timeout_s: float
     epoch: int
+    model: str = ""
     body_bytes: int = 0
     first_byte_s: float | None = None
     gap_s: float = 60.0

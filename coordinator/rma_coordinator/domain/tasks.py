@@ -103,7 +103,9 @@ class Task:
         "http_status",
         "id",
         "key_id",
+        "lane",
         "method",
+        "model",
         "path",
         "reasons",
         "service",
@@ -122,6 +124,7 @@ class Task:
         key_id: str,
         now: float,
         timeout_s: float,
+        model: str = "",
         task_id: str = "",
         durable: bool = False,
         base: int = 0,
@@ -130,6 +133,10 @@ class Task:
     ) -> None:
         self.id = task_id or new_task_id()
         self.service = service
+        #: Which of the service's models answers; empty where it has none.
+        self.model = model
+        #: What it waits for: a place at the service, with the model.
+        self.lane = f"{service} {model}" if model else service
         self.method = method
         self.path = path
         self.headers = headers
@@ -192,16 +199,31 @@ def new_task_id() -> str:
 
 #: What a worker's quota is until it fails: shared, for there are many workers, and so never changed in place.
 NO_QUOTA: Mapping[str, int] = MappingProxyType({})
+#: What a worker's models are that has none.
+NO_MODELS: Mapping[str, frozenset[str]] = MappingProxyType({})
 
 
 class Seat:
     """A worker as dispatch sees it: slots per service, what it runs, and whether it can be reached."""
 
-    __slots__ = ("full_until", "gone_at", "last_given", "quota", "reachable", "running", "slots", "usable", "worker_id")
+    __slots__ = (
+        "full_until",
+        "gone_at",
+        "last_given",
+        "models",
+        "quota",
+        "reachable",
+        "running",
+        "slots",
+        "usable",
+        "worker_id",
+    )
 
     def __init__(self, worker_id: str) -> None:
         self.worker_id = worker_id
         self.slots: dict[str, int] = {}
+        #: The models of each service that has any.
+        self.models = NO_MODELS
         #: Slots it is given at most; halved by each failure, doubled by each success, never below one.
         self.quota = NO_QUOTA
         self.running: dict[str, Attempt] = {}
@@ -211,6 +233,10 @@ class Seat:
         #: It had no room for what it was given, and is given nothing until then.
         self.full_until = 0.0
         self.last_given = 0.0
+
+    def offers(self, service: str, model: str) -> bool:
+        """Say whether it has slots for a service, with a model where one is named."""
+        return self.slots.get(service, 0) > 0 and (not model or model in self.models.get(service, ()))
 
     def room(self, service: str) -> int:
         """Return how many more attempts of a service it may be given now."""

@@ -1,0 +1,162 @@
+"""The pool's models: requests meet workers that have them, and one that is away is told from one never seen."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from rma_coordinator.domain.models import MOST_MODELS, REMEMBERED_S, ModelRecord, Models, ModelView
+from rma_coordinator.domain.tasks import Task
+from rma_core.errors import NotFound, TryLater
+from rma_core.models import channel as frames
+from rma_core.models.worker import ATTACHED, ContainerState, ContainerStatus, Heartbeat, ModelStatus
+from tests.coordinator_fixtures import Line, Running, running, soon, until
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def attached(*models: str | ModelStatus, slots: int = 1, state: ContainerState = "healthy") -> ContainerStatus:
+    found = tuple(ModelStatus(name=one) if isinstance(one, str) else one for one in models)
+    return ContainerStatus(
+        name="attached-8081", service="llm", state=state, runtime=ATTACHED, isolated=False, slots=slots, models=found
+    )
+
+
+async def shares(pool: Running, line: Line, *containers: ContainerStatus) -> None:
+    """Say by the channel what a worker shares, and wait until the coordinator knows."""
+    slots = {"llm": sum(one.slots for one in containers)}
+    await line.say(frames.Beat(beat=Heartbeat(worker_id=line.id, containers=containers), slots=slots))
+    await until(lambda: pool.pool.fleet.get(line.id).containers == containers)
+
+
+def ask(pool: Running, model: str) -> Task:
+    """Submit a request for a model; its answer is nobody's."""
+    task = Task(
+        service="llm", model=model, method="POST", path="/v1/chat/completions", headers=(), body_bytes=0,
+        key_id="key:1", now=pool.pool.clock(), timeout_s=60,
+    )  # fmt: skip
+    pool.pool.submit(task, pool.pool.spools.make())
+    return task
+
+
+async def test_a_request_goes_to_the_worker_that_has_its_model(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool, pool.worker(slots=0) as one, pool.worker(slots=0) as other:
+        await shares(pool, one, attached("small", slots=4))
+        await shares(pool, other, attached("large", slots=1))
+        tasks = [ask(pool, "large"), ask(pool, "large"), ask(pool, "small")]
+        offers = [await soon(other.frame(frames.Task)), await soon(one.frame(frames.Task))]
+        assert [(frame.offer.task_id, frame.offer.model) for frame in offers] == [
+            (tasks[0].id, "large"),
+            (tasks[2].id, "small"),
+        ]
+        assert tasks[1].state == "queued", "the other worker has room, but not the model"
+        await shares(pool, one, attached("small", "large", slots=4))
+        assert (await soon(one.frame(frames.Task))).offer.task_id == tasks[1].id
+
+
+async def test_a_model_that_a_worker_does_not_have_any_more_is_not_asked_of_it(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool, pool.worker(slots=0) as line:
+        await shares(pool, line, attached("small"))
+        pool.pool.check_model("small")
+        await shares(pool, line, attached("small", state="unhealthy"))
+        with pytest.raises(TryLater, match="no worker offers it now"):
+            pool.pool.check_model("small")
+        with pytest.raises(NotFound, match="no model 'large'") as refused:
+            pool.pool.check_model("large")
+        assert refused.value.hints == ("it has or had: small",)
+
+
+async def test_a_model_is_known_after_a_restart_though_nobody_offers_it_yet(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool, pool.worker(slots=0) as line:
+        await shares(pool, line, attached(ModelStatus(name="small", context=4096)))
+        await pool.pool.flush()
+        assert pool.pool.seen_models.changed == set()
+    async with running(tmp_path) as pool:
+        view = pool.pool.models()["small"]
+        assert (view.state, view.workers, view.context) == ("away", 0, 4096)
+        with pytest.raises(TryLater):
+            pool.pool.check_model("small")
+
+
+async def test_what_is_attached_counts_for_its_one_service_and_only_so_far(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool, pool.worker(slots=0) as line:
+        many = attached("small", slots=1000)
+        stray = ContainerStatus(name="x", service="ner", state="healthy", runtime=ATTACHED, slots=5)
+        slots = {"llm": 1000, "ner": 5}
+        await line.say(frames.Beat(beat=Heartbeat(worker_id=line.id, containers=(many, stray)), slots=slots))
+        await until(lambda: line.id in pool.pool.dispatcher.seats and pool.pool.dispatcher.seats[line.id].models)
+        assert pool.pool.dispatcher.seats[line.id].slots == {"llm": 64, "ner": 0} | assigned(pool, line, "ner")
+
+
+def assigned(pool: Running, line: Line, service: str) -> dict[str, int]:
+    """Return the slots of a service that the pool itself gave a worker."""
+    given = [one.slots for one in pool.pool.fleet.get(line.id).brief.assignment if one.service == service]
+    return {service: min(5, sum(given))} if given else {}
+
+
+async def test_tasks_for_models_nobody_asks_for_any_more_leave_nothing_behind(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool:
+        tasks = [ask(pool, f"model-{number}") for number in range(20)]
+        for task in tasks:
+            pool.pool.dispatcher.cancel(task, "nobody waits")
+        pool.pool.dispatcher.tick()
+        assert pool.pool.dispatcher._queues == {}
+        await asyncio.sleep(0)
+
+
+class Turned:
+    """A wall clock that the test turns, and the models under it."""
+
+    def __init__(self) -> None:
+        self.now = 1_800_000_000.0
+        self.models = Models(wall=lambda: self.now)
+
+    def names(self, *names: str, context: int = 0) -> None:
+        self.models.note([attached(*(ModelStatus(name=name, context=context) for name in names))])
+
+
+def test_names_that_workers_make_up_are_forgotten_before_there_are_too_many() -> None:
+    turned = Turned()
+    for first in range(0, MOST_MODELS + 100, 50):
+        turned.names(*(f"model-{number}" for number in range(first, first + 50)))
+    assert len(turned.models.view([])) == MOST_MODELS
+    assert "model-0" in turned.models.gone
+    assert "model-0" not in turned.models
+    assert f"model-{MOST_MODELS + 99}" in turned.models
+
+
+def test_a_model_that_nobody_had_for_a_month_is_forgotten_at_the_next_start() -> None:
+    turned = Turned()
+    old = ModelRecord(name="old", context=0, seen_at=turned.now - REMEMBERED_S - 1)
+    turned.models.restore([old, ModelRecord(name="new", context=8, seen_at=turned.now)])
+    assert turned.models.view([]) == {"new": ModelView("new", "away", 0, 8, turned.now)}
+    assert turned.models.gone == {"old"}
+
+
+def test_a_model_is_noted_anew_when_something_changed_or_now_and_then() -> None:
+    turned = Turned()
+    turned.names("small", context=8)
+    turned.models.changed.clear()
+    turned.names("small")
+    assert turned.models.changed == set(), "a worker that does not know the context changes nothing"
+    turned.names("small", context=16)
+    assert turned.models.changed == {"small"}
+    turned.models.changed.clear()
+    turned.now -= 86_400
+    turned.names("small", context=16)
+    assert turned.models.changed == {"small"}, "a clock that was set back does not stop it"
+
+
+def view_of(**facts: Any) -> ModelView:
+    return ModelView(**{"name": "m", "state": "loaded", "workers": 1, "context": 0, "seen_at": 0.0, **facts})
+
+
+async def test_of_several_workers_the_readiest_state_and_the_smallest_context_are_shown(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool, pool.worker(slots=0) as one, pool.worker(slots=0) as other:
+        await shares(pool, one, attached(ModelStatus(name="m", state="cold", context=8192)))
+        await shares(pool, other, attached(ModelStatus(name="m", state="loading", context=4096)))
+        view = pool.pool.models()["m"]
+        assert view._replace(seen_at=0.0) == view_of(state="loading", workers=2, context=4096)
