@@ -114,7 +114,7 @@ class Dispatcher:
         given.state, given.restored = "running", True
         task.state, task.holder = "running", given
         self.progress(given)
-        self.seat(given.worker_id).running[given.lease_id] = given
+        self.seat(given.worker_id).begin(given)
 
     def cancel(self, task: Task, reason: str) -> None:
         """End a task that nobody wants any more."""
@@ -271,7 +271,7 @@ class Dispatcher:
         task.state, task.holder = "running", attempt
         task.excluded.discard(attempt.worker_id)
         attempt.state, attempt.reason, attempt.ended_at, attempt.broken_at = "running", "", None, None
-        self.seat(attempt.worker_id).running[attempt.lease_id] = attempt
+        self.seat(attempt.worker_id).begin(attempt)
         attempt.started_at = self._clock() if attempt.started_at is None else attempt.started_at
         self._effects.restarted(task)
         # It may never have been accepted in this life of the coordinator: somebody must take its answer in.
@@ -445,7 +445,7 @@ class Dispatcher:
         attempt.state, attempt.reason, attempt.ended_at = state, reason, self._clock()
         seat = self.seats.get(attempt.worker_id)
         if seat:
-            seat.running.pop(attempt.lease_id, None)
+            seat.end(attempt)
 
     def _find(self, task_id: str, number: int, lease_id: str, worker_id: str) -> Attempt | None:
         task = self.tasks.get(task_id) or self.finished.get(task_id)
@@ -538,7 +538,7 @@ class Dispatcher:
         attempt.lease_s = self._lease_s
         task.attempts.append(attempt)
         task.state, task.holder = "running", attempt
-        seat.running[attempt.lease_id] = attempt
+        seat.begin(attempt)
         seat.last_given = now
         if not self._effects.offer(attempt):
             self._lose(attempt, "the worker could not be reached")

@@ -46,6 +46,10 @@ ATTACHABLE = "llm"
 MOST_ATTACHED = 64
 
 
+#: The slots of a worker that has none; not to be changed.
+NO_SLOTS: dict[str, int] = {}
+
+
 class Worker:
     """One worker as it is now: its lasting record and what its heartbeats said."""
 
@@ -66,6 +70,8 @@ class Worker:
         "reason",
         "said",
         "slots",
+        "slots_of",
+        "slots_within",
         "status",
         "written",
     )
@@ -87,7 +93,9 @@ class Worker:
         #: Which of the pool's needs its services were last chosen for; -1 for none.
         self.placed = -1
         #: The slots it offers, and the containers and the assignment from which they were counted.
-        self.slots: tuple[tuple[ContainerStatus, ...], tuple[Assignment, ...], dict[str, int]] = ((), (), {})
+        self.slots: dict[str, int] = NO_SLOTS
+        self.slots_of: tuple[ContainerStatus, ...] = ()
+        self.slots_within: tuple[Assignment, ...] = ()
         #: The services for which the fleet counts it, kept by `Fleet.recount`.
         self.counted: tuple[str, ...] = ()
         self.draining = False
@@ -124,11 +132,11 @@ class Worker:
         assignment = self.brief.assignment
         if said is not None:
             return _within(said, assignment, self.containers)
-        known = self.slots
-        if known[0] is not self.containers or known[1] is not assignment:
+        if self.slots_of is not self.containers or self.slots_within is not assignment:
             healthy = [one for one in self.containers if one.state == "healthy"]
-            known = self.slots = (self.containers, assignment, _within(_count(healthy), assignment, self.containers))
-        return known[2]
+            self.slots = _within(_count(healthy), assignment, self.containers)
+            self.slots_of, self.slots_within = self.containers, assignment
+        return self.slots
 
     @property
     def models(self) -> Mapping[str, frozenset[str]]:

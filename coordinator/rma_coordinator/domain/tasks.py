@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from rma_core.models.channel import ACCEPT_WITHIN_S
 
@@ -199,6 +199,8 @@ def new_task_id() -> str:
 
 #: What a worker's quota is until it fails: shared, for there are many workers, and so never changed in place.
 NO_QUOTA: Mapping[str, int] = MappingProxyType({})
+#: What a worker runs that was never given anything.
+NO_ATTEMPTS: Mapping[str, Attempt] = MappingProxyType({})
 #: What a worker's models are that has none.
 NO_MODELS: Mapping[str, frozenset[str]] = MappingProxyType({})
 
@@ -226,13 +228,25 @@ class Seat:
         self.models = NO_MODELS
         #: Slots it is given at most; halved by each failure, doubled by each success, never below one.
         self.quota = NO_QUOTA
-        self.running: dict[str, Attempt] = {}
+        #: Its open attempts by lease, changed by `begin` and `end` only.
+        self.running = NO_ATTEMPTS
         self.reachable = False
         self.usable = False
         self.gone_at: float | None = None
         #: It had no room for what it was given, and is given nothing until then.
         self.full_until = 0.0
         self.last_given = 0.0
+
+    def begin(self, attempt: Attempt) -> None:
+        """Give it an attempt."""
+        if self.running is NO_ATTEMPTS:
+            self.running = {}
+        cast("dict[str, Attempt]", self.running)[attempt.lease_id] = attempt
+
+    def end(self, attempt: Attempt) -> None:
+        """Take an attempt away, if it has it."""
+        if attempt.lease_id in self.running:
+            del cast("dict[str, Attempt]", self.running)[attempt.lease_id]
 
     def offers(self, service: str, model: str) -> bool:
         """Say whether it has slots for a service, with a model where one is named."""
