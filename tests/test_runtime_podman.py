@@ -35,6 +35,7 @@ from rma_core import (
     StartFailed,
 )
 from rma_core.container_engine import Action, child, connection, container_name, explain, labels
+from rma_core.container_engine.containers import without_program
 from rma_core.testing import RuntimeCase, adoption_contract, isolation_contract, runtime_contract
 from rma_core.testing.runtimes import a_fork_bomb_stays_inside as fork_bomb
 from rma_core.testing.runtimes import answers, becomes, inside, its_limits_are_the_specs, of_worker, started
@@ -192,6 +193,22 @@ async def test_an_image_without_its_program_is_said_to_be_one(runtime: PodmanRun
     make_image(podman, image, 'CMD ["/nothing/here"]')
     said = await how_it_fails(runtime, msgspec.structs.replace(SPEC, image=image))
     assert "No such file or directory" in said or "not in it" in said
+
+
+async def test_a_missing_program_is_found_out_where_the_engine_has_lost_its_own_words(
+    runtime: PodmanRuntime, podman: Podman
+) -> None:
+    for command, reason in (("/nothing/here", "the image's own program is not in it: /nothing/here"), ("/service", "")):
+        made = podman.run("create", SERVICE, command).strip()
+        try:
+
+            def look(engine: connection.Engine, made: str = made) -> list[str]:
+                found = engine.api.inspect_container(made)
+                return [without_program(engine, {**found, "State": {"ExitCode": code}}) for code in (0, 1)]
+
+            assert await runtime._run(look, "ask") == ["", reason]
+        finally:
+            podman.run("rm", made)
 
 
 async def test_a_name_held_by_a_stranger_is_no_ones_to_take(runtime: PodmanRuntime, podman: Podman) -> None:

@@ -264,6 +264,8 @@ class Pool:
     async def _write_models(self) -> None:
         models = self.seen_models
         changed, gone = set(models.changed), set(models.gone)
+        if not changed and not gone:
+            return
         puts = [Put(name, record) for name in changed if (record := models.record(name))]
         await self.store.commit([*puts, *(Delete(ModelRecord, name) for name in gone)])
         models.changed -= changed

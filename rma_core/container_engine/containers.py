@@ -8,6 +8,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from rma_core.container_engine.abilities import unusable
+from rma_core.container_engine.connection import ASK_S
 from rma_core.container_engine.images import find_image, image_of, reference
 from rma_core.container_engine.options import container_name
 from rma_core.container_engine.sayings import LAST_LINES, last_words
@@ -25,8 +26,8 @@ Json = dict[str, Any]
 
 logger = logging.getLogger(__name__)
 
-#: HTTP's status for a name that is in use.
-CONFLICT = 409
+#: HTTP's statuses for a name that is in use, and for what is not there.
+CONFLICT, NOT_FOUND = 409, 404
 #: What Podman says instead.
 NAME_TAKEN = "is already in use"
 #: The exit code of what was killed (SIGKILL).
@@ -129,9 +130,20 @@ def inspect(engine: Engine, container_id: str) -> ContainerState:
         return ContainerState(state="running", reason="paused" if state.get("Paused") else "")
     if state["Status"] == "created":
         return ContainerState(state="exited", reason="it was made, but never started")
-    words = last_words(logs(engine, container_id, LAST_LINES))
+    words = last_words(logs(engine, container_id, LAST_LINES)) or without_program(engine, found)
     foreign = another_processor(image_of(engine, str(found["Image"])) or {}, engine.info)
     return ContainerState(state="exited", exit_code=int(state["ExitCode"]), reason=why_it_ended(found, words, foreign))
+
+
+def without_program(engine: Engine, found: Json) -> str:
+    """Say that an image has not the program it names: a busy Podman can lose what its low-level runtime said of it."""
+    path = str(found.get("Path") or "")
+    if not found["State"].get("ExitCode") or not path.startswith("/"):
+        return ""
+    # The SDK can only fetch the file itself.
+    address = f"{engine.api.base_url}/containers/{found['Id']}/archive"
+    answer = engine.api.head(address, params={"path": path}, timeout=ASK_S)
+    return f"the image's own program is not in it: {path}" if answer.status_code == NOT_FOUND else ""
 
 
 def why_it_ended(found: Json, words: str, foreign: str = "") -> str:
