@@ -172,6 +172,11 @@ SECTIONS = (
     ("Workers", "What agents call. `join` means a join token, `worker` a worker token.", "/api/worker/"),
     ("Admins", "An admin key that holds the scope.", "/api/admin/"),
     ("Clients", "A key that holds `infer:SERVICE` or `infer:*`.", "/api/inference/"),
+    (
+        "OpenAI's API",
+        'A key that holds `infer:llm` or `infer:*`. Errors are OpenAI\'s: `{"error": {message, type, param, code}}`.',
+        "/v1/",
+    ),
 )
 
 

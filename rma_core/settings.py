@@ -207,7 +207,9 @@ class AgentSettings(Settings, frozen=True, kw_only=True):
     fake_devices: Annotated[str, Meta(description="A recording that takes the place of detection.")] = ""
     detect_deadline_s: Annotated[float, Meta(gt=0, le=600, description="Seconds each detector may take.")] = 10.0
     drain_s: Annotated[float, Meta(ge=0, le=3600, description="Seconds to finish running tasks when stopped.")] = 30.0
-    attach: Annotated[list[str], Meta(description="Model servers already running here, by URL (not served yet).")] = []
+    attach: Annotated[
+        list[str], Meta(description="Model servers that already run on this machine and are shared, by URL.")
+    ] = []
 
 
 class CoordinatorSettings(Settings, frozen=True, kw_only=True):

@@ -90,6 +90,20 @@ CASES: dict[tuple[str, str], Case] = {
     ("DELETE", "/api/inference/tasks/{task_id}"): Case(f"/api/inference/tasks/{TASK}", status=404),
     ("POST", "/api/inference/{service}"): Case("/api/inference/nothing", status=404),
     ("POST", "/api/inference/{service}/{rest}"): Case("/api/inference/nothing/at/all", status=404),
+    ("POST", "/v1/chat/completions"): Case("/v1/chat/completions", {"model": "none", "messages": [{}]}, 404),
+    ("POST", "/v1/completions"): Case("/v1/completions", {"model": "none", "prompt": "x"}, 404),
+    ("POST", "/v1/embeddings"): Case("/v1/embeddings", {"model": "none", "input": "x"}, 404),
+    ("GET", "/v1/models"): Case("/v1/models"),
+    ("GET", "/v1/models/{model}"): Case("/v1/models/none", status=404),
+}
+#: What OpenAI's error object calls what our problems name otherwise.
+OPENAI_CODES = {
+    "invalid": None,
+    "not_authenticated": "invalid_api_key",
+    "forbidden": "permission_denied",
+    "method": "method_not_allowed",
+    "encoding": "unsupported_encoding",
+    "too_large": "request_too_large",
 }
 
 
@@ -113,8 +127,13 @@ async def call(
 
 
 def check_problem(answer: Response, status: int, code: str | None = None) -> dict[str, Any]:
-    """Assert that an answer is a problem as RFC 9457 and our contract write it, and return it."""
+    """Assert that an answer is a problem as RFC 9457 and our contract write it, and return it.
+
+    Under /v1 it is OpenAI's error object.
+    """
     assert answer.status_code == status, answer.text
+    if answer.request.url.path.startswith("/v1/"):
+        return check_openai_error(answer, code)
     assert answer.headers["content-type"] == "application/problem+json"
     body: dict[str, Any] = answer.json()
     assert body["status"] == status
@@ -123,6 +142,14 @@ def check_problem(answer: Response, status: int, code: str | None = None) -> dic
     assert body["detail"]
     assert code is None or body["code"] == code
     return body
+
+
+def check_openai_error(answer: Response, code: str | None) -> dict[str, Any]:
+    assert answer.headers["content-type"] == "application/json"
+    error: dict[str, Any] = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert code is None or error["code"] == OPENAI_CODES[code]
+    return error
 
 
 def test_every_route_of_the_table_has_a_case() -> None:
@@ -148,7 +175,7 @@ async def test_a_credential_that_does_not_open_the_call_is_refused(tmp_path: Pat
                 continue
             answer = await call(pool, route, client)
             if route.access == "infer":
-                check_problem(answer, 404)
+                check_problem(answer, 403 if route.path.startswith("/v1/") else 404)
             elif route.access == "worker":
                 check_problem(answer, 401)
             else:
@@ -186,7 +213,7 @@ async def test_bad_json_is_refused_and_every_problem_in_it_is_named(tmp_path: Pa
             secret = machine.token if route.access in ("worker", "join") else pool.key
             for content in (b"", b"{", b"[1]", b"NaN", b"\xff", b'"\\ud800"', b"[" * 10_000, b"1e400"):
                 body = check_problem(await call(pool, route, secret, content=content), 400, "invalid")
-                assert body["errors"]
+                assert body["errors"] if "errors" in body else body["message"].startswith("request: $")
         wrong = b'{"kind": "root", "label": 5, "scopes": "all", "ttl_s": 1}'
         answer = await pool.client.post("/api/admin/keys", content=wrong)
         assert {error["where"] for error in check_problem(answer, 400)["errors"]} == {
@@ -215,7 +242,8 @@ async def test_a_body_that_is_too_large_or_encoded_is_refused(tmp_path: Path) ->
             if answer.status_code != 404:
                 check_problem(answer, 415, "encoding")
             if takes_json(route):
-                answer = await call(pool, route, secret, content=b" " * (CONTROL_BYTES + 1))
+                limit = 2000 if route.path.startswith("/v1/") else CONTROL_BYTES
+                answer = await call(pool, route, secret, content=b" " * (limit + 1))
                 check_problem(answer, 413, "too_large")
         check_problem(await pool.infer(b"x" * 2001), 413, "too_large")
         check_problem(await pool.infer(b"x", headers={"Content-Encoding": "br"}), 415, "encoding")

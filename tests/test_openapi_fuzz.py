@@ -53,8 +53,8 @@ class Caller(NamedTuple):
 
 CALLERS = (
     Caller("nobody", r"^/"),
-    Caller("admin", r"^/(api/admin|api/inference|health|docs|openapi|static)"),
-    Caller("client", r"^/api/(inference|admin)"),
+    Caller("admin", r"^/(api/admin|api/inference|v1|health|docs|openapi|static)"),
+    Caller("client", r"^/(v1|api/(inference|admin))"),
     Caller("join", r"^/api/worker/(register|nonce|token)"),
     Caller("worker", r"^/api/worker/"),
 )

@@ -14,7 +14,7 @@ from quart import Quart, Response
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from rma_coordinator import enrolment, tokens
-from rma_coordinator.api import admin, channel, inference, plain, tasks, worker
+from rma_coordinator.api import admin, channel, inference, openai, openai_errors, plain, tasks, worker
 from rma_coordinator.api.asgi import CONTROL_BYTES, Call, Gone, go_on, too_slow
 from rma_coordinator.api.problems import STATUS_WORDS, HTTPProblem, problem, unexpected, wrong_method
 from rma_coordinator.api.routes import ROUTES, Route, Router
@@ -178,6 +178,11 @@ RAW: dict[str, RawHandler] = {
     "task": tasks.task,
     "task_result": tasks.task_result,
     "cancel_task": tasks.cancel_task,
+    "chat_completions": openai.chat_completions,
+    "completions": openai.completions,
+    "embeddings": openai.embeddings,
+    "models": openai.models,
+    "model": openai.model,
     "channel": upgrade,
 }
 
@@ -200,13 +205,13 @@ class Lanes:
             return
         call = Call(scope, receive, send, proxies=self._proxies)
         route, parts, allowed = self._router.find(call.method, call.path)
-        if route is None and not allowed:
+        if route is None and not allowed and not openai.covers(call.path):
             await self._quart({**scope, CALL: call}, without_body(), call.hand_on)
             return
         call.parts = parts
         try:
             if route is None:
-                raise wrong_method(list(allowed))
+                raise wrong_method(list(allowed)) if allowed else openai_errors.nothing_here()
             steps = RAW[route.handler](self._pool, call).__await__()
             try:
                 waits_for = next(steps)
@@ -218,10 +223,10 @@ class Lanes:
             # The server closes a connection whose answer nothing ends; what it was about has a line of its own.
             logger.debug("%s %s was cut: %s", call.method, call.path, str(error) or "the other side left")
         except RMAError as error:
-            await self._explain(call, problem(error), error)
+            await self._explain(call, _problem(call, error), error)
         except Exception as error:
             logger.exception("%s %s failed", call.method, call.path, extra={"action": "bug"})
-            await self._explain(call, unexpected(), error)
+            await self._explain(call, _problem(call, None), error)
 
     async def _no_call(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "websocket" or scope["path"] != CHANNEL_PATH:
@@ -269,6 +274,13 @@ class Lanes:
                 await call.answer(*answer)
         finally:
             self._open.discard(task)
+
+
+def _problem(call: Call, error: RMAError | None) -> tuple[int, dict[str, str], bytes]:
+    """Return a failure, or a bug, in the form that the address has."""
+    if openai.covers(call.path):
+        return openai_errors.problem(error, call) if error else openai_errors.unexpected(call)
+    return problem(error) if error else unexpected()
 
 
 def pool_of(app: Quart) -> Pool:

@@ -67,9 +67,7 @@ def coordinator(insecure_http: bool, **flags: Any) -> None:
     help="Address by which other machines reach this one (RMA_LAN_HOST).",
 )
 @click.option("--runtime", "runtimes", multiple=True, metavar="NAME", help="docker, podman or process; repeatable.")
-@click.option(
-    "--attach", "attach", multiple=True, metavar="URL", help="A model server that already runs here (not served yet)."
-)
+@common.attach_option
 @click.option("--no-agent", is_flag=True, envvar="RMA_NO_AGENT", help="No worker on this machine (RMA_NO_AGENT).")
 @click.option(
     "--verbose", is_flag=True, envvar="RMA_VERBOSE", help="Show the log of the coordinator and the agent (RMA_VERBOSE)."
@@ -84,7 +82,6 @@ def up(**flags: Any) -> None:
     from rma_coordinator.server import run
     from rma_coordinator.up import Up
 
-    common.no_attach(flags.pop("attach"))
     settings = load_settings(CoordinatorSettings, flags={"home": flags["home"]}, known=(AgentSettings,))
     os.umask(PRIVATE)
     common.set_up_logging(settings.log_level if flags["verbose"] else "warning", as_json=settings.log_json)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.util
+import json
 import os
 import random
 import shutil
@@ -22,6 +23,7 @@ from rma_coordinator.app import load_catalog, pool_of
 from rma_coordinator.certificate import own_pair, pin_of
 from rma_coordinator.server import Listener, free_port, make_config, run_server, spare_pauses
 from rma_coordinator.serving import client_key, first_key, make_app, stopped
+from rma_core.agent.attached import addresses
 from rma_core.agent.start import plugin_tables
 from rma_core.agent.state import StateFolder
 from rma_core.commands import common
@@ -29,6 +31,7 @@ from rma_core.commands.machine import settings_of
 from rma_core.errors import SettingProblem
 from rma_core.host import Plugins
 from rma_core.interfaces import ContainerSpec
+from rma_core.models.worker import ATTACHED
 from rma_core.settings import FILE_NAME, FILE_VARIABLE, AgentSettings
 
 if TYPE_CHECKING:
@@ -88,10 +91,14 @@ class Up:
         lan_port: int,
         lan_host: str | None,
         runtimes: tuple[str, ...],
+        attach: tuple[str, ...],
         no_agent: bool,
         verbose: bool,
     ) -> None:
         self.home = settings.home_path
+        #: What the owner attached here, or in the settings; a wrong address ends it before anything starts.
+        self.attach = () if no_agent else tuple(attach or settings_of(str(self.home)).attach)
+        addresses(self.attach)
         self.verbose = verbose
         self.no_agent = no_agent
         self.asked = runtimes
@@ -203,6 +210,7 @@ class Up:
             "RMA_COORDINATOR_URL": self.plain.url,
             "RMA_JOIN_TOKEN": token,
             "RMA_RUNTIMES": ",".join(choice.runtimes),
+            "RMA_ATTACH": ",".join(self.attach),
             "RMA_SERVICE_SOURCES": ",".join(map(str, self.sources)),
             "RMA_LOG_LEVEL": "info",
         }
@@ -241,8 +249,9 @@ class Up:
 
         def settled(status: ContainerStatus) -> bool:
             words = _words(status)
-            troubles[status.name] += status.state == "backoff" and said.get(status.service) != words
-            tell(status.service, words)
+            name = _name(status)
+            troubles[status.name] += status.state == "backoff" and said.get(name) != words
+            tell(name, words)
             return status.state in ("healthy", "failed", "refused") or troubles[status.name] >= TROUBLES
 
         if not self.shown:
@@ -252,7 +261,10 @@ class Up:
             if worker is not None:
                 tell(worker.id, worker.brief.tier_reason)
                 done = {status.name for status in worker.containers if settled(status)}
-                all_done = {assignment.name for assignment in worker.brief.assignment} <= done
+                # One that is attached and away may come any time: it is told of, and not waited for.
+                looked_at = sum(s.runtime == ATTACHED and s.state != "pending" for s in worker.containers)
+                assigned = {assignment.name for assignment in worker.brief.assignment}
+                all_done = assigned <= done and looked_at >= len(addresses(self.attach))
                 answers = any(s.service == EXAMPLE and s.state == "healthy" for s in worker.containers)
                 if (all_done or answers) and not self.shown:
                     self.shown = True
@@ -271,15 +283,25 @@ class Up:
             f"        Admin key    {keys.admin}   (all scopes; also in {self.home / common.CLIENT_FILE})",
             f"        Client key   {keys.client}   (sends requests, nothing else)",
         ]
-        if any(s.service == EXAMPLE and s.state == "healthy" for s in services):
-            lines += ["", "Try it:", f"  {self._curl(keys.client)}", "  rma infer notes YOUR.pdf"]
+        lines += self._examples(keys, [s for s in services if s.state == "healthy"])
         ill = [
-            common.printable(f"  {s.service} is not ready yet: {s.reason or s.state}", keep="")
+            common.printable(f"  {_name(s)} is not ready yet: {s.reason or s.state}", keep="")
             for s in services
             if s.state != "healthy"
         ]
         lines += ["", *ill, *await self._join_lines(app), "Ctrl-C stops everything."]
         common.say("\n".join(lines))
+
+    def _examples(self, keys: Keys, healthy: list[ContainerStatus]) -> list[str]:
+        """Return requests that work when pasted, for what answers now."""
+        lines = []
+        if any(s.service == EXAMPLE for s in healthy):
+            lines += [f"  {self._curl(keys.client)}", "  rma infer notes YOUR.pdf"]
+        if model := next((model.name for s in healthy if s.runtime == ATTACHED for model in s.models), ""):
+            asked = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}]})
+            words = f"curl -s -H 'Authorization: Bearer {keys.client}' -H 'Content-Type: application/json'"
+            lines.append(f"  {words} -d '{asked}' {self.plain.url}/v1/chat/completions")
+        return ["", "Try it:", *lines] if lines else []
 
     def _curl(self, key: str) -> str:
         sample = self.home / "sample.pdf"
@@ -299,7 +321,13 @@ class Up:
         ]
 
 
+def _name(status: ContainerStatus) -> str:
+    return status.name if status.runtime == ATTACHED else status.service
+
+
 def _words(status: ContainerStatus) -> str:
+    if status.runtime == ATTACHED and status.state == "healthy":
+        return status.reason
     done = f" {status.progress:.0%}" if status.progress else ""
     where = f" ({status.runtime}{'' if status.isolated else ', not isolated'})" if status.state == "healthy" else ""
     return f"{status.state}{done}{where}" + (f": {status.reason}" if status.reason else "")

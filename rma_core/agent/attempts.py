@@ -58,7 +58,7 @@ def lease_clock() -> float:
 
 
 class Place(Protocol):
-    """A healthy container with a free slot; the slot is taken until `release`."""
+    """A healthy container, or attached server, with a free slot; the slot is taken until `release`."""
 
     @property
     def client(self) -> Endpoint:
@@ -160,14 +160,14 @@ class Fenced:
 
 
 class Attempts:
-    """Every attempt that runs here; ``place`` finds a container for a service, or says why there is none.
+    """Every attempt that runs here; ``place`` finds a slot for an offer, or says why there is none.
 
     ``beat`` sends a heartbeat, which lists the attempts, and says whether it was answered.
     """
 
     def __init__(
         self,
-        place: Callable[[str], Place | str],
+        place: Callable[[TaskOffer], Place | str],
         *,
         beat: Callable[[], Awaitable[bool]] | None = None,
         clock: Callable[[], float] = lease_clock,
@@ -199,7 +199,7 @@ class Attempts:
             return False
         for older in [a for a in self._running.values() if a.ref.task_id == offer.task_id]:
             older.stop(Stop("coordinator", "a later attempt of the same task", tell=False))
-        place = self._why_not() or self._place(offer.service)
+        place = self._why_not() or self._place(offer)
         if isinstance(place, str):
             self._tell(uplink, Stop("owner", place, tell=True))
             return False

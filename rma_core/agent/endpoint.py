@@ -7,6 +7,7 @@ nowhere else. The service is read only as fast as its answer is taken.
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import time
 from typing import TYPE_CHECKING
@@ -137,7 +138,7 @@ class Endpoint:
         except TimeoutError:
             raise EndpointError(f"no connection within {ENDPOINT_CONNECT_S:g} s") from None
         except OSError as error:
-            raise EndpointError(f"no connection: {error}") from None
+            raise EndpointError(f"no connection: {os.strerror(error.errno) if error.errno else error}") from None
         return connection
 
     def give_back(self, connection: Connection) -> None:

@@ -388,13 +388,20 @@ class Keeper:
             self._context.changed()
 
 
-class Slot:
-    """One of a container's slots, taken by an attempt."""
+class Holder(Protocol):
+    """What has slots: ``busy`` of them are taken, ``idle`` is set while none is."""
 
-    def __init__(self, keeper: Keeper, client: Endpoint, released: Callable[[], None]) -> None:
-        self.owner, self.client, self._released = keeper, client, released
-        keeper.busy += 1
-        keeper.idle.clear()
+    busy: int
+    idle: asyncio.Event
+
+
+class Slot:
+    """One of a container's slots, or of an attached server's, taken by an attempt."""
+
+    def __init__(self, holder: Holder, client: Endpoint, released: Callable[[], None]) -> None:
+        self.owner, self.client, self._released = holder, client, released
+        holder.busy += 1
+        holder.idle.clear()
 
     def release(self) -> None:
         """Give the slot back."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import rma_core
 from rma_core import http
 from rma_core.agent.answers import Answers
+from rma_core.agent.attached import AttachedServers, addresses
 from rma_core.agent.attempts import Attempts, Stop, lease_clock
 from rma_core.agent.channel import Channel
 from rma_core.agent.client import CoordinatorClient
@@ -19,6 +20,7 @@ from rma_core.agent.heart import Heart
 from rma_core.agent.join import registration
 from rma_core.agent.load import Load
 from rma_core.agent.membership import Link, Membership, Messages
+from rma_core.agent.offering import Offering
 from rma_core.agent.poll import Poller
 from rma_core.agent.reconcile import Reconciler
 from rma_core.agent.status import AgentStatus
@@ -95,6 +97,10 @@ class Agent:
             clock=clock,
             uniform=uniform,
         )
+        self.attached = AttachedServers(
+            addresses(settings.attach), changed=self._changed, freed=self._freed, uniform=uniform
+        )
+        self.offering = Offering(self.reconciler, self.attached)
         self.answers = Answers(self.client, changed=self._changed, clock=clock)
         self.link = Link(self.client)
         self.load = Load()
@@ -116,12 +122,12 @@ class Agent:
             clock=clock,
             uniform=uniform,
         )
-        self.attempts = Attempts(self.reconciler.place, beat=self.heart.beat_by_http, clock=clock)
+        self.attempts = Attempts(self.offering.place, beat=self.heart.beat_by_http, clock=clock)
         self.poller = Poller(
             self.client,
             self.attempts,
             self.answers,
-            room=lambda: 0 if self.draining else self.reconciler.free(),
+            room=lambda: 0 if self.draining else self.offering.free(),
             beat=self.heart.beat_by_http,
             forgotten=self.forgotten,
             clock=clock,
@@ -173,6 +179,8 @@ class Agent:
             parts.append(self._part("channel", self._when_registered(self.channel.run)))
         else:
             self._plain_way.set()
+        if self.attached:
+            parts.append(self._part("attached servers", self.attached.run()))
         stopping = self._part("stop", self._wait_for_stop())
         try:
             done, _ = await asyncio.wait({stopping, *parts}, return_when=asyncio.FIRST_COMPLETED)
@@ -248,6 +256,7 @@ class Agent:
         except TimeoutError:
             words = "not everything was stopped within %.0f s; the next start looks for it"
             logger.warning(words, CLOSE_S, extra={"action": "not_stopped"})
+        await self.attached.aclose()
         await let_go(self._runtimes.values(), within_s=CLOSE_S)
         await self.client.aclose()
 
@@ -278,7 +287,7 @@ class Agent:
 
     def slots(self) -> dict[str, int]:
         """Return the slots of each service; none while draining."""
-        return {} if self.draining else self.reconciler.slots()
+        return {} if self.draining else self.offering.slots()
 
     def held(self) -> tuple[AttemptRef, ...]:
         """Return every attempt that this machine still has: what runs, and finished answers not yet delivered."""
@@ -368,15 +377,16 @@ class Agent:
     def heartbeat(self) -> Heartbeat:
         """Return the next heartbeat."""
         engine_down = next((e.health.reason for e in self.engines if e.health.state == "unhealthy"), "")
-        broken = bool(engine_down) and not any(e.health.state == "healthy" for e in self.engines)
+        usable = any(e.health.state == "healthy" for e in self.engines) or self.attached.healthy
+        broken = bool(engine_down) and not usable
         runtimes = tuple(engine.report() for engine in self.engines)
         self._telling = runtimes
         return Heartbeat(
             worker_id=self.client.worker_id,
             status="degraded" if broken else "healthy",
             reason=engine_down[:2000] if broken else "",
-            current_load=round(max(self.reconciler.busy_share(), self.load.share), 3),
-            containers=self.reconciler.statuses(),
+            current_load=round(max(self.offering.busy_share(), self.load.share), 3),
+            containers=self.offering.statuses(),
             attempts=self.held(),
             generation=max(0, self.reconciler.generation),
             draining=self.draining,
@@ -394,12 +404,12 @@ class Agent:
             tier=self.tier,
             tier_reason=self.tier_reason,
             generation=max(0, self.reconciler.generation),
-            containers=self.reconciler.statuses(),
+            containers=self.offering.statuses(),
             attempts=self.attempts.refs(),
             runtimes=tuple(engine.report() for engine in self.engines),
             plugins=tuple(self._plugins()),
             probes=self.report.probes,
-            current_load=round(max(self.reconciler.busy_share(), self.load.share), 3),
+            current_load=round(max(self.offering.busy_share(), self.load.share), 3),
             draining=self.draining,
             uptime_s=round(self._clock() - self._started_at, 1),
             tasks_succeeded=self.attempts.succeeded,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from rma_core import http
+from rma_core.agent.attached import addresses
 from rma_core.agent.consent import Consent
 from rma_core.agent.join import enrol, invited, registration
 from rma_core.agent.lifecycle import Agent
@@ -48,8 +49,11 @@ async def run_agent(
 
     A machine that is not enrolled yet enrols with ``settings.join_token``, agreeing to ``consent`` (by default to what
     ``settings.services`` lists, or to whatever the pool chooses). ``ready`` is given the agent before it works.
-    Raises UsageProblem when there is no coordinator to work for, SettingProblem for an unusable state folder.
+    Raises UsageProblem when there is no coordinator to work for, or when what is attached is elsewhere;
+    SettingProblem for an unusable state folder.
     """
+    # Before anything is detected or kept: a wrong address is the owner's to mend.
+    addresses(settings.attach)
     os.umask(0o077)
     plugins = plugins or discover(settings)
     runtimes = plugins.runtimes(plugin_tables(settings))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 import click
 import msgspec
 
-from rma_core.errors import CoordinatorError, NotAuthenticated, SettingProblem, UsageProblem
+from rma_core.errors import CoordinatorError, NotAuthenticated, UsageProblem
 from rma_core.models.strict import encode
 from rma_core.settings import ALIASES, default_home
 
@@ -62,6 +62,13 @@ class Target(NamedTuple):
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, errors too.")
+attach_option = click.option(
+    "--attach",
+    "attach",
+    multiple=True,
+    metavar="URL",
+    help="Share a model server that already runs on this machine; repeatable (RMA_ATTACH).",
+)
 home_option = click.option("--home", envvar="RMA_HOME", metavar="FOLDER", help="State folder (default ~/.rma).")
 
 
@@ -102,14 +109,6 @@ def _doubting(command: Callable[..., T]) -> Callable[..., T]:
             ) from None
 
     return run
-
-
-def no_attach(attach: Sequence[str]) -> None:
-    """Refuse to attach model servers, which nothing serves yet. Raises SettingProblem."""
-    if attach:
-        raise SettingProblem(
-            "--attach comes with the llm service, which is not there yet", hints=("leave it out for now",)
-        )
 
 
 def folder(home: str | None) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shlex
 import sys
 import threading
 from typing import TYPE_CHECKING, Any
@@ -17,11 +18,12 @@ from rma_core.commands.machine import agent_settings, print_report, settings_of
 from rma_core.errors import AgentAbsent, SettingProblem, UsageProblem
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from rich.console import Console
 
+    from rma_core.agent.attached import Address
     from rma_core.agent.join import Invitation
     from rma_core.agent.lifecycle import Agent
     from rma_core.agent.state import StateFolder
@@ -41,7 +43,7 @@ LEAVE_WITHIN_S, LOOK_S = 90.0, 0.2
 @click.option("--enrol-only", is_flag=True, help="Enrol, but do not run the agent yet.")
 @click.option("--runtime", "runtimes", multiple=True, metavar="NAME", help="docker, podman or process, in your order.")
 @click.option("--insecure-http", is_flag=True, help="Speak plain http to a coordinator that is not this machine.")
-@click.option("--attach", multiple=True, metavar="URL", help="A model server that already runs here (not served yet).")
+@common.attach_option
 @common.home_option
 @common.json_option
 def join(
@@ -59,15 +61,14 @@ def join(
 
     Shows what was detected, the tier the machine would get and what it would run, and asks before anything is kept.
     """
-    common.no_attach(attach)
-    flags = {"runtimes": list(runtimes) or None, "insecure_http": insecure_http or None}
+    flags = {"runtimes": list(runtimes) or None, "insecure_http": insecure_http or None, "attach": list(attach) or None}
     settings = settings_of(home, coordinator_url=url, **flags)
-    common.no_attach(tuple(settings.attach))
     answer = common.run_async(_join(settings, token, yes=yes, as_json=as_json))
     if as_json:
         common.show(_joined(settings, answer), as_json, lambda _: None)
     if enrol_only:
-        common.say("Enrolled. Start working with:  rma agent")
+        again = "".join(f" --attach {shlex.quote(one)}" for one in attach)
+        common.say(f"Enrolled. Start working with:  rma agent{again}")
         return
     common.set_up_logging(settings.log_level, as_json=settings.log_json)
     _run_agent(settings)
@@ -86,10 +87,12 @@ def _joined(settings: AgentSettings, answer: RegisterResponse) -> dict[str, obje
 
 async def _join(settings: AgentSettings, token: str, *, yes: bool, as_json: bool) -> RegisterResponse:
     from rma_core.agent import start
+    from rma_core.agent.attached import addresses
     from rma_core.agent.consent import Consent
     from rma_core.agent.join import enrol, invited, registration
     from rma_core.agent.state import StateFolder
 
+    attached = addresses(settings.attach)
     folder = StateFolder(settings.home_path)
     known = folder.load_record() if settings.home_path.exists() else None
     if known is not None and known.coordinator_url.rstrip("/") != settings.coordinator_url.rstrip("/"):
@@ -108,6 +111,7 @@ async def _join(settings: AgentSettings, token: str, *, yes: bool, as_json: bool
     # Whoever agrees must see it; stdout is the program's that asked for JSON.
     out = common.console(err=as_json)
     offered = await _shown(out, invitation, request, report, engines)
+    await _show_attached(out, attached)
     if not yes:
         _ask()
     folder.prepare()
@@ -161,6 +165,19 @@ async def _shown(
     return offered
 
 
+async def _show_attached(out: Console, attached: Sequence[Address]) -> None:
+    """Show what the owner shares besides; one that is away now is shared once it is there."""
+    from rma_core.agent.attached import AttachedServers
+
+    servers = AttachedServers(attached)
+    try:
+        await servers.look()
+    finally:
+        await servers.aclose()
+    for server in servers.servers:
+        out.print(common.safe(server.sentence()))
+
+
 def _ask() -> None:
     if not sys.stdin.isatty():
         raise UsageProblem("nobody can be asked here", hints=("--yes agrees to what is shown",))
@@ -173,7 +190,7 @@ def _ask() -> None:
 @click.option("--coordinator", "coordinator_url", metavar="URL", help="Address of the coordinator.")
 @click.option("--insecure-http", is_flag=True, help="Speak plain http to a coordinator that is not this machine.")
 @click.option("--runtime", "runtimes", multiple=True, metavar="NAME", help="docker, podman or process, in your order.")
-@click.option("--attach", multiple=True, metavar="URL", help="A model server that already runs here (not served yet).")
+@common.attach_option
 @click.option("--until-stdin-ends", is_flag=True, hidden=True, help="Stop when whoever started it is gone.")
 @common.log_options
 @common.home_option
@@ -189,11 +206,10 @@ def agent(
     log_json: bool | None,
 ) -> None:
     """Run the agent in the foreground: work for the pool that this machine has joined."""
-    common.no_attach(attach)
     flags = {"coordinator_url": coordinator_url, "insecure_http": insecure_http or None}
+    lists = {"runtimes": list(runtimes) or None, "attach": list(attach) or None}
     logs = {"log_level": log_level, "log_json": log_json}
-    settings = settings_of(home, runtimes=list(runtimes) or None, **flags, **logs)
-    common.no_attach(tuple(settings.attach))
+    settings = settings_of(home, **flags, **lists, **logs)
     common.set_up_logging(settings.log_level, as_json=settings.log_json)
     _run_agent(settings, ready=_tied_to_stdin if until_stdin_ends else _untied)
 
@@ -245,13 +261,19 @@ def _print_status(out: Console, now: dict[str, Any]) -> None:
     state = "draining" if now["draining"] else f"paused: {now['paused']}" if now["paused"] else "working"
     done = f"{now['tasks_succeeded']} requests answered, {now['tasks_failed']} failed"
     out.print(common.safe(f"  {state}, load {now['current_load']:.0%}, {len(now['attempts'])} running, {done}"))
-    rows = [(c["service"], c["state"], c.get("runtime", ""), c.get("reason", "")) for c in now["containers"]]
+    rows = [(c["service"], c["state"], _where(c), c.get("reason", "")) for c in now["containers"]]
     common.table(("service", "state", "runtime", "why"), rows, empty="  No services.")(out)
     engines = [(r["name"], r["state"], r["reason"] or r["version"]) for r in now["runtimes"]]
     common.table(("runtime", "state", "why"), engines, empty="  No runtimes.")(out)
     ill = [(p["detector"], p["state"], p["reason"]) for p in now["probes"] if p["state"] == "unhealthy"]
     if ill:
         common.table(("detector", "state", "why"), ill, empty="")(out)
+
+
+def _where(container: dict[str, Any]) -> str:
+    """Return what runs it; of several attached servers, which one."""
+    runtime: str = container.get("runtime", "")
+    return str(container["name"]) if runtime == "attached" else runtime
 
 
 @click.command()

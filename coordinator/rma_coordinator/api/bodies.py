@@ -42,3 +42,45 @@ class PolicyPreview(msgspec.Struct, frozen=True, kw_only=True):
 
     policy: Label = ""
     reports: Annotated[list[dict[str, Any]], Meta(max_length=100_000)] | None = None
+
+
+# -- OpenAI's requests: what is looked at; everything else goes on as it came -------------------------------------
+
+AskedModel = Annotated[str, Meta(min_length=1, max_length=200)]
+#: One choice an answer: more would be as many runs.
+OneChoice = Annotated[int, Meta(ge=1, le=1)]
+
+
+class StreamOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What a stream should have beside the answer."""
+
+    include_usage: bool | None = None
+
+
+class ChatCompletionRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A chat; every other field of OpenAI's API goes to the model server as it is."""
+
+    model: AskedModel
+    messages: Annotated[list[dict[str, Any]], Meta(min_length=1)]
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: OneChoice | None = None
+    tools: list[dict[str, Any]] | None = None
+
+
+class CompletionRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A text to go on from; every other field of OpenAI's API goes to the model server as it is."""
+
+    model: AskedModel
+    prompt: str | list[Any]
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: OneChoice | None = None
+
+
+class EmbeddingRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Texts to be embedded; every other field of OpenAI's API goes to the model server as it is."""
+
+    model: AskedModel
+    input: str | list[Any]
+    encoding_format: Literal["float", "base64"] | None = None

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from rma_coordinator.api import openai
 from rma_coordinator.api.problems import STATUS_WORDS
-from rma_coordinator.api.routes import ROUTES
+from rma_coordinator.api.routes import OPENAI, ROUTES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -44,6 +45,25 @@ PROBLEM = {
     },
 }
 
+#: How failures are written under /v1.
+OPENAI_ERROR = {
+    "type": "object",
+    "description": "OpenAI's error object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+
 
 def document(version: str, issuer: str) -> dict[str, Any]:
     """Return the OpenAPI document."""
@@ -63,7 +83,7 @@ def document(version: str, issuer: str) -> dict[str, Any]:
         },
         "paths": paths,
         "components": {
-            "schemas": {**components, "Problem": PROBLEM},
+            "schemas": {**components, "Problem": PROBLEM, "OpenAIError": OPENAI_ERROR},
             "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}},
         },
     }
@@ -121,6 +141,8 @@ def _good(route: Route, status: int) -> dict[str, Any]:
 
 
 def _problem(route: Route) -> dict[str, Any]:
+    if openai.covers(route.path):
+        return {"application/json": {"schema": {"$ref": "#/components/schemas/OpenAIError"}}}
     problem = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
     # A status may be the service's own, and then so is what comes with it.
     return {**problem, SERVICE: {}} if route.gives == SERVICE else problem
@@ -144,6 +166,8 @@ def _failures(route: Route) -> set[int]:
 def _content(kind: type[msgspec.Struct] | str | None) -> dict[str, Any]:
     if kind is None:
         return {}
+    if kind == OPENAI:
+        return {"content": {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {}}}
     if isinstance(kind, str):
         return {"content": {"application/json": {"schema": {"type": "object"}}} if kind == "object" else {kind: {}}}
     return {"content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}}}

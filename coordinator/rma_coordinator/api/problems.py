@@ -37,6 +37,7 @@ STATUS_WORDS: dict[int, tuple[str, str]] = {
     413: ("Body too large", "too_large"),
     414: ("Address too long", "too_long"),
     415: ("Unsupported media type", "encoding"),
+    422: ("Unprocessable content", "unprocessable"),
     426: ("Upgrade required", "upgrade"),
     429: ("Too many requests", "try_later"),
     431: ("Header too large", "header"),

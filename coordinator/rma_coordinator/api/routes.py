@@ -77,6 +77,11 @@ ASYNC = {
 }
 #: What may become of a request that runs on a worker.
 RUN_FAILS = (400, 404, 405, 409, 414, 429, 502, 503, 504)
+#: What an answer under /v1 is: an object, or events when `stream` is asked for.
+OPENAI = "application/json, text/event-stream"
+OPENAI_FAILS = (404, 422, 429, 502, 503, 504)
+#: Parts of a path that take slashes.
+WITH_SLASHES = frozenset({"rest", "model"})
 
 ROUTES: tuple[Route, ...] = (
     Route("GET", "/health", "health", "open", "Whether the coordinator works, and what it is.", gives="object"),
@@ -379,13 +384,61 @@ ROUTES: tuple[Route, ...] = (
         also=(202,),
         fails=RUN_FAILS,
     ),
+    # OpenAI's API
+    Route(
+        "POST",
+        "/v1/chat/completions",
+        "chat_completions",
+        "infer",
+        "A chat with a model, whole or as server-sent events.",
+        lane="raw",
+        takes=bodies.ChatCompletionRequest,
+        gives=OPENAI,
+        fails=OPENAI_FAILS,
+    ),
+    Route(
+        "POST",
+        "/v1/completions",
+        "completions",
+        "infer",
+        "A text that a model goes on with, whole or as server-sent events.",
+        lane="raw",
+        takes=bodies.CompletionRequest,
+        gives=OPENAI,
+        fails=OPENAI_FAILS,
+    ),
+    Route(
+        "POST",
+        "/v1/embeddings",
+        "embeddings",
+        "infer",
+        "Texts as vectors.",
+        lane="raw",
+        takes=bodies.EmbeddingRequest,
+        gives="object",
+        fails=OPENAI_FAILS,
+    ),
+    Route("GET", "/v1/models", "models", "infer", "The models of the pool.", lane="raw", gives="object"),
+    Route(
+        "GET",
+        "/v1/models/{model}",
+        "model",
+        "infer",
+        "One model; its name may have slashes in it.",
+        lane="raw",
+        gives="object",
+        fails=(503,),
+    ),
 )
 
 
 def pattern(path: str) -> re.Pattern[str]:
-    """Return what matches a route's path; ``{rest}`` takes slashes, every other part does not."""
-    names = re.sub(r"\{(\w+)\}", lambda found: f"(?P<{found[1]}>{'.+' if found[1] == 'rest' else '[^/]+'})", path)
-    return re.compile(names)
+    """Return what matches a route's path; the parts in WITH_SLASHES take slashes, every other part does not."""
+    return re.compile(re.sub(r"\{(\w+)\}", _part, path))
+
+
+def _part(found: re.Match[str]) -> str:
+    return f"(?P<{found[1]}>{'.+' if found[1] in WITH_SLASHES else '[^/]+'})"
 
 
 class Router:
@@ -402,6 +455,9 @@ class Router:
         plain = self._plain.get((method, path))
         if plain is not None:
             return plain, {}, (method,)
+        if path.startswith("/v1/"):
+            # Clients of OpenAI's API write its addresses with and without a slash at their end.
+            path = path.rstrip("/")
         allowed: list[str] = []
         for shape, route in self._routes:
             if found := shape.fullmatch(path):

@@ -1,0 +1,259 @@
+"""A model's stream as OpenAI's SDKs read it: whole events of one answer, and an end that only a whole answer has.
+
+Pure: bytes of an engine go in, bytes for the client come out. Engines differ in what they repeat, leave out or add;
+clients glue deltas together key by key and stop at the first event that they cannot read.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+
+from rma_core.models.strict import encode
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+#: An event longer than this is no piece of an answer.
+MAX_EVENT_BYTES = 1024 * 1024
+#: More choices than this in one answer nobody asks for.
+MAX_CHOICES = 2048
+#: More calls of tools than this in one answer are not kept apart.
+MAX_TOOLS = 1024
+#: The end of a whole answer.
+DONE = b"data: [DONE]\n\n"
+#: Keeps a silent stream alive. One newline: a second one would end an event, and some clients dispatch an empty one.
+COMMENT = b": rma\n"
+#: What a client may be told as the reason of an end.
+FINISHES = frozenset({"stop", "length", "tool_calls", "content_filter", "function_call"})
+#: Engines say these when an answer did not come to its end.
+BREAKS = frozenset({"abort", "cancelled", "error", "load", "unload"})
+
+_decode = msgspec.json.Decoder().decode
+
+
+class Broken(NamedTuple):
+    """Why a stream is no whole answer, as its engine said it."""
+
+    error: object
+
+
+class Events:
+    """Cuts a stream into the data of its events; comments and other fields than ``data`` are dropped."""
+
+    def __init__(self) -> None:
+        self._rest = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """Yield the data of each event that is whole now. Raises ValueError for one that is too long."""
+        if b"\r" in data:
+            data = data.replace(b"\r", b"")
+        for block in self._blocks(data):
+            if block.startswith(b"data: ") and b"\n" not in block:
+                yield block[6:]
+            elif joined := _data(block):
+                yield joined
+
+    def _blocks(self, data: bytes) -> list[bytes]:
+        rest = self._rest
+        if not rest and data.endswith(b"\n\n"):
+            return data[:-2].split(b"\n\n")
+        # Only what is new is searched: bytes that drip in one by one must not cost their square.
+        known = max(0, len(rest) - 1)
+        rest += data
+        end = rest.rfind(b"\n\n", known)
+        blocks = bytes(rest[:end]).split(b"\n\n") if end >= 0 else []
+        if end >= 0:
+            del rest[: end + 2]
+        if len(rest) > MAX_EVENT_BYTES:
+            raise ValueError("an event is too long")
+        return blocks
+
+
+def _data(block: bytes) -> bytes:
+    """Return the data of an event that has more than one line, or none."""
+    parts = []
+    for line in block.split(b"\n"):
+        name, _, value = line.partition(b":")
+        # llama.cpp used to name its errors so, against the standard.
+        if name in (b"data", b"error"):
+            parts.append(value.removeprefix(b" "))
+    return b"\n".join(parts)
+
+
+class Answer(NamedTuple):
+    """What all events of one answer share, whatever the engine says, and what the client asked for."""
+
+    id: str
+    created: int
+    model: str
+    chat: bool = True
+    usage: bool = False
+
+    @property
+    def object(self) -> str:
+        """The type of its events."""
+        return "chat.completion.chunk" if self.chat else "text_completion"
+
+
+class Stream:
+    """The events of one answer, made right one by one."""
+
+    def __init__(self, answer: Answer) -> None:
+        self.answer = answer
+        #: Whether the engine has said its end.
+        self.done = False
+        #: Why no whole answer can come any more, once that is known.
+        self.broken: Broken | None = None
+        #: Events that were nothing a client could read, and were left out.
+        self.skipped = 0
+        self._events = Events()
+        self._usage: Any = None
+        self._open: set[int] = set()
+        self._finished: set[int] = set()
+        self._tools: set[tuple[int, int]] = set()
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything of the answer itself has come."""
+        return bool(self._open)
+
+    @property
+    def whole(self) -> bool:
+        """Whether every choice that was begun has its end."""
+        return self.begun and self._open == self._finished and self.broken is None
+
+    def feed(self, data: bytes) -> bytes:
+        """Return what the client gets for what the engine sent; nothing before the first piece of the answer."""
+        out: list[bytes] = []
+        try:
+            for payload in self._events.feed(data):
+                if self.done or self.broken:
+                    break
+                if payload == b"[DONE]":
+                    self.done = True
+                else:
+                    self._event(payload, out)
+        except ValueError as error:
+            self.broken = Broken(str(error))
+        return b"".join(out)
+
+    def end(self) -> bytes:
+        """Return what ends a whole answer: usage where the client asked for it, and the end marker."""
+        if not self.answer.usage or self._usage is None:
+            return DONE
+        return frame({**self._head(), "choices": [], "usage": self._usage}) + DONE
+
+    def failure(self, error: dict[str, Any]) -> bytes:
+        """Return what ends an answer that is not whole: SDKs raise at it, and no end marker follows."""
+        choice: dict[str, Any] = {"index": 0, "delta": {}} if self.answer.chat else {"index": 0, "text": ""}
+        return frame({"error": error, **self._head(), "choices": [{**choice, "finish_reason": "error"}]})
+
+    def _head(self) -> dict[str, Any]:
+        answer = self.answer
+        return {"id": answer.id, "object": answer.object, "created": answer.created, "model": answer.model}
+
+    def _event(self, payload: bytes, out: list[bytes]) -> None:
+        try:
+            event = _decode(payload)
+        except (msgspec.DecodeError, UnicodeError, RecursionError):
+            self.skipped += 1
+            return
+        choices = event.get("choices") if isinstance(event, dict) else None
+        if not isinstance(choices, list):
+            self._other(event)
+            return
+        usage = event.pop("usage", None)
+        if isinstance(usage, dict):
+            self._usage = usage
+        if not all(map(_is_choice, choices)):
+            self.skipped += 1
+            return
+        kept = [choice for choice in choices if self._choice(choice, out)]
+        if kept:
+            answer = self.answer
+            event["id"], event["object"] = answer.id, answer.object
+            event["created"], event["model"] = answer.created, answer.model
+            event["choices"] = kept
+            out.append(frame(event))
+
+    def _other(self, event: Any) -> None:  # noqa: ANN401 - plain JSON data has no narrower type
+        """Take an event without choices: the engine's error, or nothing that anyone could read."""
+        if isinstance(event, dict) and event.get("error"):
+            self.broken = Broken(event["error"])
+        elif isinstance(event, dict) and event.get("object") == "error":
+            self.broken = Broken(event)
+        else:
+            self.skipped += 1
+
+    def _choice(self, choice: dict[str, Any], out: list[bytes]) -> bool:
+        """Make a choice right and say whether the client gets it."""
+        index, finish = choice.setdefault("index", 0), choice.get("finish_reason")
+        if index in self._finished:
+            return False
+        if finish in BREAKS:
+            self.broken = Broken(f"the model server ended the answer: {finish}")
+            return False
+        chat = self.answer.chat
+        delta: dict[str, Any] = (choice.get("delta") or {}) if chat else choice
+        if index not in self._open:
+            if not finish and not _says(delta, chat=chat):
+                return False
+            self._open.add(index)
+            if chat:
+                out.append(self._opening(index, delta))
+        if finish:
+            self._finished.add(index)
+        choice["finish_reason"] = (finish if finish in FINISHES else "stop") if finish else None
+        if chat:
+            # Clients glue strings together: a role that is said twice becomes another one.
+            delta.pop("role", None)
+            choice["delta"] = delta
+            if "tool_calls" in delta:
+                self._mend_tools(index, delta)
+        return True
+
+    def _opening(self, index: int, delta: dict[str, Any]) -> bytes:
+        """Return the event that says the role, once and by itself."""
+        said: dict[str, Any] = {"role": "assistant", "content": None if delta.get("tool_calls") else ""}
+        return frame({**self._head(), "choices": [{"index": index, "delta": said, "finish_reason": None}]})
+
+    def _mend_tools(self, index: int, delta: dict[str, Any]) -> None:
+        """Number fragments of calls, say each call's name once, and give arguments as text."""
+        calls = delta["tool_calls"]
+        if not isinstance(calls, list) or not calls:
+            del delta["tool_calls"]
+            return
+        for position, call in enumerate(calls):
+            if not isinstance(call, dict):
+                continue
+            if not isinstance(call.get("index"), int):
+                call["index"] = position
+            function = call.get("function")
+            function = function if isinstance(function, dict) else {}
+            if isinstance(function.get("arguments"), dict):
+                function["arguments"] = encode(function["arguments"]).decode()
+            if (index, call["index"]) in self._tools:
+                for name in ("id", "type"):
+                    call.pop(name, None)
+                function.pop("name", None)
+            elif len(self._tools) < MAX_TOOLS:
+                self._tools.add((index, call["index"]))
+
+
+def _is_choice(value: object) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("delta") or {}, dict):
+        return False
+    index, finish = value.get("index", 0), value.get("finish_reason")
+    return type(index) is int and 0 <= index < MAX_CHOICES and (finish is None or isinstance(finish, str))
+
+
+def _says(delta: dict[str, Any], *, chat: bool) -> bool:
+    """Whether there is anything of the answer in it, beside the role."""
+    return any(delta[name] for name in delta if name != "role") if chat else bool(delta.get("text"))
+
+
+def frame(event: object) -> bytes:
+    """Return one event."""
+    return b"data: " + encode(event) + b"\n\n"
