@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import random
+import secrets
 from typing import TYPE_CHECKING, Any
 
 import openai
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
 
     from openai.types.chat import ChatCompletionChunk, ChatCompletionMessageParam
 
+#: Times that a serving engine is killed, in the suite and under `make soak`.
+KILLS, MANY_KILLS = 4, 50
 HELLO: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hello"}]
 
 
@@ -151,6 +156,44 @@ async def test_the_engines_own_refusals_are_bad_requests(tmp_path: Path, servers
         assert caught.value.request_id
         with pytest.raises(openai.BadRequestError):
             await client.chat.completions.create(model="tiny", messages=HELLO, temperature="hot")  # type: ignore[call-overload]
+
+
+async def killed_while(
+    client: AsyncOpenAI, servers: list[ModelServer], kills_at: int, **asked: Any
+) -> tuple[str, set[str], int]:
+    """Stream a chat whose serving engine is killed after some pieces; return its text, its ids and its roles."""
+    text, ids, roles, pieces = "", set[str](), 0, 0
+    async for chunk in await client.chat.completions.create(model="tiny", stream=True, **asked):
+        ids.add(chunk.id)
+        for choice in chunk.choices:
+            roles += choice.delta.role is not None
+            text += choice.delta.content or ""
+            pieces += bool(choice.delta.content)
+        if pieces == kills_at:
+            # Looked at before anything is killed: a moment later the other one is at work.
+            (serving_now,) = [server for server in servers if await asyncio.to_thread(server.busy)]
+            serving_now.kill_engine()
+            pieces += 1
+    return text, ids, roles
+
+
+@pytest.mark.parametrize(
+    "kills", [KILLS, pytest.param(MANY_KILLS, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])]
+)
+async def test_an_answer_whose_model_server_is_killed_is_the_same_as_without(tmp_path: Path, kills: int) -> None:
+    """Temperature 0, the same weights on two machines, killed at a random token each time."""
+    seed = int(os.environ.get("RMA_SEED") or secrets.randbelow(2**31))
+    print(f"seed {seed} (RMA_SEED)")  # noqa: T201 - pytest shows it with a failure
+    chance = random.Random(seed)
+    asked: dict[str, Any] = {"messages": HELLO, "max_tokens": 120, "temperature": 0}
+    for number in range(kills):
+        folder = tmp_path / str(number)
+        with serving(folder, count=2) as servers:
+            async with llama_pool(folder, servers) as client:
+                whole = await client.chat.completions.create(model="tiny", **asked)
+                text, ids, roles = await killed_while(client, servers, chance.randrange(1, 60), **asked)
+        assert text == whole.choices[0].message.content
+        assert (len(ids), roles) == (1, 1)
 
 
 async def test_embeddings_come_as_numbers_although_the_sdk_asks_for_base64(tmp_path: Path) -> None:

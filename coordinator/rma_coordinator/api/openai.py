@@ -12,7 +12,7 @@ import msgspec
 
 from rma_coordinator.api import bodies
 from rma_coordinator.api.asgi import bearer
-from rma_coordinator.api.openai_answers import Asked, respond
+from rma_coordinator.api.openai_answers import Asked, Job, respond
 from rma_coordinator.api.openai_errors import APIProblem, request_id
 from rma_coordinator.api.sse import Answer
 from rma_coordinator.domain.fleet import ATTACHABLE
@@ -81,15 +81,19 @@ async def _run(pool: Pool, call: Call, kind: Kind) -> None:
     pool.check_store()
     check_model(pool, request.model)
     body = pool.spools.make()
+
+    def again(size: int) -> Task:
+        return _task(pool, kind, request.model, key_id=key_id, body_bytes=size)
+
     try:
         await body.write(data)
-        task = _task(pool, call, kind, request.model, key_id=key_id, body_bytes=body.size)
+        task = _task(pool, kind, request.model, key_id=key_id, body_bytes=body.size, task_id=request_id(call))
         try:
             relay = pool.submit(task, body)
         except TryLater as error:
             raise APIProblem(429, error.message, retry_after_s=error.retry_after_s, hints=error.hints) from None
         try:
-            await respond(pool, call, task, relay, asked=_asked(pool, call, kind, request))
+            await respond(Job(pool, call, task, relay, _asked(pool, call, kind, request), body, again))
         finally:
             pool.dispatcher.cancel(task, "the client left")
     finally:
@@ -114,11 +118,11 @@ def _bearer(call: Call) -> str:
         raise NotAuthenticated(message, hints=("the pool's admin makes one: rma keys create --client",)) from None
 
 
-def _task(pool: Pool, call: Call, kind: Kind, model: str, *, key_id: str, body_bytes: int) -> Task:
+def _task(pool: Pool, kind: Kind, model: str, *, key_id: str, body_bytes: int, task_id: str = "") -> Task:
     # What volunteers attached needs no entry in the catalog.
     entry = pool.catalog.get(ATTACHABLE)
     return Task(
-        task_id=request_id(call),
+        task_id=task_id,
         service=ATTACHABLE,
         model=model,
         method="POST",

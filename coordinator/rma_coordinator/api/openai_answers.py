@@ -16,8 +16,9 @@ from rma_coordinator.api.asgi import Gone
 from rma_coordinator.api.inference import trace
 from rma_coordinator.api.openai_errors import APIProblem, request_id
 from rma_coordinator.api.problems import status_of
-from rma_coordinator.api.sse import COMMENT, Answer, Stream
-from rma_core.errors import RMAError
+from rma_coordinator.api.sse import COMMENT, CONTINUED, Answer, Stream
+from rma_coordinator.domain.continuing import continued, decide, ending
+from rma_core.errors import RMAError, TryLater
 from rma_core.models.strict import encode
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from rma_coordinator.domain.tasks import Task
     from rma_coordinator.pool import Pool
     from rma_coordinator.relay import Head, Relay
+    from rma_coordinator.spool import Body
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,8 @@ SILENCE_S = 10.0
 LEAST_SILENCE_S = 1.0
 #: How long a worker may take to close an answer whose end marker has come.
 CLOSE_S = 2.0
+#: Workers that one streamed answer may lose behind its beginning.
+MOST_LOSSES = 3
 #: Good statuses of a model server.
 GOOD = range(200, 300)
 
@@ -73,12 +77,12 @@ class Asked(NamedTuple):
         return min(SILENCE_S, max(LEAST_SILENCE_S, patience_s / 3))
 
 
-async def respond(pool: Pool, call: Call, task: Task, relay: Relay, *, asked: Asked) -> None:
+async def respond(job: Job) -> None:
     """Answer a request as its worker does, until it is answered or the client leaves.
 
     Raises RMAError while a status can still say what went wrong, Gone.
     """
-    job = Job(pool, call, task, relay, asked)
+    call, asked = job.call, job.asked
     if asked.stream:
         wire = Wire(call, lambda: {**EVENT_STREAM, **job.headers()}, silence_s=asked.silence_s)
         await _first(call.left(), wire.keep_alive(), _streamed(job, wire))
@@ -102,13 +106,19 @@ async def _first(*steps: Coroutine[Any, Any, None]) -> None:
 
 
 class Job(NamedTuple):
-    """A request that has become a task, and what is needed to answer it."""
+    """A request that has become a task, and what is needed to answer it.
+
+    ``origin`` is the body that its first worker got; ``again`` makes a task for what is left of it, whose body has so
+    many bytes.
+    """
 
     pool: Pool
     call: Call
     task: Task
     relay: Relay
     asked: Asked
+    origin: Body
+    again: Callable[[int], Task]
 
     def headers(self) -> dict[str, str]:
         """Return the headers that say who answered, and how long what took."""
@@ -261,31 +271,82 @@ class Wire:
 
 
 async def _streamed(job: Job, wire: Wire) -> None:
-    stream = await _relay(job, wire)
+    stream = await _relay(job, wire, lambda: Stream(job.asked.answer))
     if stream is None:
         # Nothing of an answer has gone out.
         await _refuse(job, wire, await _refusal(job) if job.relay.head is not None else job.failed())
         return
-    if stream.skipped:
-        words = "%s: %d events of its model server were no JSON and were left out"
-        logger.info(words, job.task.id, stream.skipped, extra={"action": "events_skipped", "task": job.task.id})
-    if stream.whole and (stream.done or job.relay.complete):
-        await wire.send(stream.end(), more=False)
-    else:
-        await _broke_off(job, wire, stream)
+    async with contextlib.AsyncExitStack() as stack:
+        error: RMAError | None = None
+        for _ in range(MOST_LOSSES):
+            # What a worker ended by itself, whole or not, is its model server's way to answer.
+            if error is not None or job.relay.complete or stream.done or stream.broken or not job.task.committed:
+                break
+            job, error = await _go_on(job, wire, stream, stack)
+        if stream.skipped:
+            words = "%s: %d events of its model server were no JSON and were left out"
+            logger.info(words, job.task.id, stream.skipped, extra={"action": "events_skipped", "task": job.task.id})
+        if error is None and _is_whole(job, stream):
+            await wire.send(stream.end(), more=False)
+        else:
+            await _refuse(job, wire, error or _broke_off(job, stream), stream)
 
 
-async def _relay(job: Job, wire: Wire) -> Stream | None:
+def _is_whole(job: Job, stream: Stream) -> bool:
+    return stream.whole and (stream.done or job.relay.complete)
+
+
+async def _go_on(job: Job, wire: Wire, stream: Stream, stack: contextlib.AsyncExitStack) -> tuple[Job, RMAError | None]:
+    """Let another worker go on where a stream was lost; return the job that did, and why it could not, if so."""
+    asked = b"".join([piece async for piece in job.origin.pieces()])
+    decision = decide(asked, stream.delivered)
+    if decision.outcome == "give_up":
+        return job, _broke_off(job, stream, decision.reason)
+    if decision.outcome == "finish":
+        await wire.send(stream.add(ending(asked, stream.delivered)))
+        stream.done = True
+        return job, None
+    try:
+        found = await _elsewhere(job, continued(asked, stream.delivered), stack)
+    except RMAError as refused:
+        return job, _broke_off(job, stream, refused.message)
+    about = {"action": "answer_continued", "task": found.task.id, "before": job.task.id}
+    logger.info("%s goes on with what %s had begun", found.task.id, job.task.id, extra=about)
+    await wire.send(CONTINUED)
+    if await _relay(found, wire, lambda: stream.resume(asked)) is None:
+        return found, await _refusal(found) if found.relay.head is not None else found.failed()
+    return found, None
+
+
+async def _elsewhere(job: Job, data: bytes, stack: contextlib.AsyncExitStack) -> Job:
+    """Submit what is left of a request, to another worker where there is one. Raises TryLater, OutOfSpace."""
+    pool, lost = job.pool, job.task
+    body = pool.spools.make()
+    stack.push_async_callback(body.close)
+    await body.write(data)
+    task = job.again(body.size)
+    task.deadline = lost.deadline
+    tried = lost.excluded | {attempt.worker_id for attempt in lost.attempts}
+    if pool.dispatcher.can_serve(task.service, task.model, besides=tried):
+        task.excluded |= tried
+    elif not pool.dispatcher.can_serve(task.service, task.model):
+        raise TryLater(f"no other worker offers {task.lane}", retry_after_s=30)
+    relay = pool.submit(task, body)
+    stack.callback(pool.dispatcher.cancel, task, "the client left")
+    return job._replace(task=task, relay=relay)
+
+
+async def _relay(job: Job, wire: Wire, begin: Callable[[], Stream]) -> Stream | None:
     """Send the answer on as it comes; return its stream when nothing more can follow, ``None`` for no stream.
 
-    Until its first event has gone out, an answer that is begun anew is nobody's business.
+    Until its first event has gone out, an answer that is begun anew is nobody's business: it is another `begin`.
     """
     relay, task = job.relay, job.task
     while True:
         head = await relay.ready()
         if head is None or head.status not in GOOD or not _is_stream(head):
             return None
-        starts, stream = relay.starts, Stream(job.asked.answer)
+        starts, stream = relay.starts, begin()
         pieces = relay.pieces()
         async for piece in pieces:
             if events := stream.feed(piece):
@@ -312,18 +373,16 @@ def _is_stream(head: Head) -> bool:
     return kind.strip().lower().startswith("text/event-stream")
 
 
-async def _broke_off(job: Job, wire: Wire, stream: Stream) -> None:
-    """End a stream that is not whole; a continuation on another worker would begin here, before the client is told."""
+def _broke_off(job: Job, stream: Stream, why: str = "") -> RMAError:
+    """Return why a stream is not whole, and ``why`` no other worker goes on with it."""
     if stream.broken is not None:
-        error: RMAError = openai_errors.in_stream(stream.broken.error)
-    elif job.relay.complete:
-        error = APIProblem(502, f"the model server of {job.who()} ended its answer without a finish_reason")
-    elif not job.task.committed:
-        error = job.failed()
-    else:
-        reasons = "; ".join(job.task.reasons) or "its worker was lost"
-        error = APIProblem(502, f"the answer broke off: {reasons}", api_code="worker_lost")
-    await _refuse(job, wire, error, stream)
+        return openai_errors.in_stream(stream.broken.error)
+    if job.relay.complete:
+        return APIProblem(502, f"the model server of {job.who()} ended its answer without a finish_reason")
+    if not job.task.committed:
+        return job.failed()
+    reason = f"the answer broke off: {'; '.join(job.task.reasons) or 'its worker was lost'}"
+    return APIProblem(502, f"{reason}; it does not go on elsewhere: {why}" if why else reason, api_code="worker_lost")
 
 
 async def _refuse(job: Job, wire: Wire, error: RMAError, stream: Stream | None = None) -> None:

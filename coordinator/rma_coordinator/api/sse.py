@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
+from rma_coordinator.domain.continuing import BadChunk, Delivered, Seam
 from rma_core.models.strict import encode
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 #: An event longer than this is no piece of an answer.
 MAX_EVENT_BYTES = 1024 * 1024
@@ -25,6 +26,8 @@ MAX_TOOLS = 1024
 DONE = b"data: [DONE]\n\n"
 #: Keeps a silent stream alive. One newline: a second one would end an event, and some clients dispatch an empty one.
 COMMENT = b": rma\n"
+#: Says to who looks closely that another worker goes on.
+CONTINUED = b": rma continued\n"
 #: What a client may be told as the reason of an end.
 FINISHES = frozenset({"stop", "length", "tool_calls", "content_filter", "function_call"})
 #: Engines say these when an answer did not come to its end.
@@ -113,6 +116,23 @@ class Stream:
         self._open: set[int] = set()
         self._finished: set[int] = set()
         self._tools: set[tuple[int, int]] = set()
+        #: What the client has, for another worker to go on from.
+        self.delivered = Delivered()
+        self._seam: Seam | None = None
+
+    def resume(self, body: bytes) -> Stream:
+        """Go on with what another worker streams for the request ``body``; returns itself."""
+        self._seam = Seam(body, self.delivered)
+        # Half an event of the lost worker is nobody's.
+        self._events, self.done = Events(), False
+        return self
+
+    def add(self, events: Iterable[dict[str, Any]]) -> bytes:
+        """Return what the client gets for events that no engine has sent."""
+        out: list[bytes] = []
+        for event in events:
+            self._send(event, out)
+        return b"".join(out)
 
     @property
     def begun(self) -> bool:
@@ -164,7 +184,25 @@ class Stream:
         if not isinstance(choices, list):
             self._other(event)
             return
-        usage = event.pop("usage", None)
+        try:
+            events = self._noted(event)
+        except BadChunk:
+            self.skipped += 1
+            return
+        for one in events:
+            self._send(one, out)
+        if self._seam is not None and self._seam.done:
+            self.done = True
+
+    def _noted(self, event: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return what the client gets for an event, and keep account of it. Raises BadChunk."""
+        if self._seam is not None:
+            return self._seam.take(event)
+        self.delivered.take(event)
+        return [event]
+
+    def _send(self, event: dict[str, Any], out: list[bytes]) -> None:
+        usage, choices = event.pop("usage", None), event["choices"]
         if isinstance(usage, dict):
             self._usage = usage
         if not all(map(_is_choice, choices)):
