@@ -310,7 +310,7 @@ async def _go_on(job: Job, wire: Wire, stream: Stream, stack: contextlib.AsyncEx
         found = await _elsewhere(job, continued(asked, stream.delivered), stack)
     except RMAError as refused:
         return job, _broke_off(job, stream, refused.message)
-    about = {"action": "answer_continued", "task": found.task.id, "before": job.task.id}
+    about = {"action": "answer_continued", "task": found.task.id}
     logger.info("%s goes on with what %s had begun", found.task.id, job.task.id, extra=about)
     await wire.send(CONTINUED)
     if await _relay(found, wire, lambda: stream.resume(asked)) is None:
