@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
+
+import pytest
 
 from tests import needs
 from tests.fixtures import (
@@ -17,7 +20,7 @@ from tests.fixtures import (
 )
 
 if TYPE_CHECKING:
-    import pytest
+    from collections.abc import Iterator
 
 __all__ = [
     "busybox_image",
@@ -29,6 +32,16 @@ __all__ = [
     "rootful_podman",
     "rootless_podman",
 ]
+
+
+@pytest.fixture(autouse=True)
+def _levels_of_loggers() -> Iterator[None]:
+    """Leave to the next test the levels that there were: a command sets them for its process, which is the tests'."""
+    loggers = [logging.getLogger(name) for name in (None, "rma_core", "rma_coordinator")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
