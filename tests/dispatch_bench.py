@@ -68,14 +68,16 @@ class Bench:
         self.dispatcher = Dispatcher(self.effects, clock=lambda: self.now, max_queued=max_queued)
         self.effects.seats = self.dispatcher.seats
 
-    def task(self, service: str = "notes", *, timeout_s: float = 600, durable: bool = False) -> Task:
+    def task(
+        self, service: str = "notes", *, key_id: str = "key:1", timeout_s: float = 600, durable: bool = False
+    ) -> Task:
         task = Task(
             service=service,
             method="POST",
             path=f"/{service}",
             headers=(),
             body_bytes=0,
-            key_id="key:1",
+            key_id=key_id,
             now=self.now,
             timeout_s=timeout_s,
             durable=durable,

@@ -342,7 +342,7 @@ class Everything(RuleBasedStateMachine):
 
     @invariant()
     def queued_tasks_are_in_one_queue_and_counters_agree(self) -> None:
-        queued = [task for queue in self.dispatcher._queues.values() for task in queue]
+        queued = [task for line in self.dispatcher._lines.values() for task in line]
         assert Counter(task.id for task in queued) == Counter(
             task.id for task in self.dispatcher.tasks.values() if task.state == "queued" and task.closing is None
         )

@@ -9,9 +9,11 @@ A durable task ends in two steps: its end is decided (`closing`), written down, 
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict, deque
+import random
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Protocol
 
+from rma_coordinator.domain.queues import Line
 from rma_coordinator.domain.tasks import BLAMED, LEASE_S, NO_MODELS, Attempt, Seat, Task
 from rma_core.errors import NotFound, TryLater
 from rma_core.models.channel import ACCEPT_WITHIN_S, RESUME_WITHIN_S
@@ -32,6 +34,8 @@ MAX_ATTEMPTS = 10
 REMEMBERED = 1000
 #: A worker that gives a task back before it began it is given nothing for so long: it is full, or about to say why.
 FULL_S = 1.0
+#: Up to so many workers that could do a task are all looked at; of more, so many at random are enough.
+LOOKED_AT = 64
 #: A tick that comes later than this after the one before means that the coordinator itself stood still.
 STALL_S = 2.0
 
@@ -65,7 +69,13 @@ class Dispatcher:
     """Queues, seats and open attempts; every method leaves them consistent and then matches again."""
 
     def __init__(
-        self, effects: Effects, *, clock: Callable[[], float], max_queued: int, lease_s: float = LEASE_S
+        self,
+        effects: Effects,
+        *,
+        clock: Callable[[], float],
+        max_queued: int,
+        lease_s: float = LEASE_S,
+        chance: random.Random | None = None,
     ) -> None:
         self._effects = effects
         self._clock = clock
@@ -75,7 +85,10 @@ class Dispatcher:
         self.seats: dict[str, Seat] = {}
         self.tasks: dict[str, Task] = {}
         self.finished: OrderedDict[str, Task] = OrderedDict()
-        self._queues: dict[str, deque[Task]] = {}
+        self._lines: dict[str, Line] = {}
+        #: Who offers what: each lane's workers, in no order.
+        self._offering: dict[str, list[Seat]] = {}
+        self._chance = chance or random.Random()  # noqa: S311 - whom to look at is no secret
         self.succeeded = 0
         self.failed = 0
 
@@ -84,7 +97,7 @@ class Dispatcher:
     @property
     def queued(self) -> int:
         """How many tasks wait."""
-        return sum(len(queue) for queue in self._queues.values())
+        return sum(line.waiting for line in self._lines.values())
 
     @property
     def running(self) -> int:
@@ -101,15 +114,19 @@ class Dispatcher:
         if not task.durable:
             self.check_room()
         self.tasks[task.id] = task
-        self._queues.setdefault(task.lane, deque()).append(task)
-        self._match(task.lane)
+        line = self._line(task)
+        crowded = len(self._offering.get(task.lane, ())) > LOOKED_AT and line.stuck(task.lane)
+        line.add(task)
+        # Who comes free looks for work: in a large pool that is full, nobody else need be asked.
+        if not crowded:
+            self._match(task.service)
 
     def restore(self, task: Task, given: Attempt | None) -> None:
         """Take a durable task up again after the coordinator's restart; ``given`` is the attempt that may still run."""
         self.tasks[task.id] = task
         task.excluded |= {attempt.worker_id for attempt in task.attempts if attempt.state in ("failed", "returned")}
         if given is None:
-            self._queues.setdefault(task.lane, deque()).append(task)
+            self._line(task).add(task)
             return
         given.state, given.restored = "running", True
         task.state, task.holder = "running", given
@@ -163,7 +180,8 @@ class Dispatcher:
             lost = self._find(ref.task_id, ref.attempt, ref.lease_id, worker_id)
             if lost is not None and not lost.open and lost.task.state == "queued":
                 self.revive(lost)
-        seat.slots, seat.reachable, seat.gone_at = {}, True, None
+        self._offer(seat, {}, NO_MODELS)
+        seat.reachable, seat.gone_at = True, None
         return list(seat.running.values())
 
     def heard(self, worker_id: str, refs: Collection[AttemptRef]) -> None:
@@ -187,7 +205,7 @@ class Dispatcher:
         seat = self.seat(worker_id)
         seat.reachable, seat.gone_at = waiting, None
         if waiting:
-            self._match_all()
+            self._fill(seat)
 
     def departed(self, worker_id: str) -> None:
         """A worker's connection broke; it may come back within RESUME_WITHIN_S."""
@@ -207,24 +225,24 @@ class Dispatcher:
         """A worker says what it can take; new slots start with a full quota."""
         seat = self.seat(worker_id)
         seat.usable = usable
-        # Not copied: workers with the same services share them.
-        seat.slots, seat.models = slots, models
+        self._offer(seat, slots, models)
         if seat.quota:
             seat.quota = {name: quota for name, quota in seat.quota.items() if name in slots}
-        self._match_all()
+        self._fill(seat)
 
     def gone(self, worker_id: str, reason: str, *, blame: bool) -> None:
         """A worker is not there any more (offline, left): its attempts are lost now."""
         seat = self.seats.pop(worker_id, None)
         if seat is None:
             return
+        self._offer(seat, {}, NO_MODELS)
         for attempt in list(seat.running.values()):
             self._lose(attempt, reason, blame=blame and attempt.state == "running")
 
     def can_serve(self, service: str, model: str = "", *, besides: Collection[str] = ()) -> bool:
         """Say whether any worker that may be given work offers the service now, with the model where one is named."""
-        seats = self.seats.values()
-        return any(seat.usable and seat.offers(service, model) and seat.worker_id not in besides for seat in seats)
+        seats = self._offering.get(f"{service} {model}" if model else service, ())
+        return any(seat.usable and seat.worker_id not in besides for seat in seats)
 
     def spare(self) -> dict[str, int]:
         """Return for each service how many reachable workers have room for it; none while its tasks wait."""
@@ -233,7 +251,7 @@ class Dispatcher:
             if seat.usable and seat.reachable:
                 for service in seat.slots:
                     counts[service] = counts.get(service, 0) + (seat.room(service) > 0)
-        waiting = {queue[0].service for queue in self._queues.values() if queue}
+        waiting = {service for service, line in self._lines.items() if line.waiting}
         return {service: 0 if service in waiting else count for service, count in counts.items()}
 
     # -- attempts ----------------------------------------------------------------------------------------------
@@ -359,8 +377,6 @@ class Dispatcher:
             what = "no worker was free" if task.state == "queued" else "no whole answer"
             self._close(task, "failed", f"{what} within {task.deadline - task.created_at:.0f} s")
         self._match_all()
-        # Clients name the models: what they named once must not be kept for ever.
-        self._queues = {lane: queue for lane, queue in self._queues.items() if queue}
 
     # -- inside ------------------------------------------------------------------------------------------------
 
@@ -438,8 +454,8 @@ class Dispatcher:
         else:
             task.state = "queued"
             self._effects.restarted(task)
-            self._queues.setdefault(task.lane, deque()).appendleft(task)
-            self._match_service(task.service)
+            self._line(task).add(task, first=True)
+            self._match(task.service)
 
     def _end(self, attempt: Attempt, state: AttemptState, reason: str) -> None:
         attempt.state, attempt.reason, attempt.ended_at = state, reason, self._clock()
@@ -453,9 +469,8 @@ class Dispatcher:
         return next((attempt for attempt in attempts if attempt.belongs(number, lease_id, worker_id)), None)
 
     def _unqueue(self, task: Task) -> None:
-        queue = self._queues.get(task.lane)
-        if queue and task.state == "queued" and task in queue:
-            queue.remove(task)
+        if task.state == "queued":
+            self._line(task).remove(task)
 
     def _close(self, task: Task, state: TaskState, reason: str) -> None:
         """Decide the end of a task, once."""
@@ -473,7 +488,9 @@ class Dispatcher:
             self._effects.closing(task)
         else:
             self._finish(task, state)
-        self._match_service(task.service)
+        seat = self.seats.get(attempt.worker_id) if attempt else None
+        if seat:
+            self._fill(seat)
 
     def _finish(self, task: Task, state: TaskState) -> None:
         """Record the end of a task and tell everyone."""
@@ -489,46 +506,81 @@ class Dispatcher:
         _log(task)
         self._effects.finished(task)
 
-    def _match_all(self) -> None:
-        for lane in list(self._queues):
-            self._match(lane)
+    def _line(self, task: Task) -> Line:
+        return self._lines.get(task.service) or self._lines.setdefault(task.service, Line())
 
-    def _match_service(self, service: str) -> None:
-        """A slot of a service came free: whatever model waits, it is one for all of them."""
-        waiting = [queue[0] for queue in self._queues.values() if queue and queue[0].service == service]
-        for task in sorted(waiting, key=lambda task: task.created_at):
-            self._match(task.lane)
-
-    def _match(self, lane: str) -> None:
-        """Give waiting tasks to free workers, oldest task first, freest worker first."""
-        queue = self._queues.get(lane)
-        if queue is None:
+    def _offer(self, seat: Seat, slots: dict[str, int], models: Mapping[str, frozenset[str]]) -> None:
+        """Note what a worker offers from now on."""
+        if seat.slots == slots and seat.models == models:
             return
-        waiting: list[Task] = []
-        while queue:
-            task = queue.popleft()
+        before = seat.lanes()
+        # Not copied: workers with the same services share them.
+        seat.slots, seat.models = slots, models
+        after = seat.lanes()
+        for lane in before - after:
+            self._offering[lane].remove(seat)
+            if not self._offering[lane]:
+                del self._offering[lane]
+        for lane in after - before:
+            self._offering.setdefault(lane, []).append(seat)
+
+    def _match_all(self) -> None:
+        for service in list(self._lines):
+            self._match(service)
+
+    def _match(self, service: str) -> None:
+        """Give waiting tasks to free workers: whose turn it is first, and to the best worker for it."""
+        line = self._lines[service]
+        full: set[str] = set()
+        barred: list[Task] = []
+        while (task := line.pop(besides=full)) is not None:
             seat = self._best(task)
             if seat is not None:
+                line.served(task)
                 self._give(task, seat)
                 continue
-            waiting.append(task)
+            barred.append(task)
             # A task that no worker is barred from shows that nobody has room: the rest need not be tried.
             if not task.excluded:
-                break
-        queue.extendleft(reversed(waiting))
+                full.add(task.lane)
+        for task in reversed(barred):
+            line.add(task, first=True)
+
+    def _fill(self, seat: Seat) -> None:
+        """Give a worker that has room what waits for it, in turn."""
+        for service in list(seat.slots):
+            line = self._lines.get(service)
+            if line is None or not line.waiting:
+                continue
+            lanes, barred = seat.lanes(), list[Task]()
+            while self._free(seat, service, self._clock()) and (task := line.pop(lanes=lanes)) is not None:
+                if seat.worker_id in task.excluded:
+                    barred.append(task)
+                else:
+                    line.served(task)
+                    self._give(task, seat)
+            for task in reversed(barred):
+                line.add(task, first=True)
+
+    def _free(self, seat: Seat, service: str, now: float) -> bool:
+        """Say whether a worker can be given a task of a service at this moment."""
+        reachable = seat.usable and seat.reachable and seat.full_until <= now
+        return reachable and seat.room(service) > 0 and self._effects.ready(seat.worker_id)
 
     def _best(self, task: Task) -> Seat | None:
+        """Return the best worker that has room for a task now: one that has not tried it, then the freest."""
+        seats = self._offering.get(task.lane, [])
+        if len(seats) > LOOKED_AT:
+            some = [seats[self._chance.randrange(len(seats))] for _ in range(LOOKED_AT)]
+            return self._freest(task, some) or self._freest(task, seats)
+        return self._freest(task, seats)
+
+    def _freest(self, task: Task, seats: list[Seat]) -> Seat | None:
         tried, now = {attempt.worker_id for attempt in task.attempts}, self._clock()
         free = [
-            (seat.worker_id not in tried, room, -seat.last_given, seat.worker_id)
-            for seat in self.seats.values()
-            if seat.usable
-            and seat.reachable
-            and seat.full_until <= now
-            and seat.worker_id not in task.excluded
-            and seat.offers(task.service, task.model)
-            and (room := seat.room(task.service)) > 0
-            and self._effects.ready(seat.worker_id)
+            (seat.worker_id not in tried, seat.room(task.service), -seat.last_given, seat.worker_id)
+            for seat in seats
+            if seat.worker_id not in task.excluded and self._free(seat, task.service, now)
         ]
         return self.seats[max(free)[-1]] if free else None
 

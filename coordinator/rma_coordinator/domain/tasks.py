@@ -19,6 +19,8 @@ ID_DIGITS, ID_LENGTH = "0123456789abcdefghijklmnopqrstuvwxyz", 20
 LEASE_S = 60.0
 
 TaskState = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+#: Classes of work, the most urgent first.
+Priority = Literal["high", "normal", "low"]
 AttemptState = Literal["offered", "running", "succeeded", "failed", "returned", "lost", "cancelled"]
 #: Faults that are charged to a worker and count against the task.
 BLAMED: frozenset[str] = frozenset({"worker", "service"})
@@ -107,6 +109,7 @@ class Task:
         "method",
         "model",
         "path",
+        "priority",
         "reasons",
         "service",
         "state",
@@ -130,6 +133,7 @@ class Task:
         base: int = 0,
         first_byte_s: float | None = None,
         gap_s: float = LEASE_S,
+        priority: Priority = "normal",
     ) -> None:
         self.id = task_id or new_task_id()
         self.service = service
@@ -142,6 +146,7 @@ class Task:
         self.headers = headers
         self.body_bytes = body_bytes
         self.key_id = key_id
+        self.priority: Priority = priority
         self.created_at = now
         self.deadline = now + timeout_s
         self.durable = durable
@@ -251,6 +256,12 @@ class Seat:
     def offers(self, service: str, model: str) -> bool:
         """Say whether it has slots for a service, with a model where one is named."""
         return self.slots.get(service, 0) > 0 and (not model or model in self.models.get(service, ()))
+
+    def lanes(self) -> frozenset[str]:
+        """Return everything that it could be given: services with slots, and each with its models."""
+        services = [service for service, slots in self.slots.items() if slots > 0]
+        models = [f"{service} {model}" for service in services for model in self.models.get(service, ())]
+        return frozenset((*services, *models))
 
     def room(self, service: str) -> int:
         """Return how many more attempts of a service it may be given now."""
