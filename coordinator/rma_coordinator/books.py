@@ -141,6 +141,7 @@ class Books:
             base=(self._epoch - record.epoch) * MAX_ATTEMPTS,
             first_byte_s=record.first_byte_s,
             gap_s=record.gap_s,
+            priority=record.priority,
         )
         task.created_at -= min(lived_s, record.timeout_s)
         task.reasons, task.fault = list(record.reasons), record.fault
@@ -527,6 +528,7 @@ class Books:
             body_bytes=task.body_bytes,
             first_byte_s=task.first_byte_s,
             gap_s=task.gap_s,
+            priority=task.priority,
             state=(task.closing if decided else None) or task.state,
             ended_at=None if ended_at is None else wall + ended_at,
             attempts=tuple(_attempt_record(one, wall) for one in task.attempts),

@@ -18,12 +18,13 @@ from rma_coordinator.api.asgi import Gone
 from rma_coordinator.api.problems import HTTPProblem, problem, wrong_method
 from rma_coordinator.api.tasks import ANSWER_HEADERS, SAFETY
 from rma_coordinator.domain.records import idempotency_key
-from rma_coordinator.domain.tasks import Task, new_task_id
+from rma_coordinator.domain.tasks import PRIORITIES, Task, new_task_id
 from rma_core.errors import NotFound, RMAError, TryLater
 
 if TYPE_CHECKING:
     from rma_coordinator.api.asgi import Call
     from rma_coordinator.domain.credentials import Principal
+    from rma_coordinator.domain.tasks import Priority
     from rma_coordinator.pool import Pool
     from rma_coordinator.relay import Head, Relay
     from rma_coordinator.spool import Body
@@ -46,7 +47,7 @@ async def infer(pool: Pool, call: Call) -> None:
     entry = pool.check_service(service, principal)
     _check_route(entry, call.method, path)
     _request_headers(call)
-    ask = Ask(principal, entry, path)
+    ask = Ask(principal, entry, path, priority(call, principal))
     key = _idempotency_key(call)
     detached = _respond_async(call)
     call.check_body(pool.settings.max_body_bytes)
@@ -65,11 +66,12 @@ async def infer(pool: Pool, call: Call) -> None:
 
 
 class Ask(NamedTuple):
-    """A request that has been looked at: who asks, for which service, at which path of it."""
+    """A request that has been looked at: who asks, for which service, at which path of it, how urgent."""
 
     principal: Principal
     entry: CatalogEntry
     path: str
+    priority: Priority
 
 
 def _task(pool: Pool, call: Call, ask: Ask, body: Body, *, durable: bool = False) -> Task:
@@ -87,7 +89,17 @@ def _task(pool: Pool, call: Call, ask: Ask, body: Body, *, durable: bool = False
         durable=durable,
         first_byte_s=ask.entry.first_byte_s,
         gap_s=ask.entry.gap_s,
+        priority=ask.priority,
     )
+
+
+def priority(call: Call, principal: Principal) -> Priority:
+    """Return the class of a request: what it asks for, but no higher than its key may. Raises HTTPProblem (400)."""
+    text = call.raw.get(b"rma-priority", b"normal").decode("latin-1").strip().lower()
+    found = next((one for one in PRIORITIES if one == text), None)
+    if found is None:
+        raise HTTPProblem(400, f"RMA-Priority is one of: {', '.join(PRIORITIES)}", code="header")
+    return "normal" if found == "high" and not principal.may("priority:high") else found
 
 
 # -- durable tasks -----------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import msgspec
 
 from rma_coordinator.api import bodies
 from rma_coordinator.api.asgi import bearer
+from rma_coordinator.api.inference import priority
 from rma_coordinator.api.openai_answers import Asked, Job, respond
 from rma_coordinator.api.openai_errors import APIProblem, request_id
 from rma_coordinator.api.sse import Answer
@@ -22,7 +23,9 @@ from rma_core.models.strict import MAX_EXPLAINED_BYTES, convert, encode
 
 if TYPE_CHECKING:
     from rma_coordinator.api.asgi import Call
+    from rma_coordinator.domain.credentials import Principal
     from rma_coordinator.domain.models import ModelView
+    from rma_coordinator.domain.tasks import Priority
     from rma_coordinator.pool import Pool
 
 #: The longest request: a chat with some pictures in it.
@@ -75,19 +78,20 @@ async def embeddings(pool: Pool, call: Call) -> None:
 
 
 async def _run(pool: Pool, call: Call, kind: Kind) -> None:
-    key_id = _key_id(pool, call)
+    principal = _principal(pool, call)
+    urgency = priority(call, principal)
     data = await call.body(min(MAX_BODY_BYTES, pool.settings.max_body_bytes))
     request, data = read(data, kind)
     pool.check_store()
     check_model(pool, request.model)
     body = pool.spools.make()
 
-    def again(size: int) -> Task:
-        return _task(pool, kind, request.model, key_id=key_id, body_bytes=size)
+    def again(size: int, task_id: str = "") -> Task:
+        return _task(pool, kind, request.model, key_id=principal.id, body_bytes=size, task_id=task_id, urgency=urgency)
 
     try:
         await body.write(data)
-        task = _task(pool, kind, request.model, key_id=key_id, body_bytes=body.size, task_id=request_id(call))
+        task = again(body.size, request_id(call))
         try:
             relay = pool.submit(task, body)
         except TryLater as error:
@@ -100,14 +104,14 @@ async def _run(pool: Pool, call: Call, kind: Kind) -> None:
         await body.close()
 
 
-def _key_id(pool: Pool, call: Call) -> str:
-    """Return the id of the key that pays for it. Raises NotAuthenticated, Forbidden."""
+def _principal(pool: Pool, call: Call) -> Principal:
+    """Return who pays for it. Raises NotAuthenticated, Forbidden."""
     secret = next((call.raw[name] for name in KEY_HEADERS if name in call.raw), b"").decode("latin-1").strip()
     if not secret or call.raw.get(b"authorization"):
         secret = _bearer(call)
     principal = pool.keyring.principal(secret)
     principal.need(SCOPE)
-    return principal.id
+    return principal
 
 
 def _bearer(call: Call) -> str:
@@ -118,7 +122,16 @@ def _bearer(call: Call) -> str:
         raise NotAuthenticated(message, hints=("the pool's admin makes one: rma keys create --client",)) from None
 
 
-def _task(pool: Pool, kind: Kind, model: str, *, key_id: str, body_bytes: int, task_id: str = "") -> Task:
+def _task(
+    pool: Pool,
+    kind: Kind,
+    model: str,
+    *,
+    key_id: str,
+    body_bytes: int,
+    task_id: str = "",
+    urgency: Priority = "normal",
+) -> Task:
     # What volunteers attached needs no entry in the catalog.
     entry = pool.catalog.get(ATTACHABLE)
     return Task(
@@ -134,6 +147,7 @@ def _task(pool: Pool, kind: Kind, model: str, *, key_id: str, body_bytes: int, t
         timeout_s=(entry and entry.timeout_s) or pool.settings.task_timeout_s,
         first_byte_s=entry.first_byte_s if entry else None,
         gap_s=entry.gap_s if entry else LEASE_S,
+        priority=urgency,
     )
 
 
@@ -226,14 +240,14 @@ def check_model(pool: Pool, model: str) -> None:
 
 async def models(pool: Pool, call: Call) -> None:
     """GET /v1/models: what can be asked for, and what could be lately."""
-    _key_id(pool, call)
+    _principal(pool, call)
     listed = [_model(pool, view) for view in pool.models().values()]
     await call.json({"object": "list", "data": listed}, headers={"x-request-id": request_id(call)})
 
 
 async def model(pool: Pool, call: Call) -> None:
     """GET /v1/models/{model}; a name may have slashes in it."""
-    _key_id(pool, call)
+    _principal(pool, call)
     name = call.parts["model"].rstrip("/")
     view = pool.models().get(name)
     if view is None:

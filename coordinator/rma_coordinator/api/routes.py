@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from rma_coordinator.api import bodies
+from rma_coordinator.domain.tasks import PRIORITIES
 from rma_core.models import worker as wire
 
 if TYPE_CHECKING:
@@ -73,6 +74,12 @@ ASYNC = {
     "Idempotency-Key": Parameter(
         "repeated with the same request, it is done once (1 to 255 visible ASCII characters)",
         {"type": "string", "pattern": "^[!-~]{1,255}$"},
+    ),
+}
+PRIORITY = {
+    "RMA-Priority": Parameter(
+        "how urgent it is; `high` needs the scope `priority:high`, without it is `normal`",
+        {"type": "string", "enum": list(PRIORITIES), "default": "normal"},
     ),
 }
 #: What may become of a request that runs on a worker.
@@ -367,7 +374,7 @@ ROUTES: tuple[Route, ...] = (
         lane="raw",
         takes="*/*",
         gives="*/*",
-        headers=ASYNC,
+        headers=PRIORITY | ASYNC,
         also=(202,),
         fails=RUN_FAILS,
     ),
@@ -380,7 +387,7 @@ ROUTES: tuple[Route, ...] = (
         lane="raw",
         takes="*/*",
         gives="*/*",
-        headers=ASYNC,
+        headers=PRIORITY | ASYNC,
         also=(202,),
         fails=RUN_FAILS,
     ),
@@ -394,6 +401,7 @@ ROUTES: tuple[Route, ...] = (
         lane="raw",
         takes=bodies.ChatCompletionRequest,
         gives=OPENAI,
+        headers=PRIORITY,
         fails=OPENAI_FAILS,
     ),
     Route(
@@ -405,6 +413,7 @@ ROUTES: tuple[Route, ...] = (
         lane="raw",
         takes=bodies.CompletionRequest,
         gives=OPENAI,
+        headers=PRIORITY,
         fails=OPENAI_FAILS,
     ),
     Route(
@@ -416,6 +425,7 @@ ROUTES: tuple[Route, ...] = (
         lane="raw",
         takes=bodies.EmbeddingRequest,
         gives="object",
+        headers=PRIORITY,
         fails=OPENAI_FAILS,
     ),
     Route("GET", "/v1/models", "models", "infer", "The models of the pool.", lane="raw", gives="object"),

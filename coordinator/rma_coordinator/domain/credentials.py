@@ -24,8 +24,9 @@ SECRET_LENGTH = 30
 CHECKSUM_LENGTH = 6
 PREFIXES = {"rmaa_": "an admin key", "rmac_": "a client key", "rmaj_": "a join token"}
 
-#: Everything a key can open; `infer:SERVICE` stands beside `infer:*` for one service.
-SCOPES = ("admin:read", "admin:write", "admin:keys", "tasks:read", "metrics", "infer:*")
+#: Everything a key can open; `infer:SERVICE` stands beside `infer:*` for one service. Without `priority:high` a request
+#: may ask for it and is an ordinary one.
+SCOPES = ("admin:read", "admin:write", "admin:keys", "tasks:read", "metrics", "infer:*", "priority:high")
 
 #: The one kind of scope that is not listed: one service.
 SERVICE_SCOPE = re.compile(r"infer:[a-z][a-z0-9-]{0,31}")

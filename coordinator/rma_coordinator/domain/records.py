@@ -11,7 +11,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from rma_coordinator.domain.tasks import AttemptState, TaskState
+from rma_coordinator.domain.tasks import AttemptState, Priority, TaskState
 from rma_core.models.worker import Fault, Headers
 
 
@@ -42,6 +42,7 @@ class TaskRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     body_bytes: int = 0
     first_byte_s: float | None = None
     gap_s: float = 60.0
+    priority: Priority = "normal"
     state: TaskState = "queued"
     ended_at: float | None = None
     attempts: tuple[AttemptRecord, ...] = ()

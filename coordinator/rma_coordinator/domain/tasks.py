@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 from rma_core.models.channel import ACCEPT_WITHIN_S
 
@@ -21,6 +21,7 @@ LEASE_S = 60.0
 TaskState = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 #: Classes of work, the most urgent first.
 Priority = Literal["high", "normal", "low"]
+PRIORITIES: tuple[Priority, ...] = get_args(Priority)
 AttemptState = Literal["offered", "running", "succeeded", "failed", "returned", "lost", "cancelled"]
 #: Faults that are charged to a worker and count against the task.
 BLAMED: frozenset[str] = frozenset({"worker", "service"})
