@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 
 from rma_coordinator.domain.dispatch import Dispatcher
@@ -65,7 +66,9 @@ class Bench:
     def __init__(self, *, max_queued: int = 100, now: float = 1000.0) -> None:
         self.now = now
         self.effects = Recording()
-        self.dispatcher = Dispatcher(self.effects, clock=lambda: self.now, max_queued=max_queued)
+        self.dispatcher = Dispatcher(
+            self.effects, clock=lambda: self.now, max_queued=max_queued, chance=random.Random(1)
+        )
         self.effects.seats = self.dispatcher.seats
 
     def task(

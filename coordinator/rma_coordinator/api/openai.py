@@ -16,6 +16,7 @@ from rma_coordinator.api.inference import priority
 from rma_coordinator.api.openai_answers import Asked, Job, respond
 from rma_coordinator.api.openai_errors import APIProblem, request_id
 from rma_coordinator.api.sse import Answer
+from rma_coordinator.domain.affinity import prefixes
 from rma_coordinator.domain.fleet import ATTACHABLE
 from rma_coordinator.domain.tasks import LEASE_S, Task
 from rma_core.errors import NotAuthenticated, NotFound, Problem, TryLater, ValidationProblem
@@ -23,6 +24,7 @@ from rma_core.models.strict import MAX_EXPLAINED_BYTES, convert, encode
 
 if TYPE_CHECKING:
     from rma_coordinator.api.asgi import Call
+    from rma_coordinator.domain.affinity import Prefix
     from rma_coordinator.domain.credentials import Principal
     from rma_coordinator.domain.models import ModelView
     from rma_coordinator.domain.tasks import Priority
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 MAX_BODY_BYTES = 8 * 1024 * 1024
 #: Values in one request, counted by what stands before each; as objects they take 100 bytes and more apiece.
 MOST_VALUES = 300_000
+#: Conversations up to here are known again when they go on.
+MOST_HASHED_BYTES = 256 * 1024
 #: The scope that opens all of it.
 SCOPE = f"infer:{ATTACHABLE}"
 #: Where else than in Authorization clients put their key.
@@ -86,8 +90,12 @@ async def _run(pool: Pool, call: Call, kind: Kind) -> None:
     check_model(pool, request.model)
     body = pool.spools.make()
 
+    known = _prefixes(request, len(data), salt=principal.id) if kind is CHAT else ()
+
     def again(size: int, task_id: str = "") -> Task:
-        return _task(pool, kind, request.model, key_id=principal.id, body_bytes=size, task_id=task_id, urgency=urgency)
+        task = _task(pool, kind, request.model, key_id=principal.id, body_bytes=size, task_id=task_id, urgency=urgency)
+        task.prefixes = known
+        return task
 
     try:
         await body.write(data)
@@ -149,6 +157,11 @@ def _task(
         gap_s=entry.gap_s if entry else LEASE_S,
         priority=urgency,
     )
+
+
+def _prefixes(request: bodies.ChatCompletionRequest, size: int, *, salt: str) -> tuple[Prefix, ...]:
+    """Return the beginnings of a conversation; of one with pictures in it none, for that would hold everyone up."""
+    return prefixes(map(encode, request.messages), salt=salt) if size <= MOST_HASHED_BYTES else ()
 
 
 def _asked(pool: Pool, call: Call, kind: Kind, request: Any) -> Asked:  # noqa: ANN401 - one of the records of `Kind`

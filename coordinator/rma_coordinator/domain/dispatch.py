@@ -13,7 +13,9 @@ import random
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Protocol
 
+from rma_coordinator.domain.affinity import Affinity
 from rma_coordinator.domain.queues import Line
+from rma_coordinator.domain.speeds import Speeds
 from rma_coordinator.domain.tasks import BLAMED, LEASE_S, NO_MODELS, Attempt, Seat, Task
 from rma_core.errors import NotFound, TryLater
 from rma_core.models.channel import ACCEPT_WITHIN_S, RESUME_WITHIN_S
@@ -36,6 +38,10 @@ REMEMBERED = 1000
 FULL_S = 1.0
 #: Up to so many workers that could do a task are all looked at; of more, so many at random are enough.
 LOOKED_AT = 64
+#: Workers that take at most so much longer than the best are as good: the freest of them is taken, not always the best.
+AS_GOOD = 1.15
+#: How often a worker of which little is known is tried although a better one is free.
+EXPLORED = 0.02
 #: A tick that comes later than this after the one before means that the coordinator itself stood still.
 STALL_S = 2.0
 
@@ -88,6 +94,7 @@ class Dispatcher:
         self._lines: dict[str, Line] = {}
         #: Who offers what: each lane's workers, in no order.
         self._offering: dict[str, list[Seat]] = {}
+        self.speeds, self.affinity = Speeds(clock), Affinity()
         self._chance = chance or random.Random()  # noqa: S311 - whom to look at is no secret
         self.succeeded = 0
         self.failed = 0
@@ -343,6 +350,10 @@ class Dispatcher:
         seat = self.seats.get(attempt.worker_id)
         if seat:
             seat.double(attempt.task.service)
+        if attempt.started_at is not None and not attempt.restored:
+            took_s = self._clock() - attempt.started_at
+            self.speeds.learn(attempt.worker_id, attempt.task.lane, took_s, beside=attempt.beside)
+        self.affinity.remember(attempt.task.lane, attempt.task.prefixes, attempt.worker_id)
         self._close(attempt.task, "succeeded", "")
 
     def fail(self, attempt: Attempt, fault: Fault, reason: str) -> None:
@@ -432,8 +443,10 @@ class Dispatcher:
         self._end(attempt, "failed" if blame else state, reason)
         self._effects.withdraw(attempt, reason)
         seat = self.seats.get(attempt.worker_id)
-        if blame and seat:
-            seat.halve(task.service)
+        if blame:
+            self.speeds.failed(attempt.worker_id, task.lane)
+            if seat:
+                seat.halve(task.service)
         if exclude if exclude is not None else (blame or state == "returned"):
             task.excluded.add(attempt.worker_id)
         task.reasons.append(f"{attempt.worker_id}: {reason}")
@@ -568,21 +581,45 @@ class Dispatcher:
         return reachable and seat.room(service) > 0 and self._effects.ready(seat.worker_id)
 
     def _best(self, task: Task) -> Seat | None:
-        """Return the best worker that has room for a task now: one that has not tried it, then the freest."""
+        """Return the best worker that has room for a task now: one that has not tried it, then the soonest done."""
         seats = self._offering.get(task.lane, [])
         if len(seats) > LOOKED_AT:
             some = [seats[self._chance.randrange(len(seats))] for _ in range(LOOKED_AT)]
-            return self._freest(task, some) or self._freest(task, seats)
-        return self._freest(task, seats)
+            return self._soonest(task, some) or self._soonest(task, seats)
+        return self._soonest(task, seats)
 
-    def _freest(self, task: Task, seats: list[Seat]) -> Seat | None:
-        tried, now = {attempt.worker_id for attempt in task.attempts}, self._clock()
-        free = [
-            (seat.worker_id not in tried, seat.room(task.service), -seat.last_given, seat.worker_id)
+    def _soonest(self, task: Task, seats: list[Seat]) -> Seat | None:
+        """Return the worker that has the task done first, or the freest of those that are as good."""
+        now = self._clock()
+        free = [seat for seat in seats if seat.worker_id not in task.excluded and self._free(seat, task.service, now)]
+        if task.attempts and len(free) > 1:
+            tried = {attempt.worker_id for attempt in task.attempts}
+            free = [seat for seat in free if seat.worker_id not in tried] or free
+        if len(free) > 1:
+            free = self._as_good(task, free)
+        return max(free, key=lambda seat: (seat.room(task.service), -seat.last_given, seat.worker_id), default=None)
+
+    def _as_good(self, task: Task, seats: list[Seat]) -> list[Seat]:
+        """Return the workers that would have the task done soonest; now and then those of which little is known."""
+        lane, expected = task.lane, self.speeds.expected
+        favourite, saves = self.affinity.favourite(lane, task.prefixes)
+        found = [
+            (
+                expected(
+                    seat.worker_id,
+                    lane,
+                    beside=seat.busy(task.service),
+                    saves=saves if seat.worker_id == favourite else 0.0,
+                ),
+                seat,
+            )
             for seat in seats
-            if seat.worker_id not in task.excluded and self._free(seat, task.service, now)
         ]
-        return self.seats[max(free)[-1]] if free else None
+        unknown = [seat for one, seat in found if not one.known]
+        if unknown and len(unknown) < len(seats) and task.priority != "high" and self._chance.random() < EXPLORED:
+            return unknown
+        limit = AS_GOOD * min(one.total for one, _ in found)
+        return [seat for one, seat in found if one.total <= limit]
 
     def _give(self, task: Task, seat: Seat) -> None:
         now = self._clock()
@@ -590,6 +627,7 @@ class Dispatcher:
         attempt.lease_s = self._lease_s
         task.attempts.append(attempt)
         task.state, task.holder = "running", attempt
+        attempt.beside = seat.busy(task.service)
         seat.begin(attempt)
         seat.last_given = now
         if not self._effects.offer(attempt):

@@ -11,6 +11,7 @@ from rma_core.models.channel import ACCEPT_WITHIN_S
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from rma_coordinator.domain.affinity import Prefix
     from rma_core.models.worker import Fault
 
 #: What the id of a task is made of.
@@ -31,6 +32,7 @@ class Attempt:
     """The n-th try of a task, on one worker, under one lease."""
 
     __slots__ = (
+        "beside",
         "broken_at",
         "delivered",
         "ended_at",
@@ -53,6 +55,8 @@ class Attempt:
         self.worker_id = worker_id
         self.lease_id = lease_id or secrets.token_hex(16)
         self.offered_at = now
+        #: How many others its worker had of its service when it was given.
+        self.beside = 0
         self.started_at: float | None = None
         self.ended_at: float | None = None
         #: When the stream of its answer broke; the worker has a moment to say why.
@@ -110,6 +114,7 @@ class Task:
         "method",
         "model",
         "path",
+        "prefixes",
         "priority",
         "reasons",
         "service",
@@ -148,6 +153,8 @@ class Task:
         self.body_bytes = body_bytes
         self.key_id = key_id
         self.priority: Priority = priority
+        #: Beginnings of its conversation, the longest first, where it is one.
+        self.prefixes: tuple[Prefix, ...] = ()
         self.created_at = now
         self.deadline = now + timeout_s
         self.durable = durable
@@ -267,8 +274,11 @@ class Seat:
     def room(self, service: str) -> int:
         """Return how many more attempts of a service it may be given now."""
         slots = self.slots.get(service, 0)
-        busy = sum(1 for attempt in self.running.values() if attempt.task.service == service)
-        return min(slots, self.quota.get(service, slots)) - busy
+        return min(slots, self.quota.get(service, slots)) - self.busy(service)
+
+    def busy(self, service: str) -> int:
+        """Return how many attempts of a service it has."""
+        return sum(1 for attempt in self.running.values() if attempt.task.service == service)
 
     def halve(self, service: str) -> None:
         """Give it less of a service for now."""

@@ -1,0 +1,123 @@
+"""How long a worker will take for its next task, in seconds, learnt from those it has done. Pure, given a clock.
+
+All of it is seconds, so that nothing needs a weight: what the next task takes, slower for each one beside it, and what
+a failure would cost, as often as this worker fails. Of whom nothing is known is taken for an average one.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+#: Pairs of a worker and what it does that are remembered, 300 bytes each.
+MOST_PAIRS = 20_000
+#: Part of a new measurement in the mean: more while little is known.
+FIRST_PART, LATER_PART, FIRST_TASKS = 0.3, 0.1, 5
+#: What is known is worth half as much for each of these seconds without a word of it.
+HALF_LIFE_S = 1800.0
+#: Below this it is as good as unknown, and worth a try.
+LEAST_KNOWN = 0.5
+#: How much one task more at the same time slows each of a worker's down.
+CROWDING = 0.35
+#: Each task makes what is known of failures fade by so much; before any, so many of so many have failed.
+FADING, FAILURES_BEFORE, TASKS_BEFORE = 0.99, 1.0, 10.0
+#: Seconds until a worker that was lost is noticed.
+NOTICED_S = 15.0
+
+
+class Expected(NamedTuple):
+    """The parts of a score, in seconds; the lowest sum is the best worker."""
+
+    service: float
+    failure: float
+    #: What its cache spares.
+    saved: float
+    #: Whether it is known well enough, or an average stands in for it.
+    known: bool
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.service - self.saved + self.failure
+
+
+class Pair:
+    """What is known of one worker at one lane."""
+
+    __slots__ = ("at", "done", "failed", "seconds", "tasks")
+
+    def __init__(self, now: float) -> None:
+        self.at = now
+        #: Mean seconds of a task that had the worker to itself; how many are behind it, faded by age.
+        self.seconds, self.tasks = 0.0, 0.0
+        self.failed, self.done = FAILURES_BEFORE, TASKS_BEFORE
+
+    def age(self, now: float) -> None:
+        """Let what is known fade with the time since it was learnt."""
+        if now > self.at:
+            self.tasks *= 0.5 ** ((now - self.at) / HALF_LIFE_S)
+            self.at = now
+
+    @property
+    def odds(self) -> float:
+        """How many failures come on one success, beyond those that are expected of anyone."""
+        return max(0.0, _odds(self.failed / self.done) - _odds(FAILURES_BEFORE / TASKS_BEFORE))
+
+
+def _odds(share: float) -> float:
+    share = min(0.95, share)
+    return share / (1 - share)
+
+
+class Speeds:
+    """What every worker was seen to do; ``clock`` gives seconds."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._pairs: OrderedDict[tuple[str, str], Pair] = OrderedDict()
+        #: Mean seconds of each lane's tasks, whoever did them: what is taken for whom nothing is known.
+        self._means: OrderedDict[str, float] = OrderedDict()
+
+    def learn(self, worker_id: str, lane: str, seconds: float, *, beside: int) -> None:
+        """A task took so many seconds, with so many others ``beside`` it when it began."""
+        alone = max(0.0, seconds) / (1 + CROWDING * beside)
+        pair = self._pair(worker_id, lane)
+        part = FIRST_PART if pair.tasks < FIRST_TASKS else LATER_PART
+        pair.seconds = alone if pair.tasks < LEAST_KNOWN else pair.seconds + part * (alone - pair.seconds)
+        pair.tasks = min(pair.tasks + 1, 2 * FIRST_TASKS)
+        pair.failed, pair.done = pair.failed * FADING, pair.done * FADING + 1
+        mean = self._means.get(lane, alone)
+        self._means[lane] = mean + LATER_PART * (alone - mean)
+        self._means.move_to_end(lane)
+        while len(self._means) > MOST_PAIRS:
+            self._means.popitem(last=False)
+
+    def failed(self, worker_id: str, lane: str) -> None:
+        """A task failed there, by the worker's fault."""
+        pair = self._pair(worker_id, lane)
+        pair.failed, pair.done = pair.failed * FADING + 1, pair.done * FADING + 1
+
+    def expected(self, worker_id: str, lane: str, *, beside: int, saves: float = 0.0) -> Expected:
+        """Return what the next task would take there, with so many ``beside`` it; its cache ``saves`` a part (0..1)."""
+        mean = self._means.get(lane, 0.0)
+        pair = self._pairs.get((worker_id, lane))
+        if pair is None:
+            seconds, odds, known = mean, 0.0, False
+        else:
+            pair.age(self._clock())
+            known = pair.tasks >= LEAST_KNOWN
+            seconds, odds = pair.seconds if known else mean, pair.odds
+        service = seconds * (1 + CROWDING * beside)
+        return Expected(service, odds * (service / 2 + NOTICED_S), saves * service, known)
+
+    def _pair(self, worker_id: str, lane: str) -> Pair:
+        now = self._clock()
+        pair = self._pairs.get((worker_id, lane)) or self._pairs.setdefault((worker_id, lane), Pair(now))
+        self._pairs.move_to_end((worker_id, lane))
+        while len(self._pairs) > MOST_PAIRS:
+            self._pairs.popitem(last=False)
+        pair.age(now)
+        return pair
