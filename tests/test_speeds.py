@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 
 from rma_coordinator.domain import speeds
 from rma_coordinator.domain.speeds import HALF_LIFE_S, MOST_PAIRS, Speeds
+from tests.coordinator_fixtures import running
 from tests.dispatch_bench import Bench
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rma_coordinator.domain.tasks import Task
 
 
@@ -177,3 +180,18 @@ def test_a_worker_that_comes_in_the_middle_of_a_burst_is_given_work_at_once() ->
     paced.paces["two"] = 5.0
     paced.bench.worker("two")
     assert paced.bench.dispatcher.seat("two").running
+
+
+# -- shown ---------------------------------------------------------------------------------------------------------
+
+
+async def test_an_admin_sees_what_a_workers_next_task_would_take(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool:
+        machine = await pool.enrol()
+        pool.pool.dispatcher.speeds.learn(machine.id, "llm tiny", 0.25, beside=0)
+        pool.pool.dispatcher.speeds.failed(machine.id, "notes")
+        shown = (await pool.client.get(f"/api/admin/workers/{machine.id}")).json()["speeds"]
+        tiny = {"lane": "llm tiny", "service_s": 0.25, "failure_s": 0.0, "known": True}
+        notes = {"lane": "notes", "service_s": 0.0, "failure_s": shown[1]["failure_s"], "known": False}
+        assert shown == [tiny, notes]
+        assert shown[1]["failure_s"] > 0

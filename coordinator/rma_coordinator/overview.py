@@ -53,3 +53,11 @@ def services(pool: Pool) -> dict[str, dict[str, int]]:
         name: {"wanted": entry.wanted, "assigned": assigned.get(name, 0), "healthy": running.get(name, 0)}
         for name, entry in sorted(pool.catalog.items())
     }
+
+
+def speeds(pool: Pool, worker_id: str) -> list[dict[str, Any]]:
+    """Return what a worker's next task of each kind would take, as dispatch reckons it: the parts in seconds."""
+    return [
+        {"lane": lane, "service_s": round(one.service, 4), "failure_s": round(one.failure, 4), "known": one.known}
+        for lane, one in sorted(pool.dispatcher.speeds.known(worker_id).items())
+    ]

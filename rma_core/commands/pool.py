@@ -72,6 +72,9 @@ def _worker(out: Any, one: dict[str, Any]) -> None:
     common.table(("service", "state", "runtime", "why"), rows, empty="  No services.")(out)
     ill = [(p["detector"], p["state"], p["reason"]) for p in one["hardware"]["probes"]]
     common.table(("detector", "state", "why"), ill, empty="  No detectors reported.")(out)
+    speeds = [(s["lane"], f"{s['service_s']:.3g} s", f"{s['failure_s']:.3g} s") for s in one.get("speeds", ())]
+    if speeds:
+        common.table(("work", "takes", "failures cost"), speeds, empty="")(out)
     plugins = [(p["name"], p["kind"], p["state"], p["reason"]) for p in one["plugins"] if p["state"] != "active"]
     if plugins:
         common.table(("plugin", "kind", "state", "why"), plugins, empty="")(out)

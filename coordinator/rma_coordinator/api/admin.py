@@ -77,7 +77,8 @@ async def workers(pool: Pool, web: Web) -> object:
 
 async def worker(pool: Pool, web: Web) -> object:
     """One worker with everything known of it."""
-    return pool.fleet.show(pool.fleet.get(web.parts["worker_id"]), full=True)
+    found = pool.fleet.get(web.parts["worker_id"])
+    return {**pool.fleet.show(found, full=True), "speeds": overview.speeds(pool, found.id)}
 
 
 async def disable(pool: Pool, web: Web) -> object:

@@ -113,6 +113,11 @@ class Speeds:
         service = seconds * (1 + CROWDING * beside)
         return Expected(service, odds * (service / 2 + NOTICED_S), saves * service, known)
 
+    def known(self, worker_id: str) -> dict[str, Expected]:
+        """Return what a worker's next task of each lane would take, had the worker nothing else to do."""
+        lanes = [lane for name, lane in self._pairs if name == worker_id]
+        return {lane: self.expected(worker_id, lane, beside=0) for lane in lanes}
+
     def _pair(self, worker_id: str, lane: str) -> Pair:
         now = self._clock()
         pair = self._pairs.get((worker_id, lane)) or self._pairs.setdefault((worker_id, lane), Pair(now))
