@@ -23,6 +23,7 @@ SCRIPTS = {
     "heartbeats": {"floor", "http", "channel", "of_floor"},
     "memory": {"workers", "rss_mib", "mb_per_100"},
     "overhead": {"direct", "pool", "added_p50_ms"},
+    "simulation": {"workers", "simulated_s", "ways", "targets"},
     "startup": {"interpreter_s", "first_s", "later_s", "rest_rss_mib"},
 }
 

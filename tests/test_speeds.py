@@ -66,6 +66,15 @@ def test_tasks_beside_each_other_are_no_sign_of_a_slow_machine() -> None:
     assert found.expected("idle", "llm", beside=3).service > idle
 
 
+def test_a_machine_that_was_given_long_answers_is_no_slower_for_that() -> None:
+    found = Speeds(Turned())
+    for _ in range(30):
+        found.learn("long", "llm", 4.0, beside=0, answer_bytes=4000)
+        found.learn("short", "llm", 1.0, beside=0, answer_bytes=1000)
+    long, short = (found.expected(name, "llm", beside=0).service for name in ("long", "short"))
+    assert long == pytest.approx(short, rel=0.15)
+
+
 def test_failures_cost_seconds_and_are_forgiven_by_successes() -> None:
     found = Speeds(Turned())
     for name in ("good", "bad"):
@@ -103,17 +112,22 @@ def test_no_more_pairs_are_remembered_than_there_is_room_for(monkeypatch: pytest
     assert len(found._means) <= 50
 
 
-@given(st.lists(st.tuples(st.floats(0, 1e6), st.integers(0, 64), st.booleans(), st.floats(0, 1e6)), max_size=50))
+@given(
+    st.lists(
+        st.tuples(st.floats(0, 1e6), st.integers(0, 64), st.booleans(), st.floats(0, 1e6), st.integers(0, 10**9)),
+        max_size=50,
+    )
+)
 def test_whatever_is_measured_a_score_is_a_number_of_seconds(
-    measured: list[tuple[float, int, bool, float]],
+    measured: list[tuple[float, int, bool, float, int]],
 ) -> None:
     clock = Turned()
     found = Speeds(clock)
-    for seconds, beside, fails, passes in measured:
+    for seconds, beside, fails, passes, size in measured:
         if fails:
             found.failed("one", "ocr")
         else:
-            found.learn("one", "ocr", seconds, beside=beside)
+            found.learn("one", "ocr", seconds, beside=beside, answer_bytes=size)
         clock.now += passes
         expected = found.expected("one", "ocr", beside=beside)
         assert 0 <= expected.service < float("inf")

@@ -351,8 +351,10 @@ class Dispatcher:
         if seat:
             seat.double(attempt.task.service)
         if attempt.started_at is not None and not attempt.restored:
-            took_s = self._clock() - attempt.started_at
-            self.speeds.learn(attempt.worker_id, attempt.task.lane, took_s, beside=attempt.beside)
+            task, took_s = attempt.task, self._clock() - attempt.started_at
+            self.speeds.learn(
+                attempt.worker_id, task.lane, took_s, beside=attempt.beside, answer_bytes=task.answer_bytes
+            )
         self.affinity.remember(attempt.task.lane, attempt.task.prefixes, attempt.worker_id)
         self._close(attempt.task, "succeeded", "")
 

@@ -22,6 +22,8 @@ HALF_LIFE_S = 1800.0
 LEAST_KNOWN = 0.5
 #: How much one task more at the same time slows each of a worker's down.
 CROWDING = 0.35
+#: An answer counts as so many times as long as the mean one at most, or as so much shorter.
+MOST_LONGER = 8.0
 #: Each task makes what is known of failures fade by so much; before any, so many of so many have failed.
 FADING, FAILURES_BEFORE, TASKS_BEFORE = 0.99, 1.0, 10.0
 #: Seconds until a worker that was lost is noticed.
@@ -78,19 +80,22 @@ class Speeds:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._pairs: OrderedDict[tuple[str, str], Pair] = OrderedDict()
-        #: Mean seconds of each lane's tasks, whoever did them: what is taken for whom nothing is known.
-        self._means: OrderedDict[str, float] = OrderedDict()
+        #: Mean seconds and bytes of each lane's answers, whoever gave them: what is taken for whom nothing is known.
+        self._means: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
-    def learn(self, worker_id: str, lane: str, seconds: float, *, beside: int) -> None:
-        """A task took so many seconds, with so many others ``beside`` it when it began."""
+    def learn(self, worker_id: str, lane: str, seconds: float, *, beside: int, answer_bytes: int = 0) -> None:
+        """A task took so many seconds, with so many others ``beside`` it when it began; a long answer takes longer."""
+        mean, size = self._means.get(lane, (0.0, float(answer_bytes)))
         alone = max(0.0, seconds) / (1 + CROWDING * beside)
+        if answer_bytes and size:
+            alone /= min(MOST_LONGER, max(1 / MOST_LONGER, answer_bytes / size))
         pair = self._pair(worker_id, lane)
         part = FIRST_PART if pair.tasks < FIRST_TASKS else LATER_PART
         pair.seconds = alone if pair.tasks < LEAST_KNOWN else pair.seconds + part * (alone - pair.seconds)
         pair.tasks = min(pair.tasks + 1, 2 * FIRST_TASKS)
         pair.failed, pair.done = pair.failed * FADING, pair.done * FADING + 1
-        mean = self._means.get(lane, alone)
-        self._means[lane] = mean + LATER_PART * (alone - mean)
+        mean = mean or alone
+        self._means[lane] = mean + LATER_PART * (alone - mean), size + LATER_PART * (answer_bytes - size)
         self._means.move_to_end(lane)
         while len(self._means) > MOST_PAIRS:
             self._means.popitem(last=False)
@@ -102,7 +107,7 @@ class Speeds:
 
     def expected(self, worker_id: str, lane: str, *, beside: int, saves: float = 0.0) -> Expected:
         """Return what the next task would take there, with so many ``beside`` it; its cache ``saves`` a part (0..1)."""
-        mean = self._means.get(lane, 0.0)
+        mean, _ = self._means.get(lane, (0.0, 0.0))
         pair = self._pairs.get((worker_id, lane))
         if pair is None:
             seconds, odds, known = mean, 0.0, False
