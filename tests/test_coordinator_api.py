@@ -75,6 +75,7 @@ CASES: dict[tuple[str, str], Case] = {
     ("GET", "/api/admin/health"): Case("/api/admin/health"),
     ("POST", "/api/admin/backup"): Case("/api/admin/backup", status=201),
     ("GET", "/api/admin/tasks"): Case("/api/admin/tasks"),
+    ("GET", "/api/admin/tasks/{task_id}"): Case(f"/api/admin/tasks/{TASK}", status=404),
     ("GET", "/api/admin/plugins"): Case("/api/admin/plugins"),
     ("GET", "/api/admin/services"): Case("/api/admin/services"),
     ("GET", "/api/admin/policies"): Case("/api/admin/policies"),

@@ -382,3 +382,9 @@ def log_options(command: F) -> F:
     ):
         command = option(command)
     return command
+
+
+def outer(options: dict[str, Any]) -> dict[str, Any]:
+    """Return a subcommand's options, with those given before its name where it has none itself."""
+    given = click.get_current_context().obj or {}
+    return {name: value or given.get(name) for name, value in options.items()}

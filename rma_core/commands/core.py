@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from rma_core.commands import volunteer
 from rma_core.commands.infer import infer
 from rma_core.commands.machine import detect, doctor, plugins
-from rma_core.commands.pool import backup, keys, policies, services, tasks, tokens, workers
+from rma_core.commands.pool import backup, keys, policies, services, tokens, workers
 from rma_core.commands.results import cancel, result
+from rma_core.commands.tasks import tasks
 
 if TYPE_CHECKING:
     import click

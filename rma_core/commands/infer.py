@@ -33,6 +33,7 @@ PIECE_BYTES = 64 * 1024
 @click.option("--type", "content_type", metavar="TYPE", help="Media type of the file, where its name does not tell.")
 @click.option("--detach", is_flag=True, help="Print the task's id at once; `rma result ID` waits for its answer.")
 @click.option("--idempotency-key", metavar="KEY", help="Sent again under the same key, the request is not done again.")
+@click.option("--priority", type=click.Choice(["high", "normal", "low"]), help="How urgent it is [default: normal].")
 @common.pool_options
 @common.json_option
 def infer(
@@ -42,6 +43,7 @@ def infer(
     content_type: str | None,
     detach: bool,
     idempotency_key: str | None,
+    priority: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -57,6 +59,8 @@ def infer(
         headers["prefer"] = "respond-async"
     if idempotency_key:
         headers["idempotency-key"] = idempotency_key
+    if priority:
+        headers["rma-priority"] = priority
     for name, value in headers.items():
         if not value.isascii() or not value.isprintable():
             raise UsageProblem(f"the header {name} cannot be {value!r}", hints=("use ASCII, on one line",))

@@ -83,29 +83,6 @@ def _worker(out: Any, one: dict[str, Any]) -> None:
 @click.command()
 @common.pool_options
 @common.json_option
-def tasks(as_json: bool, **options: Any) -> None:
-    """List tasks that run, wait, or ended lately."""
-    found = common.pages(options, "/api/admin/tasks", "tasks")
-    rows = [
-        (
-            t["task_id"],
-            t["service"],
-            t["status"],
-            t["attempts"][-1]["worker_id"] if t["attempts"] else "-",
-            len(t["attempts"]),
-            f"{t['seconds']:.2f} s",
-            common.ago(t["created_at"]),
-            "; ".join(t["reasons"]),
-        )
-        for t in found
-    ]
-    columns = ("task", "service", "status", "worker", "attempts", "took", "ago", "why")
-    common.show({"tasks": found}, as_json, common.table(columns, rows, empty="No tasks yet. Try: rma infer notes FILE"))
-
-
-@click.command()
-@common.pool_options
-@common.json_option
 def backup(as_json: bool, **options: Any) -> None:
     """Copy the coordinator's state to a file in its own folder, while it runs.
 
@@ -164,7 +141,7 @@ def keys_create(client: bool, scopes: tuple[str, ...], label: str, ttl: float, a
     """Make a key. It is shown this once."""
     kind = "client" if client else "admin"
     body = {"kind": kind, "label": label, "scopes": list(scopes or DEFAULT_SCOPES[kind]), "ttl_s": ttl}
-    made = common.call(_outer(options), "POST", "/api/admin/keys", body=body)
+    made = common.call(common.outer(options), "POST", "/api/admin/keys", body=body)
     common.show(made, as_json, lambda out: out.print(common.safe(made["key"])))
 
 
@@ -174,7 +151,7 @@ def keys_create(client: bool, scopes: tuple[str, ...], label: str, ttl: float, a
 @common.pool_options
 def keys_revoke(key_id: str, as_json: bool, **options: Any) -> None:
     """End a key at once."""
-    done = common.call(_outer(options), "DELETE", f"/api/admin/keys/{common.part(key_id)}")
+    done = common.call(common.outer(options), "DELETE", f"/api/admin/keys/{common.part(key_id)}")
     common.show(done, as_json, lambda out: out.print(common.safe(f"{key_id} is revoked")))
 
 
@@ -207,7 +184,7 @@ def tokens(ctx: click.Context, /, as_json: bool, **options: Any) -> None:
 def tokens_create(uses: int, ttl: float, label: str, as_json: bool, **options: Any) -> None:
     """Make a join token. It is shown this once."""
     body = {"uses": uses, "ttl_s": ttl, "label": label}
-    options = _outer(options)
+    options = common.outer(options)
     made = common.call(options, "POST", "/api/admin/tokens", body=body)
     common.show(made, as_json, lambda out: out.print(common.safe(made["token"])))
     if not as_json:
@@ -230,14 +207,8 @@ def _say_how_to_join(url: str, token: str) -> None:
 @common.pool_options
 def tokens_revoke(token_id: str, as_json: bool, **options: Any) -> None:
     """End a join token at once."""
-    done = common.call(_outer(options), "DELETE", f"/api/admin/tokens/{common.part(token_id)}")
+    done = common.call(common.outer(options), "DELETE", f"/api/admin/tokens/{common.part(token_id)}")
     common.show(done, as_json, lambda out: out.print(common.safe(f"{token_id} is revoked")))
-
-
-def _outer(options: dict[str, Any]) -> dict[str, Any]:
-    """Return a subcommand's options, with those given before its name where it has none itself."""
-    outer = click.get_current_context().obj or {}
-    return {name: value or outer.get(name) for name, value in options.items()}
 
 
 @click.group(invoke_without_command=True)
@@ -256,7 +227,7 @@ def policies(ctx: click.Context, /, as_json: bool, **options: Any) -> None:
 @common.pool_options
 def policies_list(as_json: bool, **options: Any) -> None:
     """List tier policies; which one is active."""
-    _list_policies(_outer(options), as_json=as_json)
+    _list_policies(common.outer(options), as_json=as_json)
 
 
 def _list_policies(options: dict[str, Any], *, as_json: bool) -> None:
@@ -275,14 +246,14 @@ def _list_policies(options: dict[str, Any], *, as_json: bool) -> None:
 def policies_preview(name: str, report: str | None, as_json: bool, **options: Any) -> None:
     """Show which tier a policy gives, and why: to the live fleet, or to machines in a file (then no pool is needed)."""
     if report is None:
-        answer = common.call(_outer(options), "POST", "/api/admin/policies/preview", body={"policy": name})
+        answer = common.call(common.outer(options), "POST", "/api/admin/policies/preview", body={"policy": name})
         changed = [
             (w["worker_id"], w["from"] or "-", w["to"] or "-", w["reason"]) for w in answer["workers"] if w["changes"]
         ]
         empty = f"{name} would change nothing (workers: {len(answer['workers'])})."
         common.show(answer, as_json, common.table(("worker", "from", "to", "why"), changed, empty=empty))
         return
-    policy = _policy(name, _outer(options).get("home"))
+    policy = _policy(name, common.outer(options).get("home"))
     machines = [_decide(policy, data, index) for index, data in enumerate(_machines(report))]
     rows = [(m["name"], m["tier"] or "-", m["reason"]) for m in machines]
     common.show(

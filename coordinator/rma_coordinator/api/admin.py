@@ -135,16 +135,40 @@ async def tasks(pool: Pool, web: Web) -> object:
     return web.page(found, "tasks", key=lambda one: one.id, show=lambda one: _task(pool, one))
 
 
+async def task(pool: Pool, web: Web) -> object:
+    """The whole life of one task; times are seconds since it came."""
+    found = pool.dispatcher.find(web.parts["task_id"])
+
+    def since(moment: float | None) -> float | None:
+        return None if moment is None else round(moment - found.created_at, 4)
+
+    times = [
+        {"offered_s": since(a.offered_at), "started_s": since(a.started_at), "ended_s": since(a.ended_at)}
+        for a in found.attempts
+    ]
+    shown = _task(pool, found)
+    return {
+        **shown,
+        "body_bytes": found.body_bytes,
+        "answer_bytes": found.answer_bytes,
+        "deadline_s": since(found.deadline),
+        "ended_s": since(found.ended_at),
+        "attempts": [{**one, **when} for one, when in zip(shown["attempts"], times, strict=True)],
+    }
+
+
 def _task(pool: Pool, task: Task) -> dict[str, Any]:
     moment = pool.fleet.wall_time
     return {
         "task_id": task.id,
         "service": task.service,
+        "model": task.model,
         "status": task.state,
         "created_at": iso(moment(task.created_at)),
         "seconds": round((task.ended_at or pool.clock()) - task.created_at, 4),
         "http_status": task.http_status,
         "key": task.key_id,
+        "priority": task.priority,
         "reasons": task.reasons,
         "usage": task.usage,
         "attempts": [

@@ -262,6 +262,14 @@ ROUTES: tuple[Route, ...] = (
     ),
     Route(
         "GET",
+        "/api/admin/tasks/{task_id}",
+        "task",
+        "tasks:read",
+        "The whole life of one task.",
+        gives="object",
+    ),
+    Route(
+        "GET",
         "/api/admin/plugins",
         "plugins",
         "admin:read",
