@@ -18,7 +18,7 @@ from rma_core.agent.start import EVERYTHING, opened
 from rma_core.models import channel as frames
 from rma_core.settings import AgentSettings
 from tests.coordinator_fixtures import PATIENCE_S, Running, running, soon, until
-from tests.model_servers import ModelServer, serving
+from tests.model_servers import SOLID, ModelServer, serving
 from tests.model_servers import until as wait_until
 from tests.test_agent_lifecycle import detect
 from tests.test_v1 import JSON, SSE, USAGE, delta, pool_with, states
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 #: Times that a serving engine is killed, in the suite and under `make soak`.
 KILLS, MANY_KILLS = 4, 50
-HELLO: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hello"}]
+HELLO: list[ChatCompletionMessageParam] = [{"role": "user", "content": SOLID[0]}]
 
 
 @pytest.fixture(scope="module")

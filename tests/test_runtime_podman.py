@@ -35,7 +35,7 @@ from rma_core import (
     StartFailed,
 )
 from rma_core.container_engine import Action, child, connection, container_name, explain, labels
-from rma_core.container_engine.containers import without_program
+from rma_core.container_engine.containers import program, without_program
 from rma_core.testing import RuntimeCase, adoption_contract, isolation_contract, runtime_contract
 from rma_core.testing.runtimes import a_fork_bomb_stays_inside as fork_bomb
 from rma_core.testing.runtimes import answers, becomes, inside, its_limits_are_the_specs, of_worker, started
@@ -209,6 +209,12 @@ async def test_a_missing_program_is_found_out_where_the_engine_has_lost_its_own_
             assert await runtime._run(look, "ask") == ["", reason]
         finally:
             podman.run("rm", made)
+
+
+def test_the_program_is_looked_for_behind_the_engines_init() -> None:
+    assert program({"Path": "/run/podman-init", "Args": ["--", "/service", "-x"]}) == "/service"
+    assert program({"Path": "/service", "Args": ["--", "/other"]}) == "/service"
+    assert program({"Path": "/sbin/my-init", "Args": []}) == "/sbin/my-init"
 
 
 async def test_a_name_held_by_a_stranger_is_no_ones_to_take(runtime: PodmanRuntime, podman: Podman) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import time
 from typing import TYPE_CHECKING, Any
 
 from rma_core.container_engine.abilities import unusable
@@ -26,8 +27,10 @@ Json = dict[str, Any]
 
 logger = logging.getLogger(__name__)
 
-#: HTTP's statuses for a name that is in use, and for what is not there.
-CONFLICT, NOT_FOUND = 409, 404
+#: HTTP's statuses for a name that is in use, for what is not there, and the first of the server's own troubles.
+CONFLICT, NOT_FOUND, SERVER_ERROR = 409, 404, 500
+#: How often an engine that is still clearing away is asked for a file, and the seconds between.
+LOOKS, LOOK_AGAIN_S = 10, 0.2
 #: What Podman says instead.
 NAME_TAKEN = "is already in use"
 #: The exit code of what was killed (SIGKILL).
@@ -137,13 +140,24 @@ def inspect(engine: Engine, container_id: str) -> ContainerState:
 
 def without_program(engine: Engine, found: Json) -> str:
     """Say that an image has not the program it names: a busy Podman can lose what its low-level runtime said of it."""
-    path = str(found.get("Path") or "")
+    path = program(found)
     if not found["State"].get("ExitCode") or not path.startswith("/"):
         return ""
     # The SDK can only fetch the file itself.
     address = f"{engine.api.base_url}/containers/{found['Id']}/archive"
-    answer = engine.api.head(address, params={"path": path}, timeout=ASK_S)
-    return f"the image's own program is not in it: {path}" if answer.status_code == NOT_FOUND else ""
+    for _ in range(LOOKS):
+        status = engine.api.head(address, params={"path": path}, timeout=ASK_S).status_code
+        if status < SERVER_ERROR:
+            return f"the image's own program is not in it: {path}" if status == NOT_FOUND else ""
+        # Podman is still clearing away what ended.
+        time.sleep(LOOK_AGAIN_S)
+    return ""
+
+
+def program(found: Json) -> str:
+    """Return the program a container runs: behind the engine's init, which Podman shows until it has cleared away."""
+    path, words = str(found.get("Path") or ""), [str(word) for word in found.get("Args") or ()]
+    return words[1] if path.endswith("-init") and words[:1] == ["--"] and len(words) > 1 else path
 
 
 def why_it_ended(found: Json, words: str, foreign: str = "") -> str:

@@ -95,7 +95,7 @@ class Dispatcher:
         #: Who offers what: each lane's workers, in no order.
         self._offering: dict[str, list[Seat]] = {}
         self.speeds, self.affinity = Speeds(clock), Affinity()
-        self._chance = chance or random.Random()  # noqa: S311 - whom to look at is no secret
+        self._chance = chance or random.Random(random.getrandbits(64))  # noqa: S311 - whom to look at is no secret
         self.succeeded = 0
         self.failed = 0
 
