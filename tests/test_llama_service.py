@@ -294,7 +294,8 @@ def test_settings_that_do_not_fit_are_named_together(tmp_path: Path) -> None:
 
 def test_a_file_larger_than_the_free_memory_is_not_even_tried(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     need("llama")
-    from rma_llama_cpp import machine, model_file, settings
+    from rma_llama_cpp import model_file, settings
+    from rma_service import machine
 
     monkeypatch.setattr(machine, "memory_bytes", lambda: 100_000)
     with pytest.raises(settings.Unusable, match=r"more than the 0\.0 GB of memory that are free"):

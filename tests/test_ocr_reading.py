@@ -15,10 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from rma_ocr import cpus, layout, media, sheets, tesseract
+from rma_ocr import layout, media, sheets, tesseract
 from rma_ocr.languages import read as read_languages
 from rma_ocr.options import Options
 from rma_ocr.records import Line
+from rma_service import machine
 from rma_service.problems import ServiceProblem
 from tests import notes_documents as documents
 from tests import ocr_pages as pages
@@ -268,15 +269,15 @@ def test_languages_are_told_by_tesseracts_names_or_iso_639() -> None:
         ({"cpu/cpu.cfs_quota_us": "100000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1),
     ],
 )
-def test_threads_are_counted_by_what_the_container_was_granted(
+def test_processors_are_those_that_the_container_was_granted(
     tmp_path: Path, files: dict[str, str], expected: int
 ) -> None:
     for name, content in files.items():
         path = tmp_path / "sys/fs/cgroup" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)
-    assert cpus.granted(tmp_path) == expected
-    assert cpus.granted(tmp_path / "nothing") >= 1
+    assert machine.cpus(tmp_path) == expected
+    assert machine.cpus(tmp_path / "nothing") >= 1
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="Windows has no alarm")

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, NamedTuple
 from hypercorn.asyncio import serve
 from hypercorn.config import Config
 
+from rma_service import listening
 from rma_service.app import MAX_BODY_BYTES, Limits, ServiceApp
 from rma_service.processes import Processes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-DEFAULT_PORT = 8000
 #: Requests at work when the end is asked for get so long.
 GRACE_S = 5.0
 #: Then the process ends, whatever the server still waits for.
@@ -49,12 +49,7 @@ class Service(NamedTuple):
 def arguments(service: Service, words: list[str] | None = None) -> argparse.Namespace:
     """Return the command line's options."""
     parser = argparse.ArgumentParser(prog=service.module, description=service.description)
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument(
-        "--port", type=int, default=os.environ.get("PORT", DEFAULT_PORT),
-        help="port to listen on (default: PORT of the environment, else 8000)",
-    )  # fmt: skip
-    parser.add_argument("--uds", metavar="PATH", help="a Unix socket to listen on instead")
+    listening.add_arguments(parser, version=service.version)
     parser.add_argument(
         "--slots", type=int, default=service.slots, help="documents read at once (default: %(default)s)"
     )
@@ -71,7 +66,6 @@ def arguments(service: Service, words: list[str] | None = None) -> argparse.Name
     parser.add_argument(
         "--max-body-bytes", type=int, default=MAX_BODY_BYTES, help="longest request body (default: %(default)s)"
     )
-    parser.add_argument("--version", action="version", version=service.version)
     options = parser.parse_args(words)
     if min(options.slots, options.deadline_s, options.memory_bytes, options.max_body_bytes) <= 0:
         parser.error("slots and limits are greater than zero")
@@ -80,7 +74,7 @@ def arguments(service: Service, words: list[str] | None = None) -> argparse.Name
 
 def _config(options: argparse.Namespace) -> Config:
     config = Config()
-    config.bind = [f"unix:{options.uds}"] if options.uds else [_address(options.host, options.port)]
+    config.bind = [f"unix:{options.uds}" if options.uds else listening.place(options)]
     config.alpn_protocols = ["http/1.1"]
     config.h11_pass_raw_headers = False
     config.keep_alive_timeout = _KEEP_ALIVE_S
@@ -91,10 +85,6 @@ def _config(options: argparse.Namespace) -> Config:
     # A logger of ours, which it would otherwise give a second handler.
     config.errorlog = logging.getLogger("hypercorn")
     return config
-
-
-def _address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 async def _serve(service: Service, options: argparse.Namespace) -> None:
@@ -132,5 +122,4 @@ def main(service: Service) -> None:
     try:
         asyncio.run(_serve(service, options))
     except OSError as error:
-        where = options.uds or _address(options.host, options.port)
-        sys.exit(f"{service.module}: cannot serve on {where}: {error.strerror}")
+        sys.exit(f"{service.module}: cannot serve on {listening.place(options)}: {error.strerror}")

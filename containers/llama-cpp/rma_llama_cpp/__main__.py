@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 from rma_llama_cpp import __version__, exchange, settings
 from rma_llama_cpp.front import Front
 from rma_llama_cpp.keeper import Engine
+from rma_service import listening
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-DEFAULT_PORT = 8000
 _BACKLOG = 128
 _CONNECTIONS: set[asyncio.Task[None]] = set()
 
@@ -28,13 +28,7 @@ _CONNECTIONS: set[asyncio.Task[None]] = set()
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
     """Return the command line's options; which model is served, the environment says."""
     parser = argparse.ArgumentParser(prog="rma_llama_cpp", description="One language model over HTTP, by llama.cpp.")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument(
-        "--port", type=int, default=os.environ.get("PORT", DEFAULT_PORT),
-        help="port to listen on (default: PORT of the environment, else 8000)",
-    )  # fmt: skip
-    parser.add_argument("--uds", metavar="PATH", help="a Unix socket to listen on instead")
-    parser.add_argument("--version", action="version", version=__version__)
+    listening.add_arguments(parser, version=__version__)
     return parser.parse_args(words)
 
 
@@ -56,7 +50,7 @@ def main() -> None:
     except settings.Unusable as problem:
         sys.exit(f"rma_llama_cpp: {problem}")
     except OSError as error:
-        sys.exit(f"rma_llama_cpp: cannot serve on {options.uds or options.host}: {error.strerror}")
+        sys.exit(f"rma_llama_cpp: cannot serve on {listening.place(options)}: {error.strerror}")
     sys.exit(f"rma_llama_cpp: {why}" if why else 0)
 
 

@@ -15,8 +15,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rma_llama_cpp import machine, model_file
+from rma_llama_cpp import model_file
 from rma_llama_cpp.settings import Unusable
+from rma_service import machine
 
 if TYPE_CHECKING:
     from rma_llama_cpp.settings import Settings

@@ -8,8 +8,8 @@ import struct
 import time
 from typing import TYPE_CHECKING
 
-from rma_llama_cpp import machine
 from rma_llama_cpp.settings import Unusable
+from rma_service import machine
 
 if TYPE_CHECKING:
     from collections.abc import Callable
