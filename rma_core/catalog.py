@@ -6,7 +6,7 @@ One TOML file a service (``catalog.toml``), read by `load` and `load_folder`; CO
 from __future__ import annotations
 
 import tomllib
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -15,6 +15,7 @@ from rma_core.errors import Problem, ValidationProblem
 from rma_core.models.hardware import ContainerAccess, Device, DeviceApi, Name, Size
 from rma_core.models.sizes import GB, GIB, human, parse_size
 from rma_core.models.strict import convert
+from rma_core.models.weights import ModelFormat
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -109,10 +110,12 @@ class ProcessForm(msgspec.Struct, frozen=True, kw_only=True):
     """How the service runs without a container: ``python -m module`` of a distribution the owner's agent has.
 
     The agent looks ``distribution`` up in its owner's own sources; a coordinator can never name a place to fetch from.
+    ``gpu_api`` are those that it computes with where it finds them.
     """
 
     distribution: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$")]
     module: Module
+    gpu_api: tuple[DeviceApi, ...] = ()
 
 
 class CatalogEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -144,6 +147,9 @@ class CatalogEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     limits: Limits = msgspec.field(default_factory=Limits)
     process: ProcessForm | None = None
     trusted: bool = True
+    model_format: ModelFormat | Literal[""] = ""
+    gpu_images: Annotated[dict[DeviceApi, ImageName], Meta(max_length=8)] = {}
+    whole_gpu: bool = False
 
 
 class Room(msgspec.Struct, kw_only=True):
@@ -316,15 +322,18 @@ def load(path: Path) -> CatalogEntry:
 
 
 def load_folder(folder: Path) -> tuple[CatalogEntry, ...]:
-    """Read every ``*/catalog.toml`` and ``*.toml`` below ``folder``, by service name.
+    """Read every ``*/catalog.toml`` and ``*.toml`` below ``folder``, by service and name.
 
-    Raises ValidationProblem, also when two files describe one service.
+    Raises ValidationProblem, also when two files describe one service, unless both serve its models.
     """
     paths = sorted([*folder.glob("*/catalog.toml"), *folder.glob("*.toml")])
-    entries: dict[str, CatalogEntry] = {}
+    entries: list[CatalogEntry] = []
     for path in paths:
         entry = load(path)
-        if entry.service in entries:
-            raise ValidationProblem(str(path), [Problem("$.service", f"{entry.service!r} is described twice")])
-        entries[entry.service] = entry
-    return tuple(entries[name] for name in sorted(entries))
+        for other in entries:
+            one_of_many = entry.model_format and other.model_format
+            if entry.name == other.name or (entry.service == other.service and not one_of_many):
+                what = "$.name" if entry.name == other.name else "$.service"
+                raise ValidationProblem(str(path), [Problem(what, f"{entry.service!r} is described twice")])
+        entries.append(entry)
+    return tuple(sorted(entries, key=lambda entry: (entry.service, entry.name)))

@@ -10,10 +10,9 @@ import math
 import struct
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
-import msgspec
-
 from rma_core.errors import Problem, ValidationProblem
 from rma_core.models.sizes import human
+from rma_core.models.weights import Geometry
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -72,30 +71,17 @@ _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<
 Value = int | float | bool | str | tuple[int, ...]
 
 
-class Model(msgspec.Struct, frozen=True, kw_only=True):
-    """What a GGUF file holds; ``kv_heads`` has one number for each layer, 0 where it keeps no keys and values.
-
-    ``key_length`` and ``value_length`` are values of one head; ``training_context`` and ``vocabulary`` are tokens; a
-    number that the file does not tell is 0.
-    """
+class Model(Geometry, frozen=True, kw_only=True):
+    """What a GGUF file holds; ``kv_heads`` has one number for each layer."""
 
     architecture: str
     name: str
     parameters: int
     quantisation: str
-    weights_bytes: int
     file_bytes: int
-    training_context: int
-    layers: int
     heads: int
     kv_heads: tuple[int, ...]
-    key_length: int
-    value_length: int
-    embedding_length: int
-    feed_forward_length: int
-    vocabulary: int
     chat_template: bool
-    embeds: bool
 
 
 class Memory(NamedTuple):
@@ -138,7 +124,7 @@ def read(path: Path) -> Model:
 
 
 def memory(
-    model: Model, *, context: int, slots: int, kv_type: str = "f16", micro_batch: int = MICRO_BATCH
+    model: Geometry, *, context: int, slots: int, kv_type: str = "f16", micro_batch: int = MICRO_BATCH
 ) -> Memory:  # fmt: skip
     """Return what the model takes with ``context`` tokens in each of ``slots``.
 
@@ -150,12 +136,12 @@ def memory(
         raise ValidationProblem("KV cache", [Problem("type", f"{kv_type!r} is unknown; there are {known}")])
     each = min(context, model.training_context or context)
     whole = max(1, slots) * math.ceil(max(1, each) / CONTEXT_STEP) * CONTEXT_STEP
-    values = sum(model.kv_heads) * (model.key_length + model.value_length)
+    values = model.kv_heads_of_all_layers * (model.key_length + model.value_length)
     kv = 0 if model.embeds else math.ceil(whole * values * KV_TYPES[kv_type])
     return Memory(model.weights_bytes, kv, BASE_BYTES + _work_space(model, whole, micro_batch), whole)
 
 
-def _work_space(model: Model, context: int, micro_batch: int) -> int:
+def _work_space(model: Geometry, context: int, micro_batch: int) -> int:
     """Return the bytes of llama.cpp's compute buffer: logits, what a layer holds at once, and who may look at whom."""
     batch = min(micro_batch, context)
     layer = 6 * model.embedding_length + 3 * model.feed_forward_length
@@ -163,7 +149,7 @@ def _work_space(model: Model, context: int, micro_batch: int) -> int:
 
 
 def fits(
-    model: Model, *, free_bytes: int, context: int, slots: int, kv_type: str = "f16", where: str = "this machine"
+    model: Geometry, *, free_bytes: int, context: int, slots: int, kv_type: str = "f16", where: str = "this machine"
 ) -> Fit:  # fmt: skip
     """Say whether the model fits into ``free_bytes``. Raises ValidationProblem, see `memory`."""
     wanted = memory(model, context=context, slots=slots, kv_type=kv_type)

@@ -225,6 +225,9 @@ class CoordinatorSettings(Settings, frozen=True, kw_only=True):
     ] = "sqlite"
     tier_policy: Annotated[str, Meta(description="Name of the active tier policy.")] = "threshold"
     catalog: Annotated[str, Meta(description="Folder of catalog entries; empty means those that came along.")] = ""
+    model_catalog: Annotated[
+        str, Meta(description="Folder of model entries; empty means `models` in the catalog's folder.")
+    ] = ""
     image_registry: Annotated[str, Meta(description="Takes the place of `ghcr.io/rma` in the catalog's images.")] = ""
     heartbeat_interval_s: Annotated[float, Meta(gt=0, le=3600, description="Least seconds between heartbeats.")] = 30.0
     heartbeats_per_s: Annotated[float, Meta(gt=0, description="Heartbeats a second the coordinator will take.")] = 500.0

@@ -22,6 +22,7 @@ from rma_coordinator.api.web import CALL, Web, without_body
 from rma_coordinator.pool import Pool
 from rma_core.catalog import load_folder
 from rma_core.errors import RMAError, SettingProblem
+from rma_core.model_catalog import load_models
 from rma_core.models.strict import encode
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from rma_coordinator.store import Store
     from rma_core.catalog import CatalogEntry
     from rma_core.host import Plugins
+    from rma_core.model_catalog import ModelEntry
     from rma_core.settings import CoordinatorSettings
 
     Handler = Callable[[Pool, Web], Awaitable[object]]
@@ -50,12 +52,14 @@ def create_app(
     clock: Callable[[], float] = time.monotonic,
     wall: Callable[[], float] = time.time,
     catalog: tuple[CatalogEntry, ...] | None = None,
+    models: tuple[ModelEntry, ...] = (),
     pin: str = "",
 ) -> Quart:
     """Return the coordinator as a Quart application whose lifespan opens and closes the pool.
 
     ``clock`` is monotonic seconds, ``wall`` Unix seconds. The pool is at ``app.extensions["rma"]``.
-    Raises SettingProblem or ValidationProblem for a configuration that cannot work.
+    ``models`` go with a ``catalog`` that is given. Raises SettingProblem or ValidationProblem for a configuration that
+    cannot work.
     """
     pool = Pool(
         config,
@@ -64,6 +68,7 @@ def create_app(
         wall=wall,
         policies=plugins.policies(config.plugins),
         catalog=load_catalog(config) if catalog is None else catalog,
+        models=load_model_catalog(config) if catalog is None else models,
         plugins=plugins.reports,
         pin=pin,
     )
@@ -84,15 +89,35 @@ def create_app(
 
 
 def load_catalog(config: CoordinatorSettings) -> tuple[CatalogEntry, ...]:
-    """Return the entries of the configured folder, else of those that came along. Raises SettingProblem."""
+    """Return the entries of the configured folder, else of those that came along.
+
+    Raises SettingProblem, ValidationProblem.
+    """
+    return load_folder(_catalog_folder(config))
+
+
+def load_model_catalog(config: CoordinatorSettings) -> tuple[ModelEntry, ...]:
+    """Return the models of the configured folder, else of the folder `models` beside the catalog's entries.
+
+    Raises SettingProblem, ValidationProblem.
+    """
+    if config.model_catalog:
+        folder = Path(config.model_catalog).expanduser()
+        if not folder.is_dir():
+            raise SettingProblem(f"the folder of models {folder} does not exist", hints=("set RMA_MODEL_CATALOG",))
+        return load_models(folder)
+    return load_models(_catalog_folder(config) / "models")
+
+
+def _catalog_folder(config: CoordinatorSettings) -> Path:
     if config.catalog:
         folder = Path(config.catalog).expanduser()
         if not folder.is_dir():
             raise SettingProblem(f"the catalog folder {folder} does not exist", hints=("set --catalog or RMA_CATALOG",))
-        return load_folder(folder)
+        return folder
     here = Path(__file__).parent
     installed = here / "catalog"
-    return load_folder(installed if installed.is_dir() else here.parents[1] / "containers")
+    return installed if installed.is_dir() else here.parents[1] / "containers"
 
 
 async def _serving(pool: Pool) -> AsyncGenerator[None, None]:

@@ -124,6 +124,8 @@ def _enlist(
         report=report,
         agent_version=request.agent_version,
         services=request.services,
+        agreed_models=request.agreed_models,
+        own_models=request.own_models,
         labels=request.labels,
         runtimes=request.runtimes,
         plugins=request.plugins,

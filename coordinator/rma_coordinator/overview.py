@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from rma_coordinator.domain.fleet import ATTACHABLE
+from rma_core.models.worker import lane
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from rma_coordinator.domain.fleet import Worker
+    from rma_coordinator.domain.models import ModelView
     from rma_coordinator.pool import Pool
+    from rma_core.model_catalog import ModelEntry
+
+#: Workers whose whole records are opened to find out why nobody has a model: each costs some ten microseconds.
+ASKED_WORKERS = 64
 
 
 def stats(pool: Pool) -> dict[str, Any]:
@@ -55,9 +65,70 @@ def services(pool: Pool) -> dict[str, dict[str, int]]:
     }
 
 
+def models(pool: Pool) -> list[dict[str, Any]]:
+    """Return every model of the catalog, and what owners offer besides, by name."""
+    views, assigned = pool.models(), pool.fleet.assigned()
+    rows = [_of_catalog(pool, entry, views[entry.name], assigned) for entry in pool.model_entries]
+    listed = {entry.name for entry in pool.model_entries}
+    return rows + [_row(view) for name, view in views.items() if name not in listed]
+
+
+def _of_catalog(pool: Pool, entry: ModelEntry, view: ModelView, assigned: Mapping[str, int]) -> dict[str, Any]:
+    estimate, name = entry.memory(), lane(entry.service, entry.name)
+    return _row(view) | {
+        "service": entry.service,
+        "format": entry.format,
+        "in_catalog": True,
+        "size_bytes": entry.all_bytes,
+        "memory_bytes": estimate.total_bytes,
+        "memory": estimate.words,
+        "licence": entry.licence,
+        "licence_url": entry.licence_url,
+        "context": entry.context,
+        "slots": entry.slots,
+        "wanted": entry.wanted,
+        "assigned": assigned.get(name, 0),
+        "reason": "" if assigned.get(name, 0) else _why_nowhere(pool, name),
+    }
+
+
+def _row(view: ModelView) -> dict[str, Any]:
+    return {
+        "model": view.name,
+        "service": ATTACHABLE,
+        "format": "",
+        "in_catalog": False,
+        "state": view.state,
+        "progress": view.progress,
+        "eta_s": view.eta_s,
+        "workers": view.workers,
+        "coming": view.coming,
+        "context": view.context,
+        "size_bytes": 0,
+        "memory_bytes": 0,
+        "memory": "",
+        "licence": "",
+        "licence_url": "",
+        "slots": None,
+        "wanted": 0,
+        "assigned": 0,
+        "reason": "",
+    }
+
+
+def _why_nowhere(pool: Pool, name: str) -> str:
+    """Return what most workers say about a model that none of them was given; of many workers some are asked."""
+    some = islice((one for one in pool.fleet.workers.values() if one.present), ASKED_WORKERS)
+    told = Counter(reason for one in some if (reason := one.record.placement.get(name)))
+    if not told:
+        return "" if pool.fleet.workers else "no worker has joined yet"
+    [(reason, count)] = told.most_common(1)
+    return reason if len(told) == 1 else f"{reason} ({count} of {told.total()} workers)"
+
+
 def speeds(pool: Pool, worker_id: str) -> list[dict[str, Any]]:
     """Return what a worker's next task of each kind would take, as dispatch reckons it: the parts in seconds."""
     return [
-        {"lane": lane, "service_s": round(one.service, 4), "failure_s": round(one.failure, 4), "known": one.known}
-        for lane, one in sorted(pool.dispatcher.speeds.known(worker_id).items())
+        {"lane": one_lane, "service_s": round(one.service, 4), "failure_s": round(one.failure, 4), "known": one.known}
+        for one_lane, one in sorted(pool.dispatcher.speeds.known(worker_id).items())
     ]

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from rma_coordinator.store import Store
     from rma_core.catalog import CatalogEntry
     from rma_core.interfaces import TierPolicy
+    from rma_core.model_catalog import ModelEntry
     from rma_core.models.hardware import HardwareReport
     from rma_core.models.worker import AttemptRef, Heartbeat, PluginReport, RegisterRequest
     from rma_core.settings import CoordinatorSettings
@@ -53,8 +54,8 @@ KEPT_BACKUPS = 7
 CHANNELS_LOW = 0.9
 #: Workers with room that each service keeps reachable while others are parked.
 SPARE_SEATS = 8
-#: Models that a client is told of when it names another.
-SHOWN_MODELS = 20
+#: Models that a client is told of when it names another, and the longest wait it is told when one is made ready.
+SHOWN_MODELS, MOST_WAIT_S = 20, 3600.0
 #: Counters that only heartbeats and finished tasks move are written at most this often.
 FLUSH_S = 10.0
 #: Workers' records that are whole in memory at a time, 10 KB each, when many are read or written.
@@ -99,6 +100,7 @@ class Pool:
         wall: Callable[[], float],
         policies: Mapping[str, TierPolicy],
         catalog: Sequence[CatalogEntry],
+        models: Sequence[ModelEntry] = (),
         plugins: Callable[[], tuple[PluginReport, ...]] = tuple,
         pin: str = "",
     ) -> None:
@@ -107,7 +109,10 @@ class Pool:
         self.clock = clock
         self.wall = wall
         self.policies = policies
-        self.catalog = {entry.service: _registry(entry, settings.image_registry) for entry in catalog}
+        self.entries = tuple(_registry(entry, settings.image_registry) for entry in catalog)
+        #: One entry for each service: of several engines for its models the first.
+        self.catalog = {entry.service: entry for entry in reversed(self.entries)}
+        self.model_entries = tuple(models)
         self.hub = Hub(on_accepted=self._accepted, on_closing=self._closing, on_finished=self._finished)
         self.dispatcher = Dispatcher(
             self.hub, clock=clock, max_queued=settings.max_queued_tasks, lease_s=settings.lease_s
@@ -118,7 +123,7 @@ class Pool:
             total_memory_bytes=settings.memory_bodies_bytes,
             disk_bytes=settings.spool_bytes,
         )
-        self.seen_models = Models(wall=wall)
+        self.seen_models = Models(wall=wall, offered=self.model_entries)
         self.books = Books(
             store=store,
             spools=self.spools,
@@ -355,14 +360,17 @@ class Pool:
         worker_id: str,
         current: Collection[str] = (),
     ) -> Placement:
-        """Choose what a machine should run; ``current`` services stay as long as they fit."""
+        """Choose what a machine should run; ``current`` lanes stay as long as they fit."""
         url = self.settings.public_url
         return place(
-            tuple(self.catalog.values()),
+            self.entries,
             report,
             tier,
+            models=self.model_entries,
             pool=self.fleet.assigned(besides=worker_id),
             allowed=machine.services,
+            agreed=machine.agreed_models,
+            own=machine.own_models,
             runtimes=machine.runtimes,
             current=current,
             env={"COORDINATOR_URL": url} if url else {},
@@ -376,7 +384,7 @@ class Pool:
         What it runs stays as long as it fits, unless the choice is made ``anew``, as after a change of tier.
         """
         record = worker.record
-        current = () if anew else {assignment.service for assignment in record.assignment}
+        current = () if anew else {assignment.lane for assignment in record.assignment}
         chosen = self.placement(record, record.report, record.tier, worker_id=worker.id, current=current)
         changed = chosen.assignments != record.assignment
         if changed or chosen.reasons != record.placement:
@@ -400,7 +408,11 @@ class Pool:
 
     def heard(self, worker: Worker, beat: Heartbeat, *, ip_address: str) -> tuple[AttemptRef, ...]:
         """Take a sign of life in; return those of the worker's attempts that nobody wants any more."""
+        paused = worker.paused
         self.fleet.beat(worker, beat, ip_address=ip_address)
+        if worker.paused != paused:
+            # What a paused machine offered is lacked now, and what others took over is not when it goes on.
+            self._need += 1
         if beat.report is not None or beat.runtimes is not None or beat.plugins is not None:
             self._new_facts(worker, beat)
         elif worker.placed != self._need:
@@ -491,7 +503,7 @@ class Pool:
         seat = self.dispatcher.seats.get(worker.id)
         # Most heartbeats change nothing, and what waits is looked at every TICK_S anyway.
         if seat is None or seat.slots is not offered or seat.models is not models or seat.usable != usable:
-            if models:
+            if any(one.models for one in worker.containers):
                 self.seen_models.note(worker.containers)
             self.dispatcher.offers(worker.id, offered, models=models, usable=usable)
 
@@ -504,7 +516,8 @@ class Pool:
         if self.dispatcher.can_serve(ATTACHABLE, model):
             return
         if model in self.seen_models:
-            raise TryLater(f"the pool has the model {model!r}, but no worker offers it now", retry_after_s=30)
+            view = self.models()[model]
+            raise TryLater(view.sentence, retry_after_s=min(MOST_WAIT_S, view.eta_s or 30))
         known = ", ".join(sorted(self.seen_models.newest(SHOWN_MODELS))) or "none yet"
         raise NotFound(f"this pool has no model {model!r}", hints=(f"it has or had: {known}",))
 

@@ -16,7 +16,8 @@ import msgspec
 from rma_core.agent.incoming import EndpointError
 from rma_core.errors import ValidationProblem
 from rma_core.models.strict import decode
-from rma_core.models.worker import ModelName, ModelStatus
+from rma_core.models.weights import ModelName
+from rma_core.models.worker import ModelStatus
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rma_core.commands import volunteer
 from rma_core.commands.infer import infer
 from rma_core.commands.machine import detect, doctor, plugins
+from rma_core.commands.models import models
 from rma_core.commands.pool import backup, keys, policies, services, tokens, workers
 from rma_core.commands.results import cancel, result
 from rma_core.commands.tasks import tasks
@@ -22,6 +23,7 @@ COMMANDS: list[click.Command] = [
     doctor,
     infer,
     keys,
+    models,
     plugins,
     policies,
     result,

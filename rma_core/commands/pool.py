@@ -39,7 +39,7 @@ def workers(worker_id: str | None, as_json: bool, **options: Any) -> None:
     rows = [
         (
             w["worker_id"],
-            f"{MARKS.get(w['status'], '?')} {w['status']}" + (" (drains)" if w["draining"] else ""),
+            f"{MARKS.get(w['status'], '?')} {w['status']}" + _held(w),
             w["tier"] or "-",
             w["capabilities"]["cpu_cores"],
             w["capabilities"]["ram"],
@@ -58,12 +58,16 @@ def workers(worker_id: str | None, as_json: bool, **options: Any) -> None:
     common.show({"workers": found, "total": len(found)}, as_json, common.table(columns, rows, empty=empty))
 
 
+def _held(worker: dict[str, Any]) -> str:
+    """Say why a worker that is well is given nothing new."""
+    return " (paused by its owner)" if worker["paused"] else " (drains)" if worker["draining"] else ""
+
+
 def _worker(out: Any, one: dict[str, Any]) -> None:
     short = one["capabilities"]
     gpu = f", {short['gpu_type']} {short['gpu_memory']}" if short["gpu_type"] else ""
-    status = f"{MARKS.get(one['status'], '?')} {one['status']}" + (
-        f": {one['status_reason']}" if one["status_reason"] else ""
-    )
+    why = f": {one['status_reason']}" if one["status_reason"] else ""
+    status = f"{MARKS.get(one['status'], '?')} {one['status']}{why}{_held(one)}"
     out.print(common.safe(f"{one['worker_id']}  {status}"))
     out.print(common.safe(f"  {one['tier_reason']}"))
     out.print(common.safe(f"  {short['cpu_cores']} cores, {short['ram']} memory, {short['storage']} free{gpu}"))

@@ -1,4 +1,4 @@
-"""Sizes as people write them: ``64.0GB`` of memory, ``1TB`` of storage.
+"""Sizes as people write them: ``64.0GB`` of memory, ``1TB`` of storage; and how long something takes.
 
 Memory is binary however it is spelled (a "16 GB" module holds 16 GiB); storage is decimal unless it says ``GiB``.
 """
@@ -46,3 +46,17 @@ def human(size_bytes: float) -> str:
             number = size_bytes / scale
             return f"{number:.0f} {unit}" if number >= whole_from or number == int(number) else f"{number:.1f} {unit}"
     return f"{size_bytes:.0f} bytes"
+
+
+def exact(size_bytes: int) -> str:
+    """Return a size of any magnitude in the form that `parse_size` reads, never less than it is."""
+    return f"{size_bytes}B" if size_bytes < 10**12 else f"{-(-size_bytes // 2**20)}MiB"
+
+
+def duration(seconds: float) -> str:
+    """Return how long something takes, for a sentence: ``40 s``, ``3 min``, ``2.5 h``."""
+    for unit, size in (("h", 3600.0), ("min", 60.0)):
+        if seconds >= 1.5 * size:
+            number = seconds / size
+            return f"{number:.1f} {unit}" if unit == "h" and number < 10 else f"{number:.0f} {unit}"  # noqa: PLR2004 - one digit more where it matters
+    return f"{seconds:.0f} s"

@@ -9,6 +9,7 @@ from msgspec import Meta
 
 from rma_core.catalog import ContainerName, Digest, EnvName, ImageName, Limits, Needs, ProcessForm, Route, ServiceName
 from rma_core.models.hardware import Capabilities, HardwareReport, Name, Reason
+from rma_core.models.weights import AssignedModel, ModelName
 
 WorkerId = Annotated[str, Meta(pattern=r"^worker-[0-9a-f]{8}$")]
 TaskId = Annotated[str, Meta(pattern=r"^task-[0-9a-z]{20}$")]
@@ -19,9 +20,6 @@ Seconds = Annotated[float, Meta(ge=0, le=31_536_000)]
 Generation = Annotated[int, Meta(ge=0, le=2**53)]
 HeaderPair = tuple[Annotated[str, Meta(max_length=256)], Annotated[str, Meta(max_length=8192)]]
 Headers = Annotated[tuple[HeaderPair, ...], Meta(max_length=64)]
-
-#: What a model goes by: `llama3.1:8b`, `org/name`, a file's name; no spaces, nothing that would confuse a log.
-ModelName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,199}$")]
 
 WorkerStatus = Literal["healthy", "degraded", "offline"]
 ContainerState = Literal[
@@ -59,8 +57,13 @@ class PluginReport(msgspec.Struct, frozen=True, kw_only=True):
     import_seconds: Seconds | None = None
 
 
+def lane(service: str, model: str) -> str:
+    """Return what a service and one of its models are called together; the service alone where there is no model."""
+    return f"{service} {model}" if model else service
+
+
 class Assignment(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One container a worker should run: a catalog entry as it is sent to that worker."""
+    """One container a worker should run: a catalog entry as it is sent to that worker, with its model if it has one."""
 
     name: ContainerName
     service: ServiceName
@@ -77,21 +80,32 @@ class Assignment(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     limits: Limits = msgspec.field(default_factory=Limits)
     process: ProcessForm | None = None
     trusted: bool = True
+    model: AssignedModel | None = None
+
+    @property
+    def lane(self) -> str:
+        """The service, with the model where there is one: what the pool counts."""
+        return lane(self.service, self.model.name if self.model else "")
 
 
 class ModelStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One model that a service can answer with; ``context`` in tokens, 0 where it is not known."""
+    """One model that a service can answer with; ``context`` in tokens, 0 where it is not known.
+
+    While it is ``loading``, ``progress`` is the share done and ``eta_s`` the seconds left, where they are known.
+    """
 
     name: ModelName
     state: Literal["loaded", "loading", "cold"] = "loaded"
     context: Annotated[int, Meta(ge=0, le=2**31)] = 0
+    progress: Load | None = None
+    eta_s: Seconds | None = None
 
 
 class ContainerStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One container as it stands on the worker; ``progress`` is 0..1 while pulling, when the size is known.
 
-    What the owner attached has the runtime ATTACHED: nobody assigned it, and it stands outside tiers. A service that
-    answers with models lists them.
+    What the owner attached has the runtime ATTACHED. That, and what is ``by_owner``, nobody assigned: it stands outside
+    tiers. A service that answers with models lists them.
     """
 
     name: ContainerName
@@ -105,6 +119,12 @@ class ContainerStatus(msgspec.Struct, frozen=True, kw_only=True):
     restarts: Annotated[int, Meta(ge=0)] = 0
     progress: Load | None = None
     models: Annotated[tuple[ModelStatus, ...], Meta(max_length=64)] = ()
+    by_owner: bool = False
+
+    @property
+    def unassigned(self) -> bool:
+        """Whether its owner offers it, and nobody assigned it."""
+        return self.by_owner or self.runtime == ATTACHED
 
 
 class AttemptRef(msgspec.Struct, frozen=True, kw_only=True):
@@ -119,7 +139,8 @@ class RegisterRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A machine asks to be a worker.
 
     ``public_key`` is the raw Ed25519 key, base64url; ``proof`` a JWT signed with its private half over the nonce and
-    the join token's hash; ``services`` what the owner agreed to run (``None``: whatever the pool chooses).
+    the join token's hash; ``services`` and ``agreed_models`` what the owner agreed to run (``None``: whatever the pool
+    chooses); ``own_models`` what the owner offers from files of the machine.
     """
 
     capabilities: Capabilities
@@ -130,6 +151,8 @@ class RegisterRequest(msgspec.Struct, frozen=True, kw_only=True):
     runtimes: Annotated[tuple[RuntimeReport, ...], Meta(max_length=16)] = ()
     plugins: Annotated[tuple[PluginReport, ...], Meta(max_length=256)] = ()
     services: Annotated[tuple[ServiceName, ...], Meta(max_length=64)] | None = None
+    agreed_models: Annotated[tuple[ModelName, ...], Meta(max_length=256)] | None = None
+    own_models: Annotated[tuple[ModelName, ...], Meta(max_length=64)] = ()
     labels: Annotated[dict[Name, Name], Meta(max_length=32)] = {}
 
 
@@ -172,6 +195,8 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     attempts: Annotated[tuple[AttemptRef, ...], Meta(max_length=1024)] = ()
     generation: Generation = 0
     draining: bool = False
+    #: The owner wants the machine back for now; nothing runs on it.
+    paused: bool = False
     report: HardwareReport | None = None
     runtimes: Annotated[tuple[RuntimeReport, ...], Meta(max_length=16)] | None = None
     plugins: Annotated[tuple[PluginReport, ...], Meta(max_length=256)] | None = None

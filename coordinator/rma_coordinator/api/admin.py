@@ -129,6 +129,11 @@ async def services(pool: Pool, web: Web) -> object:  # noqa: ARG001 - every hand
     return {"services": [{"service": name, **row} for name, row in overview.services(pool).items()]}
 
 
+async def pool_models(pool: Pool, web: Web) -> object:  # noqa: ARG001 - every handler has the same form
+    """Models of the catalog, and those that owners offer."""
+    return {"models": overview.models(pool)}
+
+
 async def tasks(pool: Pool, web: Web) -> object:
     """Tasks that run, wait, or ended lately; newest first."""
     found = list(pool.dispatcher.all())

@@ -280,6 +280,14 @@ ROUTES: tuple[Route, ...] = (
         "GET", "/api/admin/services", "services", "admin:read", "Services: wanted, assigned, healthy.", gives="object"
     ),
     Route(
+        "GET",
+        "/api/admin/models",
+        "pool_models",
+        "admin:read",
+        "Models: how they stand, what they take, who has them, and why nobody does.",
+        gives="object",
+    ),
+    Route(
         "GET", "/api/admin/policies", "policies", "admin:read", "Tier policies; which one is active.", gives="object"
     ),
     Route(

@@ -14,7 +14,7 @@ import msgspec
 from rma_coordinator.domain.tasks import NO_MODELS
 from rma_coordinator.domain.worker_records import SHARED, Press, WorkerRecord, brief, same
 from rma_core.errors import NotFound
-from rma_core.models.worker import ATTACHED
+from rma_core.models.worker import lane
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -66,6 +66,7 @@ class Worker:
         "ip_address",
         "last_beat",
         "left",
+        "paused",
         "placed",
         "reason",
         "said",
@@ -99,6 +100,8 @@ class Worker:
         #: The services for which the fleet counts it, kept by `Fleet.recount`.
         self.counted: tuple[str, ...] = ()
         self.draining = False
+        #: Its owner wants the machine back for now.
+        self.paused = False
         self.left = False
         #: Tasks that the ledger has of it.
         self.completed = 0
@@ -115,13 +118,14 @@ class Worker:
 
     @property
     def present(self) -> bool:
-        """Whether what it runs and is assigned counts: it is not offline, and nobody has shut it out."""
-        return self.status != "offline" and not self.brief.disabled
+        """Whether what it runs and is assigned counts: it is not offline or paused, and nobody has shut it out."""
+        return self.status != "offline" and not self.paused and not self.brief.disabled
 
     @property
     def usable(self) -> bool:
         """Whether it may be given new work."""
-        return self.status == "healthy" and not self.draining and not self.brief.disabled and not self.left
+        away = self.draining or self.paused or self.left
+        return self.status == "healthy" and not away and not self.brief.disabled
 
     def offered(self, said: Mapping[str, int] | None = None) -> dict[str, int]:
         """Return the slots it offers: those it says, else those of its healthy containers; not to be changed.
@@ -151,7 +155,7 @@ def _within(
     slots: Mapping[str, int], assignment: Iterable[Assignment], containers: Iterable[ContainerStatus]
 ) -> dict[str, int]:
     limits = _count(assignment)
-    attached = sum(one.slots for one in containers if one.runtime == ATTACHED and one.service == ATTACHABLE)
+    attached = sum(one.slots for one in containers if one.unassigned and one.service == ATTACHABLE)
     if attached:
         limits[ATTACHABLE] = limits.get(ATTACHABLE, 0) + min(attached, MOST_ATTACHED)
     return _least(tuple(slots.items()), tuple(limits.items()))
@@ -177,6 +181,19 @@ def _count(parts: Iterable[Assignment] | Iterable[ContainerStatus]) -> dict[str,
     for one in parts:
         counted[one.service] = counted.get(one.service, 0) + one.slots
     return counted
+
+
+def _lanes(worker: Worker) -> tuple[str, ...]:
+    """Return what a worker counts for: its services, and each model of them, also those that its owner offers."""
+    found: list[str] = []
+    for assignment in worker.brief.assignment:
+        found.append(assignment.service)
+        if assignment.model is not None:
+            found.append(assignment.lane)
+    for one in worker.containers:
+        if one.unassigned:
+            found += (lane(one.service, model.name) for model in one.models)
+    return tuple(found)
 
 
 def _ids(thumbprint: str) -> Iterator[str]:
@@ -250,7 +267,7 @@ class Fleet:
             self._pace()
         worker.record = record
         worker.ip_address = same(ip_address)
-        worker.draining = False
+        worker.draining = worker.paused = False
         worker.said = ("healthy", "")
         self._seen(worker)
         self.recount(worker)
@@ -266,10 +283,20 @@ class Fleet:
             # What was counted from them is known by their identity.
             worker.containers = same(heartbeat.containers)
             worker.written = 0
+            self.recount(worker)
         worker.draining = heartbeat.draining
+        if worker.paused != heartbeat.paused:
+            self._pause(worker, paused=heartbeat.paused)
         if worker.ip_address != ip_address:
             worker.ip_address = same(ip_address)
         self._seen(worker)
+
+    def _pause(self, worker: Worker, *, paused: bool) -> None:
+        worker.paused = paused
+        words = "has paused it" if paused else "lets it go on"
+        about = {"action": "worker_paused" if paused else "worker_resumed", "worker": worker.id}
+        logger.info("%s: its owner %s", worker.id, words, extra=about)
+        self.recount(worker)
 
     def touch(self, worker: Worker) -> None:
         """Note that the worker spoke in some other way."""
@@ -365,7 +392,7 @@ class Fleet:
         return counts
 
     def assigned(self, *, besides: str = "") -> dict[str, int]:
-        """Return how many workers that are not offline are assigned each service, ``besides`` one."""
+        """Return how many workers count for each service and each lane, ``besides`` one: not those that are away."""
         counts = dict(self._assigned)
         worker = self.workers.get(besides)
         for service in worker.counted if worker else ():
@@ -374,7 +401,7 @@ class Fleet:
 
     def recount(self, worker: Worker) -> None:
         """Keep `assigned` true; to be called whenever a worker's assignment or presence has changed."""
-        counted = tuple(assignment.service for assignment in worker.brief.assignment) if worker.present else ()
+        counted = _lanes(worker) if worker.present else ()
         if counted != worker.counted:
             for service in worker.counted:
                 self._assigned[service] -= 1
@@ -400,6 +427,7 @@ class Fleet:
             "status": worker.status,
             "status_reason": worker.reason,
             "draining": worker.draining,
+            "paused": worker.paused,
             "disabled": record.disabled,
             "ip_address": worker.ip_address,
             "registered_at": iso(record.registered_at),

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import msgspec
 
+from rma_core.models.sizes import duration
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from rma_coordinator.domain.fleet import Worker
-    from rma_core.models.worker import ContainerStatus
+    from rma_core.model_catalog import ModelEntry
+    from rma_core.models.worker import ContainerStatus, ModelStatus
 
 #: Models that are remembered: workers name them, and a name costs nothing.
 MOST_MODELS = 2000
@@ -24,6 +27,9 @@ REMEMBERED_S = 30 * 86_400.0
 NOTED_EVERY_S = 3600.0
 #: The readiest state of several workers counts.
 STATES: tuple[Literal["loaded", "loading", "cold"], ...] = ("loaded", "loading", "cold")
+#: States of a container whose model is on its way for the first time.
+COMING = frozenset({"pending", "pulling", "starting", "backoff"})
+HERE_OR_COMING = COMING | {"healthy"}
 
 
 class ModelRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,20 +41,38 @@ class ModelRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelView(NamedTuple):
-    """One model as clients are shown it; ``workers`` is how many may be given work with it now."""
+    """One model as clients are shown it; ``workers`` is how many may be given work with it now.
+
+    While it is loading, ``progress`` (0..1) and ``eta_s`` are those of the worker that is furthest, where they are
+    known; ``coming`` are the workers that fetch it or load it for the first time. Unix seconds.
+    """
 
     name: str
     state: Literal["loaded", "loading", "cold", "away"]
     workers: int
     context: int
     seen_at: float
+    progress: float | None = None
+    eta_s: float | None = None
+    coming: int = 0
+
+    @property
+    def sentence(self) -> str:
+        """How it stands, for a client that cannot be served: how far it is, and the time left where that is known."""
+        if not self.coming:
+            return f"the pool has the model {self.name!r}, but no worker offers it now"
+        where = "1 worker" if self.coming == 1 else f"{self.coming} workers"
+        done = "" if self.progress is None else f": {self.progress:.0%} done"
+        left = "" if self.eta_s is None else f", about {duration(self.eta_s)} left"
+        return f"the model {self.name!r} is made ready on {where}{done}{left}"
 
 
 class Models:
-    """Every model that the pool has, or had; ``wall`` gives Unix seconds."""
+    """Every model that the pool has, had, or offers by its catalog; ``wall`` gives Unix seconds."""
 
-    def __init__(self, *, wall: Callable[[], float]) -> None:
+    def __init__(self, *, wall: Callable[[], float], offered: Iterable[ModelEntry] = ()) -> None:
         self._wall = wall
+        self._offered = {entry.name: entry for entry in offered}
         self._seen: OrderedDict[str, ModelRecord] = OrderedDict()
         #: What is to be written and what is to be forgotten; whoever does that takes them out.
         self.changed, self.gone = set[str](), set[str]()
@@ -63,20 +87,20 @@ class Models:
                 self._seen[record.name] = record
 
     def __contains__(self, name: object) -> bool:
-        return name in self._seen
+        return name in self._seen or name in self._offered
 
     def newest(self, count: int) -> list[str]:
-        """Return the names that were noted last."""
-        return list(islice(reversed(self._seen), count))
+        """Return the names that were noted last, then those of the catalog."""
+        return list(islice(dict.fromkeys([*reversed(self._seen), *self._offered]), count))
 
     def record(self, name: str) -> ModelRecord | None:
         """Return what is known of a model."""
         return self._seen.get(name)
 
     def note(self, containers: Iterable[ContainerStatus]) -> None:
-        """A worker says what it has."""
+        """A worker says what it has, or makes ready."""
         now = self._wall()
-        models = (model for one in containers if one.state == "healthy" for model in one.models)
+        models = (model for one in containers if one.state in HERE_OR_COMING for model in one.models)
         for model in islice(models, MOST_OF_ONE):
             known = self._seen.get(model.name)
             context = model.context or (known.context if known else 0)
@@ -103,19 +127,37 @@ class Models:
             for record in self._seen.values()
             if record.name not in here
         }
+        for entry in self._offered.values():
+            if entry.name not in here and entry.name not in away:
+                away[entry.name] = ModelView(entry.name, "away", 0, entry.context, 0)
         now = self._wall()
         return {name: view._replace(seen_at=now) for name, view in sorted(here.items())} | dict(sorted(away.items()))
 
 
 def _best(containers: Iterable[ContainerStatus]) -> dict[str, ModelView]:
+    """Return the models of one worker, each once."""
     found: dict[str, ModelView] = {}
     for one in containers:
-        if one.state == "healthy":
+        if one.state in HERE_OR_COMING:
             for model in one.models:
-                view = ModelView(model.name, model.state, 1, model.context, 0)
+                view = _seen(model, coming=one.state in COMING)
                 known = found.get(model.name)
-                found[model.name] = _joined(known, view)._replace(workers=1) if known else view
+                found[model.name] = _of_one(known, view) if known else view
     return found
+
+
+def _seen(model: ModelStatus, *, coming: bool) -> ModelView:
+    state: Literal["loaded", "loading", "cold"] = "loading" if coming else model.state
+    loading = state == "loading"
+    return ModelView(
+        model.name, state, 0 if coming else 1, model.context, 0, progress=model.progress if loading else None,
+        eta_s=model.eta_s if loading else None, coming=int(coming),
+    )  # fmt: skip
+
+
+def _of_one(one: ModelView, other: ModelView) -> ModelView:
+    both = _joined(one, other)
+    return both._replace(workers=min(1, both.workers), coming=min(1, both.coming) if not both.workers else 0)
 
 
 def _joined(one: ModelView, other: ModelView) -> ModelView:
@@ -123,4 +165,10 @@ def _joined(one: ModelView, other: ModelView) -> ModelView:
     state = next(state for state in STATES if state in states)
     # What every one of them takes is what a client can count on.
     contexts = [view.context for view in (one, other) if view.context]
-    return ModelView(one.name, state, one.workers + other.workers, min(contexts, default=0), 0)
+    loading = [view for view in (one, other) if view.state == "loading"] if state == "loading" else []
+    return ModelView(
+        one.name, state, one.workers + other.workers, min(contexts, default=0), 0,
+        progress=max((view.progress for view in loading if view.progress is not None), default=None),
+        eta_s=min((view.eta_s for view in loading if view.eta_s is not None), default=None),
+        coming=one.coming + other.coming,
+    )  # fmt: skip

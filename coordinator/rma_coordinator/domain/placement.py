@@ -1,29 +1,41 @@
 """Placement: which services of the catalog one machine gets, and why it does not get the others. Pure.
 
 A tier is a ranking, not a fence: what prefers the machine's tier comes first, then whatever the pool lacks. What is
-chosen fits the machine together.
+chosen fits the machine together. A service that serves models is chosen once for each model, by what the pool lacks
+most, the larger model first.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import msgspec
+
 from rma_core.catalog import ISOLATED_ONLY, Room
-from rma_core.models.worker import Assignment
+from rma_core.model_catalog import fitting, model_assignment
+from rma_core.models.worker import Assignment, lane
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from rma_core.catalog import CatalogEntry
+    from rma_core.model_catalog import ModelEntry
     from rma_core.models.hardware import HardwareReport
     from rma_core.models.worker import RuntimeReport
 
 #: Comes after every place in an entry's list of tiers, which has at most 32.
 NOT_PREFERRED = 99
+#: Models of one service for which a machine is told why it does not get them; of the rest it is told how many.
+TOLD_MODELS = 16
+
+NOT_AGREED = "the owner has not agreed"
 
 
 class Placement(NamedTuple):
-    """What a worker should run, best reason first, and for each service it does not get a sentence that says why."""
+    """What a worker should run, best reason first, and for each service it does not get a sentence that says why.
+
+    A model stands beside its service: ``llm llama3.1:8b``.
+    """
 
     assignments: tuple[Assignment, ...]
     reasons: dict[str, str]
@@ -35,8 +47,29 @@ class _Wish(NamedTuple):
     tier: int
     pool: Mapping[str, int]
     allowed: Collection[str] | None
+    agreed: Collection[str] | None
+    own: Collection[str]
     runtimes: Collection[RuntimeReport]
     current: Collection[str]
+
+
+class _Candidate(NamedTuple):
+    """A service that may be placed, with one of the pool's models where it serves those."""
+
+    entry: CatalogEntry
+    model: ModelEntry | None = None
+
+    @property
+    def lane(self) -> str:
+        return lane(self.entry.service, self.model.name if self.model else "")
+
+    @property
+    def wanted(self) -> int:
+        return self.model.wanted if self.model else self.entry.wanted
+
+    @property
+    def size(self) -> int:
+        return self.model.all_bytes if self.model else 0
 
 
 def place(
@@ -44,30 +77,110 @@ def place(
     report: HardwareReport,
     tier: int | None,
     *,
+    models: Sequence[ModelEntry] = (),
     pool: Mapping[str, int],
     allowed: Collection[str] | None = None,
+    agreed: Collection[str] | None = None,
+    own: Collection[str] = (),
     runtimes: Collection[RuntimeReport] = (),
     current: Collection[str] = (),
     env: Mapping[str, str] | None = None,
 ) -> Placement:
-    """Choose services for one machine; the order of ``entries`` does not matter.
+    """Choose services for one machine; the order of ``entries`` and ``models`` does not matter.
 
-    ``pool`` counts the copies of each service on *other* workers; ``allowed`` are the services the owner agreed to
-    (``None``: all); ``runtimes`` is what the agent said of its runtimes (empty: it said nothing, and containers are
-    taken for granted); ``current`` are the services the worker runs: they stay as long as they fit, so that nothing
-    flaps (leave them out to place anew, as after a change of tier). ``env`` goes into every container.
+    ``pool`` counts the copies of each service, and of each lane (`Assignment.lane`), on *other* workers; ``allowed``
+    are the services the owner agreed to, ``agreed`` the models (``None``: all), ``own`` the models that the owner
+    offers; ``runtimes`` is what the agent said of its runtimes (empty: it said nothing, and containers are taken for
+    granted); ``current`` are the lanes the worker has: they stay as long as they fit, so that nothing flaps (leave
+    them out to place anew, as after a change of tier). Only a model of which the pool has enough elsewhere gives way
+    to one that nobody offers. ``env`` goes into every container.
     """
+    candidates, without = _candidates(entries, models)
     if tier is None:
-        return Placement((), {entry.service: "the machine is below the lowest tier" for entry in entries})
-    wish = _Wish(tier, pool, allowed, runtimes, current)
-    room, chosen, reasons = Room.of(report), [], dict[str, str]()
-    for entry in sorted(entries, key=lambda entry: _rank(entry, wish)):
-        reason = _refusal(entry, wish) or _take(entry, room, runtimes)
-        if reason:
-            reasons[entry.service] = reason
-        else:
-            chosen.append(assignment(entry, env=env or {}))
-    return Placement(tuple(chosen), reasons)
+        services = {candidate.entry.service for candidate in candidates} | {entry.service for entry in without}
+        return Placement((), dict.fromkeys(sorted(services), "the machine is below the lowest tier"))
+    wish = _Wish(tier, pool, allowed, agreed, own, runtimes, current)
+    places = _Places(report, wish, env or {})
+    spare = any(_spare(candidate, wish) for candidate in candidates)
+    for candidate in sorted(candidates, key=lambda one: _rank(one, wish, swap=spare)):
+        places.try_one(candidate)
+    for entry in without:
+        # Of several engines one may have models.
+        if not any(candidate.entry.service == entry.service for candidate in candidates):
+            places.reasons[entry.service] = "the pool has no model for it yet"
+    return Placement(tuple(places.chosen), _shortened(places.reasons))
+
+
+def _candidates(
+    entries: Iterable[CatalogEntry], models: Sequence[ModelEntry]
+) -> tuple[list[_Candidate], list[CatalogEntry]]:
+    """Return everything that may be placed, and the engines for which there is no model."""
+    found: list[_Candidate] = []
+    without = []
+    for entry in entries:
+        if not entry.model_format:
+            found.append(_Candidate(entry))
+            continue
+        own = [m for m in models if (m.service, m.format) == (entry.service, entry.model_format)]
+        found += [_Candidate(entry, model) for model in own]
+        if not own:
+            without.append(entry)
+    return found, without
+
+
+class _Places:
+    """One machine while it is filled."""
+
+    def __init__(self, report: HardwareReport, wish: _Wish, env: Mapping[str, str]) -> None:
+        self._room, self._wish, self._env = Room.of(report), wish, env
+        self.chosen: list[Assignment] = []
+        self.reasons: dict[str, str] = {}
+        self._lanes = set[str]()
+        self._with_model = set[str]()
+
+    def try_one(self, candidate: _Candidate) -> None:
+        """Take what the candidate needs of the machine, or note why it is not placed."""
+        name = candidate.lane
+        if name in self._lanes:
+            # Another engine serves this model here.
+            return
+        found = _refusal(candidate, self._wish) or self._enough(candidate) or self._take(candidate)
+        if isinstance(found, str):
+            self.reasons.setdefault(name, found)
+            return
+        self.chosen.append(found)
+        self._lanes.add(name)
+        self.reasons.pop(name, None)
+        if candidate.model is not None:
+            self._with_model.add(candidate.entry.service)
+
+    def _enough(self, candidate: _Candidate) -> str:
+        """Say that a further model of a service is not lacked; the first one is always of use."""
+        if candidate.model is None or candidate.entry.service not in self._with_model:
+            return ""
+        if candidate.lane in self._wish.current:
+            return ""
+        return _enough_copies(candidate, self._wish)
+
+    def _take(self, candidate: _Candidate) -> Assignment | str:
+        entry, model = candidate.entry, candidate.model
+        forms = _forms(entry, self._wish.runtimes)
+        if model is None:
+            reasons = []
+            for contained in forms:
+                reason = self._room.lacks(entry.needs, contained=contained)
+                if not reason:
+                    self._room.take(entry.needs, contained=contained)
+                    return assignment(entry, env=self._env)
+                reasons.append(reason)
+            return reasons[0]
+        there = candidate.lane in self._wish.current
+        fit = fitting(entry, model, self._room, forms, there=there)
+        if isinstance(fit, str):
+            return fit
+        needs = msgspec.structs.replace(fit.needs, storage="0B") if there else fit.needs
+        self._room.take(needs, contained=fit.contained)
+        return model_assignment(entry, model, fit, env=self._env)
 
 
 def assignment(entry: CatalogEntry, *, env: Mapping[str, str]) -> Assignment:
@@ -91,41 +204,63 @@ def assignment(entry: CatalogEntry, *, env: Mapping[str, str]) -> Assignment:
     )
 
 
-def _rank(entry: CatalogEntry, wish: _Wish) -> tuple[bool, int, bool, int, str]:
-    """Order: what runs already; what prefers this tier most; what nobody offers; what is lacked most; by name.
+def _spare(candidate: _Candidate, wish: _Wish) -> bool:
+    """Whether a model that this machine has could be spared: the pool has as many elsewhere as it wants."""
+    has_it = candidate.model is not None and candidate.lane in wish.current
+    return has_it and wish.pool.get(candidate.lane, 0) >= max(1, candidate.wanted)
+
+
+def _rank(candidate: _Candidate, wish: _Wish, *, swap: bool) -> tuple[int, int, bool, int, int, str, str]:
+    """Order: what runs already; what prefers this tier most; what nobody offers; what is lacked most; large; by name.
 
     Among what runs already the pool's needs do not count: they change all the time, and nothing may flap for them.
+    Where that has a model which can be spared (``swap``), one that nobody offers goes before it.
     """
+    entry = candidate.entry
     position = entry.tiers.index(wish.tier) if wish.tier in entry.tiers else NOT_PREFERRED
-    if entry.service in wish.current:
-        return (False, position, False, 0, entry.service)
-    running = wish.pool.get(entry.service, 0)
-    return (True, position, running > 0, running - entry.wanted, entry.service)
+    running = wish.pool.get(candidate.lane, 0)
+    last = (-candidate.size, candidate.lane, entry.name)
+    if candidate.lane in wish.current:
+        return (2 if _spare(candidate, wish) else 0, position, False, 0, *last)
+    lacked = swap and candidate.model is not None and not running and candidate.wanted > 0
+    return (1 if lacked else 3, position, running > 0, running - candidate.wanted, *last)
 
 
-def _refusal(entry: CatalogEntry, wish: _Wish) -> str:
+def _refusal(candidate: _Candidate, wish: _Wish) -> str:
     """Say why the machine does not get a service, whatever room there is; an empty string when nothing does."""
+    entry, model = candidate.entry, candidate.model
     if wish.allowed is not None and entry.service not in wish.allowed:
-        return "the owner has not agreed"
+        return NOT_AGREED
+    if model is not None and model.name in wish.own:
+        return "the owner offers this model already"
+    if model is not None and wish.agreed is not None and model.name not in wish.agreed:
+        return f"{NOT_AGREED} to this model"
     if not _forms(entry, wish.runtimes):
         return _no_runtime(entry, wish.runtimes)
-    running = wish.pool.get(entry.service, 0)
-    extra = wish.tier not in entry.tiers and entry.service not in wish.current
-    if extra and running >= entry.wanted:
-        return f"enough copies in the pool ({running} running, {entry.wanted} wanted)"
-    return ""
+    extra = wish.tier not in entry.tiers and candidate.lane not in wish.current
+    return _enough_copies(candidate, wish) if extra else ""
 
 
-def _take(entry: CatalogEntry, room: Room, runtimes: Collection[RuntimeReport]) -> str:
-    """Take what a service needs, as a container where that is possible; say why when it does not fit."""
-    reasons = []
-    for contained in _forms(entry, runtimes):
-        reason = room.lacks(entry.needs, contained=contained)
-        if not reason:
-            room.take(entry.needs, contained=contained)
-            return ""
-        reasons.append(reason)
-    return reasons[0]
+def _enough_copies(candidate: _Candidate, wish: _Wish) -> str:
+    running = wish.pool.get(candidate.lane, 0)
+    if running < candidate.wanted:
+        return ""
+    return f"enough copies in the pool ({running} running, {candidate.wanted} wanted)"
+
+
+def _shortened(reasons: dict[str, str]) -> dict[str, str]:
+    """Return the reasons with those of many models of one service summed up: every worker's record has them."""
+    kept: dict[str, str] = {}
+    left: dict[str, int] = {}
+    told: dict[str, int] = {}
+    for name, reason in reasons.items():
+        service, _, model = name.partition(" ")
+        told[service] = told.get(service, 0) + bool(model)
+        if told[service] > TOLD_MODELS:
+            left[service] = left.get(service, 0) + 1
+        else:
+            kept[name] = reason
+    return kept | {service: f"and {count} more models" for service, count in left.items()}
 
 
 def _forms(entry: CatalogEntry, runtimes: Collection[RuntimeReport]) -> list[bool]:

@@ -40,6 +40,8 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     report: HardwareReport
     agent_version: str = ""
     services: tuple[str, ...] | None = None
+    agreed_models: tuple[str, ...] | None = None
+    own_models: tuple[str, ...] = ()
     labels: dict[str, str] = {}
     runtimes: tuple[RuntimeReport, ...] = ()
     plugins: tuple[PluginReport, ...] = ()
