@@ -28,6 +28,8 @@ from tests.tiny_service import tiny_spec
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import psutil
+
 LLAMA = NOTES.parent / "llama-cpp"
 #: Tokens that take the tiny model much longer than any test waits.
 ENDLESS = 60_000
@@ -299,7 +301,7 @@ def test_a_file_larger_than_the_free_memory_is_not_even_tried(models: Path, monk
 
     monkeypatch.setattr(machine, "memory_bytes", lambda: 100_000)
     with pytest.raises(settings.Unusable, match=r"more than the 0\.0 GB of memory that are free"):
-        model_file.check(models / "two.gguf", gpu=False)
+        model_file.check_room(models / "two.gguf", model_file.check(models / "two.gguf"))
 
 
 def test_the_hash_is_checked_first_and_health_tells_how_far_that_is(models: Path, tmp_path: Path) -> None:
@@ -384,6 +386,76 @@ def test_the_catalog_entry_is_valid_and_a_pool_has_it_only_when_it_asks(models: 
     assert entry.process is not None
     assert (entry.process.distribution, entry.process.module) == ("rma-llama-cpp", "rma_llama_cpp")
     assert not (LLAMA / "catalog.toml").exists()
+
+
+# -- loaded, unloaded, loaded again --------------------------------------------------------------------------------
+
+
+def rss_bytes(processes: list[psutil.Process]) -> int:
+    return sum(process.memory_info().rss for process in processes if process.is_running())
+
+
+def test_a_model_that_is_unloaded_takes_no_memory_and_comes_back_with_the_next_request(
+    models: Path, tmp_path: Path
+) -> None:
+    with serving(tmp_path, file=models / "two.gguf", env={"CONTEXT": str(ROOM)}) as [server]:
+        before, [engine] = server.text("Hello"), server.engines()
+        assert rss_bytes([engine]) > 20_000_000
+        assert server.post("/unload", {}).status == 200
+        assert not engine.is_running()
+        health = server.get("/health")
+        assert (health.status, health.body["status"], health.body["busy"]) == (200, "cold", 0)
+        assert server.get("/v1/models").body["data"][0]["id"] == "tiny"
+        assert server.get("/slots").status == 503
+        assert server.text("Hello") == before
+        assert server.get("/health").body["status"] == "ok"
+        assert len(server.engines()) == 1
+
+
+def test_a_model_at_work_is_not_unloaded(models: Path, tmp_path: Path) -> None:
+    with serving(tmp_path, file=models / "one.gguf", env={"CONTEXT": str(ROOM)}) as [server]:
+        with contextlib.closing(server.send("/v1/chat/completions", server.chat("x", max_tokens=ENDLESS, stream=True))):
+            until(server.busy, what="the request has a slot")
+            assert server.post("/unload", {}).status == 409
+            assert server.busy() == 1
+        until(lambda: server.post("/unload", {}).status == 200, what="the client is gone")
+        # Asked in one breath, the last word counts.
+        assert [server.post(path, {}).status for path in ("/load", "/unload", "/load")] == [200, 200, 200]
+        until(lambda: server.get("/health").body["status"] == "ok", what="it is loaded")
+
+
+def test_a_stream_that_waits_for_its_model_is_told_so_and_a_refusal_comes_as_its_event(
+    models: Path, tmp_path: Path
+) -> None:
+    slow = slow_to_check(tmp_path, models / "two.gguf")
+    env = {"LOAD": "0", "MODEL_SHA256": hashlib.sha256(slow.read_bytes()).hexdigest()}
+    with serving(tmp_path / "run", file=slow, env=env) as [server]:
+        assert (server.get("/health").body["status"], server.engines()) == ("cold", [])
+        asked = server.chat("Hello", max_tokens=5, stream=True)
+        with contextlib.closing(server.send("/v1/chat/completions", asked)) as connection:
+            response = connection.getresponse()
+            assert (response.status, response.readline()[:10]) == (200, b": checking")
+            told = server.get("/health")
+            assert (told.status, told.body["status"]) == (200, "loading")
+            text = "".join(
+                choice["delta"].get("content") or ""
+                for data in model_servers.events(response)
+                for choice in data["choices"]
+            )
+        assert len(text) == 5
+        server.post("/unload", {})
+        bad = {**asked, "messages": []}
+        with contextlib.closing(server.send("/v1/chat/completions", bad)) as connection:
+            [refusal] = [line for line in connection.getresponse().read().split(b"\n") if line.startswith(b"data")]
+        assert json.loads(refusal[6:])["error"]["code"] == 400
+
+
+def slow_to_check(folder: Path, good: Path) -> Path:
+    """Return a copy that takes a second to hash: llama.cpp does not mind what stands behind the weights."""
+    file = folder / "slow.gguf"
+    file.write_bytes(good.read_bytes())
+    os.truncate(file, 600_000_000)
+    return file
 
 
 def test_hundreds_of_answers_leave_nothing_behind(server: ModelServer) -> None:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+#: What whoever runs the service may ask, and nobody else: the agent lets no request of the pool get there.
+CONTROL = frozenset({"/load", "/unload"})
 GENERATING = frozenset({"/v1/chat/completions", "/v1/completions"})
 EMBEDDING = "/v1/embeddings"
 #: Requests that wait for a slot, for each slot; more are told to come again.
@@ -32,6 +34,8 @@ WAITING_PER_SLOT = 2
 NOT_PASSED_ON = ("id_slot",)
 #: Of llama.cpp's `/props`; the rest are paths and defaults.
 PROPS = ("total_slots", "chat_template", "chat_template_caps", "modalities", "build_info", "is_sleeping")
+#: Seconds between two comments on a stream that waits for its model.
+TELL_S = 2.0
 #: How an event with nothing but the prompt's progress is told from a text about it: a quote in a text is escaped.
 PROGRESS = b'"prompt_progress":{'
 
@@ -53,10 +57,13 @@ class Front:
         """Answer one request. Raises Gone, Refused, Broken."""
         if request.method == "GET" and request.path in self._quick:
             await self._quick[request.path](exchange, request)
-        elif request.path in GENERATING | {EMBEDDING}:
+        elif request.path in GENERATING | {EMBEDDING} | CONTROL:
             if request.method != "POST":
                 raise Refused(405, "method_not_allowed", f"{request.path} wants POST")
-            await self._generate(exchange, request)
+            if request.path in CONTROL:
+                await self._control(exchange, request.path)
+            else:
+                await self._generate(exchange, request)
         else:
             raise Refused(404, "not_found_error", f"there is nothing at {request.method} {request.path[:200]} here")
 
@@ -66,16 +73,34 @@ class Front:
             "model": engine.settings.model, "slots": engine.settings.slots, "busy": self._taken,
             "embeddings": engine.settings.embeddings, "version": __version__,
         }  # fmt: skip
-        if engine.state == "ready":
-            await answered(exchange, 200, {"status": "ok", **facts})
+        if engine.state in ("ready", "cold"):
+            await answered(exchange, 200, {"status": "cold" if engine.state == "cold" else "ok", **facts})
             return
         share = engine.progress()
         progress = {} if share is None else {"progress": round(share, 3)}
         loading = {"status": "loading", "phase": engine.state, **progress, **facts}
+        if engine.settled:
+            # Requests are taken, and held until it is ready.
+            await answered(exchange, 200, loading)
+            return
         error = problem(503, "unavailable_error", "Loading model")
         await answered(exchange, 503, {**loading, **error}, **{"Retry-After": "1"})
 
+    async def _control(self, exchange: Exchange, path: str) -> None:
+        """Load the model, or give its memory back unless requests are at it."""
+        if path == "/load":
+            self._engine.load()
+        elif self._taken:
+            raise Refused(409, "conflict_error", f"requests are at the model: {self._taken}")
+        else:
+            await self._engine.unload()
+        await answered(exchange, 200, {"status": self._engine.state})
+
     async def _models(self, exchange: Exchange, _: Request) -> None:
+        if self._engine.settled and not self._engine.ready.is_set():
+            listed = {"id": self._engine.settings.model, "object": "model", "owned_by": "llamacpp"}
+            await answered(exchange, 200, {"object": "list", "data": [listed]})
+            return
         await answered(exchange, *(await self._asked("/v1/models")))
 
     async def _slots(self, exchange: Exchange, request: Request) -> None:
@@ -100,11 +125,13 @@ class Front:
         return await upstream.quick(self._engine, path)
 
     def _must_be_ready(self) -> None:
-        if self._engine.state != "ready":
-            raise Refused(503, "unavailable_error", "Loading model", retry_after_s=1)
+        if not self._engine.ready.is_set():
+            words = "The model is not loaded" if self._engine.state == "cold" else "Loading model"
+            raise Refused(503, "unavailable_error", words, retry_after_s=1)
 
     async def _generate(self, exchange: Exchange, request: Request) -> None:
-        self._must_be_ready()
+        if not self._engine.settled:
+            self._must_be_ready()
         embeds = self._engine.settings.embeddings
         if embeds != (request.path == EMBEDDING):
             does = "embeddings" if embeds else "text"
@@ -114,10 +141,25 @@ class Front:
             raise Refused(503, "unavailable_error", "all slots are taken and others wait already", retry_after_s=1)
         self._taken += 1
         try:
+            await self._loaded(exchange, streams=request.path in GENERATING and bool(asked.get("stream")))
             async with self._free:
                 await (self._embed if embeds else self._text)(exchange, request.path, asked)
         finally:
             self._taken -= 1
+
+    async def _loaded(self, exchange: Exchange, *, streams: bool) -> None:
+        """Wait until the model is there, and say on a stream how far it is."""
+        self._engine.load()
+        while not self._engine.ready.is_set():
+            if streams:
+                if not exchange.begun:
+                    await exchange.begin_stream()
+                share = self._engine.progress()
+                done = "" if share is None else f" {share:.0%}"
+                await exchange.piece(f": {self._engine.state}{done}\n\n".encode())
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(TELL_S):
+                    await self._engine.ready.wait()
 
     async def _embed(self, exchange: Exchange, path: str, asked: dict[str, Any]) -> None:
         async with upstream.asked(self._engine, "POST", path, json.dumps(asked).encode()) as answering:
@@ -133,8 +175,7 @@ class Front:
             told["stream_options"] = {"include_usage": True}
         async with upstream.asked(self._engine, "POST", path, json.dumps(told).encode()) as answering:
             if not answering.streams:
-                reply = await answering.whole()
-                await exchange.whole(reply.status, reply.body)
+                await _refused(exchange, await answering.whole())
             elif streams:
                 await _passed_on(exchange, answering, progress=bool(asked.get("return_progress")))
             else:
@@ -142,17 +183,26 @@ class Front:
                 await _gathered(exchange, answering, begin)
 
 
+async def _refused(exchange: Exchange, reply: upstream.Reply) -> None:
+    """Pass a refusal on: with its status, or as an event of a stream that has begun to wait for the model."""
+    if not exchange.begun:
+        await exchange.whole(reply.status, reply.body)
+        return
+    await exchange.piece(b"data: " + b" ".join(reply.body.split(b"\n")) + b"\n\n")
+    await exchange.end_stream()
+
+
 async def _passed_on(exchange: Exchange, answering: upstream.Answering, *, progress: bool) -> None:
     """Pass a stream on; the status waits for the first event, which may be an error."""
-    begun = False
+    said = False
     async for event in answering.events():
-        if not begun:
+        if not said and not exchange.begun:
             if (error := _error(event)) is not None:
                 raise Refused(error.status, str(error.error.get("type")), str(error.error.get("message")))
             await exchange.begin_stream()
-            begun = True
+        said = True
         await exchange.piece((event if progress else without_progress(event)) + b"\n\n")
-    if not begun:
+    if not said:
         raise upstream.Broken("llama.cpp said nothing")
     await exchange.end_stream()
 

@@ -1,4 +1,4 @@
-"""The engine's life as its parent sees it: checked, started, loading, ready, ended, and why."""
+"""The engine's life as its parent sees it: checked, loading, ready, cold, loading again; ended, and why."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _LEVEL = " E "
 
 
 class Engine:
-    """The process that holds the model; `state` is ``checking``, ``loading`` or ``ready``."""
+    """The process that holds the model; `state` is ``checking``, ``loading``, ``ready`` or ``cold``."""
 
     def __init__(self, settings: Settings) -> None:
         """Start nothing yet; the working folder should be one that only this user can enter."""
@@ -51,30 +51,78 @@ class Engine:
         self.checked: float | None = None
         self.size_bytes = 0
         self.process: asyncio.subprocess.Process | None = None
+        #: Set while requests can be passed on.
+        self.ready = asyncio.Event()
+        #: Whether it has been ready, or cold, once: from then on requests are worth holding until it is ready again.
+        self.settled = False
+        self._wanted = asyncio.Event()
+        if settings.load:
+            self._wanted.set()
+        self._checked = False
+        #: Whether its process was ended because nobody wants the model for now.
+        self._dropped = False
         self._port = 0
         self._reason = ""
         self._errors: collections.deque[str] = collections.deque(maxlen=LAST_LINES)
 
     async def run(self) -> str:
-        """Load the model and keep it until the engine ends; returns why it did. Raises Unusable."""
-        settings = self.settings
+        """Load the model whenever it is wanted, until the engine ends by itself; returns why. Raises Unusable."""
         gpu = await self._has_gpu()
-        self.size_bytes = await asyncio.to_thread(model_file.check, settings.file, gpu=gpu)
-        if settings.sha256:
-            await asyncio.to_thread(model_file.check_digest, settings.file, settings.sha256, self._progress)
-        self._log("loading")
+        while True:
+            # A file that cannot be a model is told at once, wanted or not.
+            self.size_bytes = await asyncio.to_thread(model_file.check, self.settings.file)
+            if not self._wanted.is_set():
+                self._become("cold")
+                await self._wanted.wait()
+            await self._check_digest()
+            if not self._wanted.is_set():
+                continue
+            why = await self._serve(gpu=gpu)
+            if not self._dropped:
+                return why
+            self._dropped = False
+
+    async def _check_digest(self) -> None:
+        if self.settings.sha256 and not self._checked:
+            self._become("checking")
+            await asyncio.to_thread(model_file.check_digest, self.settings.file, self.settings.sha256, self._progress)
+            self._checked = True
+
+    async def _serve(self, *, gpu: bool) -> str:
+        """Load the model and keep it until its process ends; returns why it did. Raises Unusable."""
+        if not gpu:
+            model_file.check_room(self.settings.file, self.size_bytes)
+        self._become("loading")
+        self._reason = ""
+        self._errors.clear()
         self.process = await self._start(gpu=gpu)
         errors = asyncio.create_task(self._follow(self.process), name="what the engine says")
         try:
+            if not self._wanted.is_set():
+                await self.unload()
             await self._until_ready(self.process)
             code = await self.process.wait()
             await asyncio.wait((errors,), timeout=REAP_S)
         finally:
+            self.ready.clear()
             await self.stop()
             errors.cancel()
-        if self.state != "ready":
-            raise Unusable(f"{settings.file} cannot be loaded: {self._why(code)}")
+        if self.state != "ready" and not self._dropped:
+            raise Unusable(f"{self.settings.file} cannot be loaded: {self._why(code)}")
         return f"llama.cpp has ended: {self._why(code)}"
+
+    def load(self) -> None:
+        """See that the model is loaded, or is being loaded."""
+        self._wanted.set()
+
+    async def unload(self) -> None:
+        """Give the model's memory back: its process ends; the next `load` starts another."""
+        self._wanted.clear()
+        self.ready.clear()
+        self._dropped = self.process is not None and self.process.returncode is None
+        if self._dropped:
+            self._become("cold")
+        await self.stop()
 
     async def stop(self) -> None:
         """Kill the engine, which keeps nothing that could be lost, and wait until it is gone."""
@@ -104,8 +152,11 @@ class Engine:
     def _progress(self, share: float) -> None:
         self.checked = share
 
-    def _log(self, state: str) -> None:
+    def _become(self, state: str) -> None:
         self.state = state
+        self.settled = self.settled or state in ("ready", "cold")
+        if state == "ready":
+            self.ready.set()
         logger.info("%s: %s", self.settings.model, state)
 
     async def _has_gpu(self) -> bool:
@@ -129,6 +180,8 @@ class Engine:
     async def _start(self, *, gpu: bool) -> asyncio.subprocess.Process:
         settings = self.settings
         unix = hasattr(socket, "AF_UNIX") and sys.platform != "win32"
+        # One that was killed has left it, and llama.cpp takes no name that is there.
+        Path(SOCKET).unlink(missing_ok=True)  # noqa: ASYNC240 - one quick call
         told = {
             "file": str(settings.file), "model": settings.model, "host": SOCKET if unix else "127.0.0.1",
             "key": self.key, "slots": settings.slots, "context": settings.context, "threads": machine.cpus(),
@@ -150,7 +203,7 @@ class Engine:
         if line:
             address = str(json.loads(line)["address"])
             self._port = 0 if address.startswith("unix:") else int(address.rpartition(":")[2])
-            self._log("ready")
+            self._become("ready")
 
     async def _follow(self, process: asyncio.subprocess.Process) -> None:
         """Read what llama.cpp writes: all of it while it loads, errors of its own afterwards."""

@@ -25,8 +25,8 @@ PIECE_BYTES = 4 * 1024 * 1024
 TELL_S = 5.0
 
 
-def check(path: Path, *, gpu: bool) -> int:
-    """Return the file's size in bytes. Raises Unusable for what cannot be a model, or is larger than the memory."""
+def check(path: Path) -> int:
+    """Return the file's size in bytes. Raises Unusable for what cannot be a model."""
     try:
         if not path.is_file():
             raise Unusable(f"there is no model file {path}" if not path.exists() else f"{path} is not a file")
@@ -40,10 +40,15 @@ def check(path: Path, *, gpu: bool) -> int:
     [version] = struct.unpack("<I", head[4:])
     if version not in VERSIONS:
         raise Unusable(f"{path} is a GGUF file of version {version}; {' and '.join(map(str, VERSIONS))} can be read")
-    free = machine.memory_bytes()
-    if not gpu and free is not None and size > free:
-        raise Unusable(f"{path} has {_gb(size)}, more than the {_gb(free)} of memory that are free for this service")
     return size
+
+
+def check_room(path: Path, size_bytes: int) -> None:
+    """Raise Unusable for a file that is larger than the memory which is free now."""
+    free = machine.memory_bytes()
+    if free is not None and size_bytes > free:
+        has, there = _gb(size_bytes), _gb(free)
+        raise Unusable(f"{path} has {has}, more than the {there} of memory that are free for this service")
 
 
 def check_digest(path: Path, wanted: str, progress: Callable[[float], None]) -> None:

@@ -25,7 +25,10 @@ class Unusable(Exception):
 
 
 class Settings(NamedTuple):
-    """``context`` are tokens of one slot; ``embeddings``: vectors instead of text; ``sha256`` may be empty."""
+    """``context`` are tokens of one slot; ``embeddings``: vectors instead of text; ``sha256`` may be empty.
+
+    Without ``load`` the model stays in its file until somebody asks for it.
+    """
 
     model: str
     file: Path
@@ -35,6 +38,7 @@ class Settings(NamedTuple):
     embeddings: bool = False
     #: Of the key/value cache, as llama.cpp names them.
     kv_type: str = "f16"
+    load: bool = True
 
 
 #: Types of the cache that every build of llama.cpp can compute with.
@@ -64,6 +68,7 @@ def read(environment: Mapping[str, str]) -> Settings:
         slots=taken("SLOTS", SLOTS, _number(1, MOST_SLOTS)),
         embeddings=taken("EMBEDDINGS", False, _flag),  # noqa: FBT003 - a value of a setting
         kv_type=taken("KV_TYPE", "f16", _kv_type),
+        load=taken("LOAD", True, _flag),  # noqa: FBT003 - a value of a setting
     )
     if len(settings.model) > 200 or not settings.model.isprintable():  # noqa: PLR2004 - a name, not a text
         wrong.append("MODEL: a name of at most 200 printable characters is needed")
