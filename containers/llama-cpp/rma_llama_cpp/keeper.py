@@ -114,6 +114,8 @@ class Engine:
     def load(self) -> None:
         """See that the model is loaded, or is being loaded."""
         self._wanted.set()
+        if self.state == "cold":
+            self.state = "loading"
 
     async def unload(self) -> None:
         """Give the model's memory back: its process ends; the next `load` starts another."""
