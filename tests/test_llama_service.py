@@ -444,9 +444,9 @@ def test_a_stream_that_waits_for_its_model_is_told_so_and_a_refusal_comes_as_its
             )
         assert len(text) == 5
         server.post("/unload", {})
-        bad = {**asked, "messages": []}
-        with contextlib.closing(server.send("/v1/chat/completions", bad)) as connection:
-            [refusal] = [line for line in connection.getresponse().read().split(b"\n") if line.startswith(b"data")]
+        with contextlib.closing(server.send("/v1/chat/completions", {"stream": True})) as connection:
+            body = connection.getresponse().read()
+            [refusal] = [line for line in body.split(b"\n") if line.startswith(b"data")]
         assert json.loads(refusal[6:])["error"]["code"] == 400
 
 
