@@ -11,7 +11,7 @@ from rma_core.catalog import Limits, ProcessForm
 from rma_core.models.hardware import ContainerAccess, HardwareReport
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
 PluginConfig = dict[str, object]
 """The read-only table ``[plugins.NAME]`` of the plugin that is called, NAME being its entry point."""
@@ -68,11 +68,32 @@ class PullProgress(msgspec.Struct, frozen=True, kw_only=True):
     note: str = ""
 
 
+class GivenFile(msgspec.Struct, frozen=True, kw_only=True):
+    """One file of this machine that a container is given to read; the agent chose ``path``, never a coordinator."""
+
+    name: str
+    path: str
+    size_bytes: int
+
+
+class GivenFiles(msgspec.Struct, frozen=True, kw_only=True):
+    """Files that belong together: ``key`` stands for their content, ``variable`` tells the container where they are.
+
+    That is the path of the file, or of the folder of several. A runtime that is ``isolated`` copies them into a volume
+    of its own, which the container can only read; others let them lie where they are.
+    """
+
+    variable: str
+    key: str
+    files: tuple[GivenFile, ...]
+
+
 class ContainerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """One container to run, in words every runtime understands.
 
     ``worker_id``, ``name``, ``service`` and ``spec_hash`` become labels, by which a restarted agent adopts its own;
-    ``access`` is how it gets its GPU, if it has one. Nothing of the host can be expressed: no mount, no capability.
+    ``access`` is how it gets its GPU, if it has one, ``files`` what it is given to read. Nothing else of the host can
+    be expressed: no mount, no capability.
     """
 
     worker_id: str
@@ -86,6 +107,7 @@ class ContainerSpec(msgspec.Struct, frozen=True, kw_only=True):
     spec_hash: str
     access: ContainerAccess | None = None
     process: ProcessForm | None = None
+    files: GivenFiles | None = None
 
 
 class ContainerHandle(msgspec.Struct, frozen=True, kw_only=True):
@@ -132,11 +154,11 @@ class ContainerRuntime(ABC):
 
     @abstractmethod
     async def has_image(self, spec: ContainerSpec) -> bool:
-        """Say whether `start` needs no pull. Raises RuntimeAbsent."""
+        """Say whether `start` needs no pull: the image is there, and copies of the files. Raises RuntimeAbsent."""
 
     @abstractmethod
     async def pull(self, spec: ContainerSpec, progress: Callable[[PullProgress], None]) -> None:
-        """Get the image, reporting progress at least every twenty minutes; one that is there already is no work.
+        """Get the image, and copy the files; what is there already is no work. Reports at least every twenty minutes.
 
         A digest in the spec is what must arrive. Raises ImageMissing, ImagePullFailed, OutOfSpace, RuntimeAbsent.
         """
@@ -171,6 +193,9 @@ class ContainerRuntime(ABC):
     @abstractmethod
     async def list_owned(self, worker_id: str) -> list[ContainerHandle]:
         """Return this worker's containers by their labels, stopped ones too. Raises RuntimeAbsent."""
+
+    async def forget_files(self, worker_id: str, keep: Collection[str]) -> None:  # noqa: B027 - some make no copies
+        """Remove the copies of files that were made for a worker, except those of the keys in ``keep``."""
 
     async def aclose(self) -> None:  # noqa: B027 - most runtimes hold nothing
         """Let go of connections; containers go on."""

@@ -221,6 +221,8 @@ def container(spec: ContainerSpec, image: Json, info: Json) -> Json:
         "log_configuration": {"driver": "k8s-file", "size": OUTPUT_BYTES},
         "resource_limits": resource_limits(spec, info),
     }
+    if given := engines.mounts(spec):
+        made["volumes"] = [{"Name": one["Source"], "Dest": one["Target"], "Options": ["ro"]} for one in given]
     access = spec.access
     if access is None or not (access.cdi or access.device_nodes):
         return made

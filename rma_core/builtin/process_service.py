@@ -81,6 +81,7 @@ def order_for(spec: ContainerSpec, folder: Path, python: Path, address: Address,
     env = {
         **service_platforms.environment_of_a_service(),
         **spec.env,
+        **where_files_are(spec),
         "PATH": f"{python.parent}{os.pathsep}{service_platforms.search_path()}",
         "HOME": str(work), "TMPDIR": str(work / "tmp"), "TEMP": str(work / "tmp"), "TMP": str(work / "tmp"),
     }  # fmt: skip
@@ -89,6 +90,15 @@ def order_for(spec: ContainerSpec, folder: Path, python: Path, address: Address,
         env=env, cwd=str(work), mark=str(folder), log=str(folder / LOG), state=str(folder / supervised.STATE),
         memory_bytes=spec.limits.memory_bytes, processes=spec.limits.pids, grace_s=grace_s,
     )  # fmt: skip
+
+
+def where_files_are(spec: ContainerSpec) -> dict[str, str]:
+    """Return the variable that tells a service where its file is: where it lies. Raises NotSupported for several."""
+    if spec.files is None:
+        return {}
+    if len(spec.files.files) != 1:
+        raise NotSupported(f"{spec.service} needs its files in one folder, which only containers get")
+    return {spec.files.variable: spec.files.files[0].path}
 
 
 def listens(address: Address, folder: Path, root: Identity, mark: str) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rma_core.container_engine.abilities import has_cdi
+from rma_core.container_engine.volumes import FOLDER, inside, volume_name
 from rma_core.errors import NotSupported
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def locked_down(
         "init": True,
         "restart_policy": {"Name": "no"},
         "log_config": LogConfig(type="json-file", config={"max-size": "10m", "max-file": "2"}),
+        **({"mounts": mounts(spec)} if spec.files else {}),
         **gpu_options(spec, config, known, title=title),
     }
 
@@ -110,7 +112,18 @@ def environment(spec: ContainerSpec, config: dict[str, Any]) -> dict[str, str]:
     """
     homes = [text for text in config.get("Env") or () if text.startswith("HOME=")]
     default = {} if homes else {"HOME": "/tmp"}  # noqa: S108 - the container's own
-    return {**default, **spec.env, "NVIDIA_VISIBLE_DEVICES": "void"}
+    given = {spec.files.variable: inside(spec.files)} if spec.files else {}
+    return {**default, **spec.env, **given, "NVIDIA_VISIBLE_DEVICES": "void"}
+
+
+def mounts(spec: ContainerSpec) -> list[dict[str, Any]]:
+    """Return the volume with the files that a container is given, to read only; nothing of the host."""
+    from docker.types import Mount
+
+    if spec.files is None:
+        return []
+    source = volume_name(spec.worker_id, spec.files.key)
+    return [Mount(target=FOLDER, source=source, type="volume", read_only=True)]
 
 
 def user(named: str) -> str:

@@ -8,7 +8,7 @@ import threading
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from rma_core.container_engine import containers, images
+from rma_core.container_engine import containers, images, volumes
 from rma_core.container_engine.abilities import cannot_limit, features, unusable, warnings
 from rma_core.container_engine.connection import Address, Engine, NotInstalled, connect, introduce, knock
 from rma_core.container_engine.images import Layers, find_image, reference
@@ -17,7 +17,7 @@ from rma_core.errors import ImagePullFailed, RuntimeAbsent, RuntimeFailure
 from rma_core.interfaces import ContainerHandle, ContainerRuntime, ContainerState, ContainerStats, RuntimeHealth
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     import requests
 
@@ -74,20 +74,40 @@ class EngineRuntime(ContainerRuntime):
         )
 
     async def has_image(self, spec: ContainerSpec) -> bool:
-        """Say whether the engine has the image, in the digest that is asked for."""
-        return bool(await self._run(lambda engine: find_image(engine, spec), "ask"))
+        """Say whether the engine has the image, in the digest that is asked for, and a volume with the files."""
+        return await self._run(
+            lambda engine: find_image(engine, spec) is not None and volumes.is_filled(engine, spec), "ask"
+        )
 
     async def pull(self, spec: ContainerSpec, progress: Callable[[PullProgress], None]) -> None:
         """Pull by digest where there is one; ends when for two minutes nothing moved, however long it takes in all."""
-        if await self.has_image(spec):
-            return
+        if await self._run(lambda engine: find_image(engine, spec), "ask") is None:
+            await self._pull_image(spec, progress)
+        if spec.files is not None:
+            await self._fill(spec, progress)
+
+    async def _pull_image(self, spec: ContainerSpec, progress: Callable[[PullProgress], None]) -> None:
         response = await self._run(lambda engine: images.open_pull(self.product, engine, spec), "pull")
         try:
             await self._follow(response, spec, progress)
         finally:
             images.cut(response)
-        if not await self.has_image(spec):
+        if await self._run(lambda engine: find_image(engine, spec), "ask") is None:
             raise ImagePullFailed(f"{self.product.title} pulled {reference(spec)}, but does not have it now")
+
+    async def _fill(self, spec: ContainerSpec, progress: Callable[[PullProgress], None]) -> None:
+        """Copy the files into their volume; who gives up waiting leaves no half of it."""
+        abandoned = threading.Event()
+
+        def job(engine: Engine) -> None:
+            if not volumes.is_filled(engine, spec) and (image := find_image(engine, spec)) is not None:
+                volumes.fill(engine, spec, str(image["Id"]), progress, abandoned)
+
+        try:
+            await self._run(job, "pull")
+        except asyncio.CancelledError:
+            abandoned.set()
+            raise
 
     async def start(self, spec: ContainerSpec) -> ContainerHandle:
         """Make and start the container; who gives up waiting leaves none behind."""
@@ -127,6 +147,10 @@ class EngineRuntime(ContainerRuntime):
     async def list_owned(self, worker_id: str) -> list[ContainerHandle]:
         """Return this worker's containers, the oldest first."""
         return await self._run(lambda engine: containers.owned(self.product, engine, worker_id), "ask")
+
+    async def forget_files(self, worker_id: str, keep: Collection[str]) -> None:
+        """Remove a worker's volumes of files, except those that are kept, or that a container still uses."""
+        await self._run(lambda engine: volumes.forget(engine, worker_id, keep), "ask")
 
     async def aclose(self) -> None:
         """Close the connections."""

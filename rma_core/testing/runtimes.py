@@ -15,18 +15,28 @@ from __future__ import annotations
 import asyncio
 import secrets
 import sys
+import tempfile
 from collections.abc import Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
 import msgspec
 
 from rma_core.errors import ImageMissing, RuntimeAbsent, RuntimeFailure, StartFailed
-from rma_core.interfaces import ContainerHandle, ContainerRuntime, ContainerSpec, ContainerState, PullProgress
+from rma_core.interfaces import (
+    ContainerHandle,
+    ContainerRuntime,
+    ContainerSpec,
+    ContainerState,
+    GivenFile,
+    GivenFiles,
+    PullProgress,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
 
 #: How long a check waits for a service to answer, or for a container to end, before it fails.
 PATIENCE_S = 30.0
@@ -507,6 +517,69 @@ async def a_fork_bomb_stays_inside(case: RuntimeCase) -> None:
         await answers(await case.runtime.endpoint(handle), case.path)
 
 
+@contextmanager
+def given_files(spec: ContainerSpec, *contents: bytes) -> Iterator[ContainerSpec]:
+    """Return a spec of a worker of its own with files of these contents, which only this user can read."""
+    with tempfile.TemporaryDirectory(prefix="rma-given-") as folder:
+        files = []
+        for number, content in enumerate(contents):
+            path = Path(folder) / f"file-{number}"
+            path.write_bytes(content)
+            path.chmod(0o600)
+            files.append(GivenFile(name=f"file-{number}", path=str(path), size_bytes=len(content)))
+        given = GivenFiles(variable="GIVEN", key=secrets.token_hex(16), files=tuple(files))
+        yield msgspec.structs.replace(of_worker(spec), files=given)
+
+
+async def its_files_can_be_read_and_not_written(case: RuntimeCase) -> None:
+    """`pull` brings copies of the files that a spec gives, and the service can read them and nothing more."""
+    words = secrets.token_hex(8)
+    with given_files(case.healthy, words.encode(), b"x" * 1_000_001) as spec:
+        await _files_are_missing(case, spec)
+        async with started(case, spec) as handle:
+            assert await case.runtime.has_image(spec), "after `pull`, `start` needs nothing more"
+            assert await inside(case, handle, 'cat "$GIVEN/file-0"') == words, "the file is not inside"
+            assert await inside(case, handle, 'wc -c < "$GIVEN/file-1"') == "1000001", "the second one is not whole"
+            for command in ('echo x > "$GIVEN/file-0"', 'echo x > "$GIVEN/new"', 'mv "$GIVEN/file-0" "$GIVEN/other"'):
+                tried = await inside(case, handle, f"({command}) 2>/dev/null && echo yes || echo no")
+                assert tried == "no", f"it could be done: {command}"
+        await case.runtime.forget_files(spec.worker_id, {spec.files.key if spec.files else ""})
+        assert await case.runtime.has_image(spec), "what is kept is there after its container has gone"
+        await case.runtime.forget_files(spec.worker_id, ())
+        await _files_are_missing(case, spec)
+
+
+async def _files_are_missing(case: RuntimeCase, spec: ContainerSpec) -> None:
+    assert not await case.runtime.has_image(spec), "without its files a service cannot start"
+    without = msgspec.structs.replace(spec, files=None)
+    await case.runtime.pull(without, _ignore)
+    assert await case.runtime.has_image(without), "the image alone is there"
+
+
+async def one_file_is_named_itself_and_another_worker_has_its_own(case: RuntimeCase) -> None:
+    """With one file the variable is its path; a worker's copies are not another's to remove."""
+    with given_files(case.healthy, b"mine") as mine, given_files(case.healthy, b"its") as its:
+        async with started(case, mine) as one, started(case, its) as other:
+            assert await inside(case, one, 'cat "$GIVEN"') == "mine", "the variable is not the file's path"
+            assert await inside(case, other, 'cat "$GIVEN"') == "its", "the variable is not the file's path"
+        await case.runtime.forget_files(mine.worker_id, ())
+        assert await case.runtime.has_image(its), "another worker's copy was removed"
+        await case.runtime.forget_files(its.worker_id, ())
+
+
+async def a_file_that_is_not_there_is_said(case: RuntimeCase) -> None:
+    """`pull` fails with a reason, and leaves nothing behind that would pass for a copy."""
+    with given_files(case.healthy, b"x") as spec:
+        pass
+    said = ""
+    try:
+        await case.runtime.pull(spec, _ignore)
+    except RuntimeFailure as failure:
+        said = failure.message
+    assert "file-0" in said, f"it should fail and name the file, but says {said!r}"
+    assert not await case.runtime.has_image(spec), "half a copy passes for a whole one"
+
+
 runtime_contract: tuple[Check, ...] = (
     a_working_runtime_is_healthy_and_tells_its_version,
     an_absent_engine_is_a_state_with_a_reason,
@@ -538,4 +611,7 @@ isolation_contract: tuple[Check, ...] = (
     it_sees_nothing_of_the_host,
     its_limits_are_the_specs,
     a_fork_bomb_stays_inside,
+    its_files_can_be_read_and_not_written,
+    one_file_is_named_itself_and_another_worker_has_its_own,
+    a_file_that_is_not_there_is_said,
 )
