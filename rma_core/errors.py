@@ -12,6 +12,8 @@ RMAError
 │   ├── RuntimeAbsent        the engine is not there, is down, or refuses this user
 │   ├── ImageMissing         nobody has that image (no retry helps)
 │   ├── ImagePullFailed      the pull broke off (a retry may help)
+│   ├── ModelMissing         a model's file cannot be had, or is another one (no retry helps)
+│   ├── DownloadFailed       the download of a model's file broke off (a retry may help)
 │   ├── OutOfSpace           the disk is full
 │   ├── PortTaken            the address is in use
 │   ├── StartFailed          created but would not run
@@ -139,6 +141,18 @@ class ImagePullFailed(RuntimeFailure):
     """A pull broke off; trying again later may help."""
 
     code = "image_pull_failed"
+
+
+class ModelMissing(RuntimeFailure):
+    """The file of a model cannot be had from where it should be, or is another one; trying again does not help."""
+
+    code = "model_missing"
+
+
+class DownloadFailed(RuntimeFailure):
+    """The download of a model's file broke off, or did not go on; trying again later may help."""
+
+    code = "download_failed"
 
 
 class OutOfSpace(RuntimeFailure):

@@ -45,6 +45,7 @@ __all__ = [
     "error_of",
     "is_loopback",
     "open_client",
+    "open_download_client",
     "open_sync_client",
     "problem_of",
     "raise_for",
@@ -128,6 +129,17 @@ def open_sync_client(
 ) -> Client:
     """Return a blocking client for a coordinator; close it with ``close``."""
     return Client(**_options(base_url, context, token, timeout_s))
+
+
+def open_download_client(*, context: ssl.SSLContext | None = None, silence_s: float) -> AsyncClient:
+    """Return a client for large files of strangers: no credentials, proxies or redirects; close it with ``aclose``."""
+    return AsyncClient(
+        verify=context or tls_context(),
+        timeout=httpx2.Timeout(silence_s, connect=CONNECT_TIMEOUT_S),
+        limits=httpx2.Limits(max_keepalive_connections=0),
+        trust_env=False,
+        follow_redirects=False,
+    )
 
 
 def _options(base_url: str, context: ssl.SSLContext | None, token: str, timeout_s: float) -> dict[str, Any]:

@@ -49,16 +49,59 @@ UNKNOWN_BYTES, UNKNOWN_SMALL_BYTES, SMALL_BYTES = 2 * GIB, GIB // 2, 2 * GIB
 LIMIT_SHARE = 1 / 4
 
 
-class ModelEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """One model of the pool, under the ``name`` that clients ask for.
+class ServedModel(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """A model as an engine serves it, under the ``name`` that clients ask for.
 
-    It has one file (``url``, ``sha256``, ``size_bytes``) or those of a ``repository`` at a ``revision`` (``files``); a
-    file without ``url`` is never downloaded, only found on machines that have it. ``context`` are tokens of one slot,
-    ``slots`` the requests that one copy takes at once, ``wanted`` the copies that the pool would like; ``needs`` stand
-    beside what is reckoned from ``geometry`` or, without that, from the size of the files.
+    ``context`` are tokens of one slot, ``slots`` the requests that one copy takes at once; ``needs`` stand beside what
+    is reckoned from ``geometry`` or, without that, from the size of the files.
     """
 
     name: ModelName
+    context: Annotated[int, Meta(ge=16, le=16_777_216)] = 4096
+    slots: Annotated[int, Meta(ge=1, le=64)] = 2
+    kv_type: Literal["f16", "f32", "q8_0", "q4_0"] = "f16"
+    needs: Needs = msgspec.field(default_factory=lambda: Needs(cpu_cores=0))
+    geometry: Geometry | None = None
+
+    def parts(self) -> tuple[ModelFile, ...]:
+        """Return its files, each with all that is known of it."""
+        raise NotImplementedError
+
+    def assigned(self) -> AssignedModel:
+        """Return it as it is sent to a worker."""
+        return AssignedModel(name=self.name, files=self.parts())
+
+    @property
+    def all_bytes(self) -> int:
+        """The bytes of all its files."""
+        return sum(file.size_bytes for file in self.parts())
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What an engine is told of it; where its files are, only the machine knows."""
+        embeds = {"EMBEDDINGS": "1"} if self.geometry and self.geometry.embeds else {}
+        cache = {"KV_TYPE": self.kv_type} if self.kv_type != "f16" else {}
+        return {"MODEL": self.name, "CONTEXT": str(self.context), "SLOTS": str(self.slots), **embeds, **cache}
+
+    def memory(self) -> Estimate:
+        """Return what it takes in use."""
+        if self.geometry is not None:
+            found = gguf.memory(self.geometry, context=self.context, slots=self.slots, kv_type=self.kv_type)
+            return Estimate(found.total_bytes, str(found).partition(": ")[2])
+        size = self.all_bytes
+        besides = UNKNOWN_SMALL_BYTES if size < SMALL_BYTES else UNKNOWN_BYTES
+        words = f"{human(size)} of files, and a fifth of that and {human(besides)} as its geometry is not told"
+        return Estimate(int(size * (1 + UNKNOWN_SHARE)) + besides, words)
+
+
+class ModelEntry(ServedModel, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """One model of the pool.
+
+    It has one file (``url``, ``sha256``, ``size_bytes``) or those of a ``repository`` at a ``revision`` (``files``); a
+    file without ``url`` is never downloaded, only found on machines that have it. ``wanted`` are the copies that the
+    pool would like.
+    """
+
     service: ServiceName = "llm"
     format: ModelFormat = "gguf"
     url: HttpsUrl = ""
@@ -69,12 +112,7 @@ class ModelEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
     files: Annotated[tuple[ModelFile, ...], Meta(max_length=256)] = ()
     licence: Annotated[str, Meta(min_length=1, max_length=100)]
     licence_url: HttpsUrl = ""
-    context: Annotated[int, Meta(ge=16, le=16_777_216)] = 4096
-    slots: Annotated[int, Meta(ge=1, le=64)] = 2
-    kv_type: Literal["f16", "f32", "q8_0", "q4_0"] = "f16"
     wanted: Annotated[int, Meta(ge=0, le=100_000)] = 1
-    needs: Needs = msgspec.field(default_factory=lambda: Needs(cpu_cores=0))
-    geometry: Geometry | None = None
 
     def __post_init__(self) -> None:
         """Refuse a model whose files are not all told, with their hashes."""
@@ -90,39 +128,21 @@ class ModelEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
     def assigned(self) -> AssignedModel:
         """Return it as it is sent to a worker."""
         return AssignedModel(
-            name=self.name, files=self._files(), licence=self.licence, licence_url=self.licence_url
+            name=self.name, files=self.parts(), licence=self.licence, licence_url=self.licence_url
         )  # fmt: skip
 
-    def _files(self) -> tuple[ModelFile, ...]:
+    @property
+    def environment(self) -> dict[str, str]:
+        """What an engine is told of it; where its files are, only the machine knows."""
+        return super().environment | ({"MODEL_SHA256": self.sha256} if self.sha256 else {})
+
+    def parts(self) -> tuple[ModelFile, ...]:
+        """Return its files, each with its hash and where it can be had."""
         if not self.repository:
             name = file_name(urlsplit(self.url).path.rpartition("/")[2] or f"{self.name}.{self.format}")
             return (ModelFile(name=name, size_bytes=self.size_bytes, sha256=self.sha256, url=self.url),)
         base = f"{self.repository.rstrip('/')}/resolve/{self.revision}/"
         return tuple(msgspec.structs.replace(file, url=file.url or base + file.name) for file in self.files)
-
-    @property
-    def all_bytes(self) -> int:
-        """The bytes of all its files."""
-        return self.size_bytes or sum(file.size_bytes for file in self.files)
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """What an engine is told of it; where its files are, only the machine knows."""
-        digest = {"MODEL_SHA256": self.sha256} if self.sha256 else {}
-        embeds = {"EMBEDDINGS": "1"} if self.geometry and self.geometry.embeds else {}
-        cache = {"KV_TYPE": self.kv_type} if self.kv_type != "f16" else {}
-        sizes = {"CONTEXT": str(self.context), "SLOTS": str(self.slots)}
-        return {"MODEL": self.name, **digest, **sizes, **embeds, **cache}
-
-    def memory(self) -> Estimate:
-        """Return what it takes in use."""
-        if self.geometry is not None:
-            found = gguf.memory(self.geometry, context=self.context, slots=self.slots, kv_type=self.kv_type)
-            return Estimate(found.total_bytes, str(found).partition(": ")[2])
-        size = self.all_bytes
-        besides = UNKNOWN_SMALL_BYTES if size < SMALL_BYTES else UNKNOWN_BYTES
-        words = f"{human(size)} of files, and a fifth of that and {human(besides)} as its geometry is not told"
-        return Estimate(int(size * (1 + UNKNOWN_SHARE)) + besides, words)
 
 
 class Estimate(NamedTuple):
@@ -185,7 +205,7 @@ def load_models(folder: Path) -> tuple[ModelEntry, ...]:
 
 
 def fitting(
-    engine: CatalogEntry, model: ModelEntry, room: Room, forms: Collection[bool], *, there: bool = False
+    engine: CatalogEntry, model: ServedModel, room: Room, forms: Collection[bool], *, there: bool = False
 ) -> Fitting | str:  # fmt: skip
     """Return how an engine can serve a model in what is left of a machine, or the sentence that says why it cannot.
 
@@ -214,7 +234,7 @@ def _ways(engine: CatalogEntry, forms: Collection[bool]) -> list[tuple[bool, tup
     return [way for way in with_gpu if way[1]] + without
 
 
-def _needs(engine: CatalogEntry, model: ModelEntry, estimate: Estimate, api: tuple[DeviceApi, ...]) -> Needs:
+def _needs(engine: CatalogEntry, model: ServedModel, estimate: Estimate, api: tuple[DeviceApi, ...]) -> Needs:
     own, base = model.needs, engine.needs
     gpu_bytes = max(estimate.total_bytes, own.gpu_memory_bytes, base.gpu_memory_bytes) if api else 0
     # On a GPU the weights pass through main memory, which keeps what the engine itself takes.
@@ -248,7 +268,7 @@ def _fitted(engine: CatalogEntry, room: Room, needs: Needs, *, contained: bool) 
     return Fitting(needs, limits, contained, image, gpu)
 
 
-def model_assignment(engine: CatalogEntry, model: ModelEntry, fit: Fitting, *, env: Mapping[str, str]) -> Assignment:
+def model_assignment(engine: CatalogEntry, model: ServedModel, fit: Fitting, *, env: Mapping[str, str]) -> Assignment:
     """Return a model as it is sent to a worker with its engine; ``env`` is the pool's and wins over all else."""
     return Assignment(
         name=container_name(engine.name, model.name),
