@@ -83,7 +83,7 @@ class OwnModel(ServedModel, frozen=True, kw_only=True):
 
 
 class Offered(NamedTuple):
-    """What the owner offers: assignments of this machine's own, the files of their models, and why others are left out."""
+    """What the owner offers: assignments of this machine's own, their models' files, and why others are left out."""
 
     assignments: tuple[Assignment, ...]
     paths: dict[str, Path]
@@ -111,8 +111,9 @@ def _own_file(text: str) -> OwnFile:
     if unknown or (options and not given):
         raise UsageProblem(f"{text!r}: only `context` and `slots` may stand behind the #", hints=(_HINT,))
     made = OwnFile(
-        Path(path).expanduser().absolute(), name, _number(text, given, "context", CONTEXT, 16, 16_777_216),
-        _number(text, given, "slots", SLOTS, 1, 64),
+        Path(path).expanduser().absolute(), name,
+        _number(text, "context", given.get("context", str(CONTEXT)), range(16, 16_777_217)),
+        _number(text, "slots", given.get("slots", str(SLOTS)), range(1, 65)),
     )  # fmt: skip
     try:
         if name:
@@ -122,10 +123,10 @@ def _own_file(text: str) -> OwnFile:
     return made
 
 
-def _number(text: str, given: dict[str, str], name: str, default: int, least: int, most: int) -> int:
-    word = given.get(name, str(default))
-    if not (word.isascii() and word.isdecimal() and least <= int(word[:12]) <= most):
-        raise UsageProblem(f"{text!r}: {name} is a number from {least} to {most}", hints=(_HINT,))
+def _number(text: str, name: str, word: str, allowed: range) -> int:
+    if not (word.isascii() and word.isdecimal() and int(word[:12]) in allowed):
+        message = f"{text!r}: {name} is a number from {allowed.start} to {allowed.stop - 1}"
+        raise UsageProblem(message, hints=(_HINT,))
     return int(word)
 
 
