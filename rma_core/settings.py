@@ -210,6 +210,15 @@ class AgentSettings(Settings, frozen=True, kw_only=True):
     attach: Annotated[
         list[str], Meta(description="Model servers that already run on this machine and are shared, by URL.")
     ] = []
+    models: Annotated[
+        list[str], Meta(description="Models on this machine that are shared: folders, or `NAME=FILE.gguf`.")
+    ] = []
+    model_hosts: Annotated[
+        list[str], Meta(description="Hosts that models are downloaded from; empty means any public one.")
+    ] = []
+    model_idle_s: Annotated[
+        float, Meta(ge=0, description="Seconds without a request after which a model leaves memory; 0: never.")
+    ] = 900.0
 
 
 class CoordinatorSettings(Settings, frozen=True, kw_only=True):

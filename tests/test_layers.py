@@ -38,7 +38,7 @@ LAYERS = (
 AGENT_SIDE = {"agent", "builtin", "child", "commands", "detection", "diagnosis", "isolation", "quarantine", "supervise"}
 
 #: The coordinator's commands, which also start an agent beside it.
-COMMANDS = {"commands", "local_worker", "serving", "up"}
+COMMANDS = {"commands", "engine_choice", "local_worker", "serving", "up"}
 
 
 class Import(NamedTuple):

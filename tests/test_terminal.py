@@ -22,7 +22,8 @@ from rich.console import Console
 
 from rma_core.commands import common, failed, rma, run
 from rma_core.commands.pool import _worker
-from rma_core.commands.volunteer import _print_status, _shown
+from rma_core.commands.running import _print_status
+from rma_core.commands.volunteer import _shown
 from rma_core.errors import Refused
 from rma_core.models.hardware import Capabilities, HardwareReport
 from rma_core.models.worker import RegisterRequest, RegisterResponse

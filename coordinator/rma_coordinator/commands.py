@@ -68,6 +68,7 @@ def coordinator(insecure_http: bool, **flags: Any) -> None:
 )
 @click.option("--runtime", "runtimes", multiple=True, metavar="NAME", help="docker, podman or process; repeatable.")
 @common.attach_option
+@common.model_option
 @click.option("--no-agent", is_flag=True, envvar="RMA_NO_AGENT", help="No worker on this machine (RMA_NO_AGENT).")
 @click.option(
     "--verbose", is_flag=True, envvar="RMA_VERBOSE", help="Show the log of the coordinator and the agent (RMA_VERBOSE)."

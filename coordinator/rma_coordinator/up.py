@@ -4,56 +4,45 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
-import json
 import os
 import random
-import shutil
 import socket
 import sys
 from collections import Counter
-from importlib.resources import files
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import msgspec
 
-from rma_coordinator import local_worker
-from rma_coordinator.app import load_catalog, pool_of
+from rma_coordinator import local_worker, up_words
+from rma_coordinator.app import load_catalog, load_model_catalog, pool_of
 from rma_coordinator.certificate import own_pair, pin_of
+from rma_coordinator.engine_choice import choose_runtimes, service_sources
 from rma_coordinator.server import Listener, free_port, make_config, run_server, spare_pauses
 from rma_coordinator.serving import client_key, first_key, make_app, stopped
 from rma_core.agent.attached import addresses
-from rma_core.agent.start import plugin_tables
+from rma_core.agent.own_models import LLAMA_CPP, own_files
 from rma_core.agent.state import StateFolder
 from rma_core.commands import common
 from rma_core.commands.machine import settings_of
-from rma_core.errors import SettingProblem
-from rma_core.host import Plugins
-from rma_core.interfaces import ContainerSpec
+from rma_core.errors import SettingProblem, UsageProblem
 from rma_core.models.worker import ATTACHED
-from rma_core.settings import FILE_NAME, FILE_VARIABLE, AgentSettings
+from rma_core.settings import FILE_NAME, FILE_VARIABLE
 
 if TYPE_CHECKING:
     from asyncio.subprocess import Process
+    from pathlib import Path
 
     from quart import Quart
 
+    from rma_coordinator.engine_choice import Choice
     from rma_core.catalog import CatalogEntry
-    from rma_core.interfaces import ContainerRuntime
     from rma_core.models.worker import ContainerStatus
     from rma_core.settings import CoordinatorSettings
 
-#: Engines in the order they are looked for, when nobody names any.
-ENGINES = ("docker", "podman")
 #: Ports that are tried when 8080 is taken and nobody asked for it.
 MORE_PORTS = 20
-#: Seconds an engine gets to answer.
-PROBE_S = 10.0
 #: Seconds between two starts of a worker that ends by itself: doubled each time, with jitter.
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
-#: The service of the printed request: when it answers, `rma up` is ready, and others may still be on their way.
-EXAMPLE = "notes"
 #: So often a service may fail while it gets ready before `rma up` goes on without it; the worker goes on trying.
 TROUBLES = 2
 #: How often the state of the local worker is looked at while it gets ready.
@@ -63,13 +52,6 @@ LOOK_S = 0.1
 NOT_FOR_THE_AGENT = ("RMA_KEY", "COORDINATOR_URL", "RMA_INSECURE_HTTP")
 LOCAL = "127.0.0.1"
 EVERYWHERE = "0.0.0.0"  # noqa: S104 - `--lan` asks for exactly this
-
-
-class Choice(NamedTuple):
-    """Which runtimes the local worker uses, and the sentence that says why."""
-
-    runtimes: tuple[str, ...]
-    sentence: str
 
 
 class Keys(NamedTuple):
@@ -92,6 +74,7 @@ class Up:
         lan_host: str | None,
         runtimes: tuple[str, ...],
         attach: tuple[str, ...],
+        models: tuple[str, ...],
         no_agent: bool,
         verbose: bool,
     ) -> None:
@@ -99,6 +82,8 @@ class Up:
         #: What the owner attached here, or in the settings; a wrong address ends it before anything starts.
         self.attach = () if no_agent else tuple(attach or settings_of(str(self.home)).attach)
         addresses(self.attach)
+        #: Models that are shared from files, given here or in the settings.
+        self.models = () if no_agent else _models(models) or tuple(settings_of(str(self.home)).models)
         self.verbose = verbose
         self.no_agent = no_agent
         self.asked = runtimes
@@ -172,7 +157,7 @@ class Up:
         if self.no_agent:
             await self._banner(app, keys, ())
             return
-        choice = await choose_runtimes(self.catalog, self.asked, self.home, self.sources)
+        choice = await choose_runtimes(self._to_run(), self.asked, self.home, self.sources)
         common.say(choice.sentence)
         token, _ = await pool_of(app).create_token(label="rma up", uses=1, ttl_s=3600)
         pause_s = FIRST_PAUSE_S
@@ -197,6 +182,12 @@ class Up:
             await asyncio.sleep(wait_s)
             pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
 
+    def _to_run(self) -> list[CatalogEntry]:
+        """Return what this machine may be given to run; engines of models only where there are models."""
+        served = {entry.format for entry in load_model_catalog(self.settings)}
+        entries = [entry for entry in self.catalog if not entry.model_format or entry.model_format in served]
+        return [*entries, LLAMA_CPP] if self.models else entries
+
     @property
     def _log(self) -> Path:
         return self.home / "agent.log"
@@ -211,6 +202,7 @@ class Up:
             "RMA_JOIN_TOKEN": token,
             "RMA_RUNTIMES": ",".join(choice.runtimes),
             "RMA_ATTACH": ",".join(self.attach),
+            "RMA_MODELS": ",".join(self.models),
             "RMA_SERVICE_SOURCES": ",".join(map(str, self.sources)),
             "RMA_LOG_LEVEL": "info",
         }
@@ -248,8 +240,7 @@ class Up:
                 common.say(common.printable(f"  {name}: {words}", keep=""))
 
         def settled(status: ContainerStatus) -> bool:
-            words = _words(status)
-            name = _name(status)
+            words, name = up_words.words(status), up_words.name(status)
             troubles[status.name] += status.state == "backoff" and said.get(name) != words
             tell(name, words)
             return status.state in ("healthy", "failed", "refused") or troubles[status.name] >= TROUBLES
@@ -261,12 +252,14 @@ class Up:
             if worker is not None:
                 tell(worker.id, worker.brief.tier_reason)
                 done = {status.name for status in worker.containers if settled(status)}
+                own = [status.name for status in worker.containers if status.by_owner]
                 # One that is attached and away may come any time: it is told of, and not waited for.
                 looked_at = sum(s.runtime == ATTACHED and s.state != "pending" for s in worker.containers)
                 assigned = {assignment.name for assignment in worker.brief.assignment}
-                all_done = assigned <= done and looked_at >= len(addresses(self.attach))
-                answers = any(s.service == EXAMPLE and s.state == "healthy" for s in worker.containers)
-                if (all_done or answers) and not self.shown:
+                settled_own = done.issuperset(own)
+                all_done = assigned <= done and settled_own and looked_at >= len(addresses(self.attach))
+                answers = any(s.service == up_words.EXAMPLE and s.state == "healthy" for s in worker.containers)
+                if (all_done or (answers and settled_own)) and not self.shown:
                     self.shown = True
                     await self._banner(app, keys, worker.containers)
                 if all_done:
@@ -283,33 +276,14 @@ class Up:
             f"        Admin key    {keys.admin}   (all scopes; also in {self.home / common.CLIENT_FILE})",
             f"        Client key   {keys.client}   (sends requests, nothing else)",
         ]
-        lines += self._examples(keys, [s for s in services if s.state == "healthy"])
+        lines += up_words.examples(services, url=self.plain.url, key=keys.client, folder=self.home)
         ill = [
-            common.printable(f"  {_name(s)} is not ready yet: {s.reason or s.state}", keep="")
+            common.printable(f"  {up_words.name(s)} is not ready yet: {s.reason or s.state}", keep="")
             for s in services
             if s.state != "healthy"
         ]
         lines += ["", *ill, *await self._join_lines(app), "Ctrl-C stops everything."]
         common.say("\n".join(lines))
-
-    def _examples(self, keys: Keys, healthy: list[ContainerStatus]) -> list[str]:
-        """Return requests that work when pasted, for what answers now."""
-        lines = []
-        if any(s.service == EXAMPLE for s in healthy):
-            lines += [f"  {self._curl(keys.client)}", "  rma infer notes YOUR.pdf"]
-        if model := next((model.name for s in healthy if s.runtime == ATTACHED for model in s.models), ""):
-            asked = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}]})
-            words = f"curl -s -H 'Authorization: Bearer {keys.client}' -H 'Content-Type: application/json'"
-            lines.append(f"  {words} -d '{asked}' {self.plain.url}/v1/chat/completions")
-        return ["", "Try it:", *lines] if lines else []
-
-    def _curl(self, key: str) -> str:
-        sample = self.home / "sample.pdf"
-        shutil.copyfile(str(files("rma_coordinator") / "static" / "sample.pdf"), sample)
-        return (
-            f"curl -s -H 'Authorization: Bearer {key}' -H 'Content-Type: application/pdf' "
-            f"--data-binary @{sample} {self.plain.url}/api/inference/notes"
-        )
 
     async def _join_lines(self, app: Quart) -> list[str]:
         if not self.lan_url:
@@ -321,16 +295,14 @@ class Up:
         ]
 
 
-def _name(status: ContainerStatus) -> str:
-    return status.name if status.runtime == ATTACHED else status.service
-
-
-def _words(status: ContainerStatus) -> str:
-    if status.runtime == ATTACHED and status.state == "healthy":
-        return status.reason
-    done = f" {status.progress:.0%}" if status.progress else ""
-    where = f" ({status.runtime}{'' if status.isolated else ', not isolated'})" if status.state == "healthy" else ""
-    return f"{status.state}{done}{where}" + (f": {status.reason}" if status.reason else "")
+def _models(texts: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the models that were named on the command line. Raises UsageProblem for what is not there."""
+    for text, file in zip(texts, own_files(texts), strict=True):
+        if not file.path.exists():
+            raise UsageProblem(f"there is no model file {file.path}")
+        if "," in text:
+            raise UsageProblem(f"{text!r}: a path with a comma cannot be given so", hints=("`models` in rma.toml can",))
+    return texts
 
 
 def find_port(asked: int | None, usual: int) -> int:
@@ -352,62 +324,3 @@ def lan_address() -> str:
         except OSError:
             return socket.gethostname()
         return str(probe.getsockname()[0])
-
-
-def service_sources() -> list[Path]:
-    """Return where the distributions of RMA's own services lie: beside the coordinator in a clone, else nowhere."""
-    spec = importlib.util.find_spec("rma_coordinator")
-    here = Path(spec.origin).resolve() if spec and spec.origin else Path(__file__).resolve()
-    folder = here.parents[2] / "containers"
-    return [folder] if folder.is_dir() else []
-
-
-async def choose_runtimes(
-    catalog: tuple[CatalogEntry, ...], asked: tuple[str, ...], home: Path, sources: list[Path]
-) -> Choice:
-    """Choose what the local worker runs services with: an engine that has the images, else plain processes."""
-    settings = settings_of(str(home), service_sources=[str(source) for source in sources])
-    if not asked and settings.runtimes != AgentSettings().runtimes:
-        asked = tuple(settings.runtimes)
-    if asked:
-        return Choice(asked, f"Services run with {', '.join(asked)}, as you said.")
-    runtimes = Plugins.discover(kinds=["runtime"], **settings.plugin_rules()).runtimes(plugin_tables(settings))
-    reasons = []
-    for name in ENGINES:
-        if name in runtimes:
-            missing = await _missing(runtimes[name], catalog)
-            if missing == "":
-                return Choice((name,), f"Services run in containers ({name}).")
-            reasons.append(f"{name}: {missing}")
-    why = "; ".join(reasons) or "no container engine is installed"
-    return Choice(("process",), f"Services run as plain processes of this user, which are not isolated ({why}).")
-
-
-async def _missing(runtime: ContainerRuntime, catalog: tuple[CatalogEntry, ...]) -> str:
-    """Say what keeps an engine from running the catalog's services; an empty string when nothing does."""
-    try:
-        health = await asyncio.wait_for(runtime.probe(), PROBE_S)
-        if health.state != "healthy":
-            return health.reason
-        absent = [
-            entry.service for entry in catalog if not await asyncio.wait_for(runtime.has_image(_spec(entry)), PROBE_S)
-        ]
-    except TimeoutError:
-        return f"no answer within {PROBE_S:.0f} s"
-    finally:
-        await runtime.aclose()
-    return f"works, but has no image for {', '.join(absent)}: `make images` builds them" if absent else ""
-
-
-def _spec(entry: CatalogEntry) -> ContainerSpec:
-    return ContainerSpec(
-        worker_id="worker-00000000",
-        name=entry.name,
-        service=entry.service,
-        image=entry.image,
-        image_digest=entry.image_digest,
-        port=entry.port,
-        env={},
-        limits=entry.limits,
-        spec_hash="",
-    )

@@ -221,6 +221,11 @@ class Attempts:
         if attempt is not None:
             attempt.stop(stop)
 
+    def stop_all(self, stop: Stop) -> None:
+        """Stop every attempt."""
+        for attempt in list(self._running.values()):
+            attempt.stop(stop)
+
     def stop_at(self, owner: object, stop: Stop) -> None:
         """Stop all attempts at one container."""
         for attempt in list(self._running.values()):
@@ -233,8 +238,7 @@ class Attempts:
             async with asyncio.timeout(seconds):
                 await self._idle.wait()
         except TimeoutError:
-            for attempt in list(self._running.values()):
-                attempt.stop(stop)
+            self.stop_all(stop)
             await self._idle.wait()
         if self._telling:
             await asyncio.wait(self._telling)

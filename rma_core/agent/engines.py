@@ -74,9 +74,9 @@ def being_cancelled(error: BaseException) -> bool:
     return isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling() > 0
 
 
-async def stopped(runtime: ContainerRuntime, handle: ContainerHandle) -> None:
+async def stopped(runtime: ContainerRuntime, handle: ContainerHandle, *, grace_s: float = STOP_GRACE_S) -> None:
     """Stop and remove a container. Raises RuntimeFailure, whatever the runtime raises."""
-    await asked(runtime, lambda: runtime.stop(handle, grace_s=STOP_GRACE_S), within_s=STOP_GRACE_S + STOP_SLACK_S)
+    await asked(runtime, lambda: runtime.stop(handle, grace_s=grace_s), within_s=grace_s + STOP_SLACK_S)
 
 
 async def last_line(runtime: ContainerRuntime, handle: ContainerHandle) -> str:

@@ -51,6 +51,8 @@ def registration(
     runtimes: Iterable[RuntimeReport] = (),
     plugins: Iterable[PluginReport] = (),
     services: tuple[str, ...] | None = None,
+    agreed_models: tuple[str, ...] | None = None,
+    own_models: Iterable[str] = (),
     labels: Mapping[str, str] | None = None,
 ) -> RegisterRequest:
     """Return what this machine tells a coordinator about itself."""
@@ -61,6 +63,8 @@ def registration(
         runtimes=tuple(runtimes),
         plugins=tuple(plugins),
         services=services,
+        agreed_models=agreed_models,
+        own_models=tuple(own_models)[:64],
         labels=dict(labels or {}),
     )
 

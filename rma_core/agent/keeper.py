@@ -9,29 +9,24 @@ import asyncio
 import functools
 import hashlib
 import logging
-from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
 from rma_core.agent.endpoint import Endpoint
-from rma_core.agent.engines import asked, being_cancelled, last_line, looked_up, stopped
-from rma_core.agent.placing import Spot, find_spot
-from rma_core.errors import (
-    ImageMissing,
-    ImagePullFailed,
-    NotSupported,
-    OutOfSpace,
-    RuntimeAbsent,
-    RuntimeFailure,
-    StartFailed,
-)
+from rma_core.agent.engines import STOP_GRACE_S, asked, being_cancelled, last_line, looked_up, stopped
+from rma_core.agent.model_service import Fetching, ModelService
+from rma_core.agent.placing import Spot, adopted, find_spot
+from rma_core.agent.restarts import RESCAN_S, Restarts
+from rma_core.errors import ImageMissing, RuntimeAbsent, RuntimeFailure, StartFailed
+from rma_core.models.sizes import duration, human
 from rma_core.models.strict import encode
 from rma_core.models.worker import ContainerStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Callable
 
+    from rma_core.agent.context import Context
     from rma_core.agent.engines import Engine
-    from rma_core.interfaces import ContainerHandle, PullProgress
+    from rma_core.interfaces import ContainerHandle, GivenFiles, PullProgress
     from rma_core.models.hardware import Device
     from rma_core.models.worker import Assignment, ContainerState
 
@@ -47,45 +42,12 @@ START_CHECK_S, START_CHECK_MAX_S = 0.2, 2.0
 START_WITHIN_S = 600.0
 #: Looks in a row without an answer after which it is restarted.
 MISSES_TO_RESTART = 3
-#: Restarts wait 0, 10, 20, 40 … seconds; this long healthy and it starts over.
-RESTART_BASE_S, RESTART_CAP_S, RESET_AFTER_S = 10.0, 300.0, 600.0
-#: So many failures within the window, and it is given up.
-MAX_FAILURES, FAILURE_WINDOW_S = 5, 1800.0
-#: Something given up is tried again after this: images get built, drivers installed, bugs mended.
-RESCAN_S = 3600.0
 #: A missing image is looked for on this machine this often, which asks no registry.
 LOCAL_LOOK_S = 60.0
 #: Seconds between two looks at an engine that is down.
 ENGINE_WAIT_S = 15.0
-#: Part of a pull after which its progress is told anew.
-PROGRESS_STEP = 0.05
-#: Seconds after which it is told anew even where no total is known.
-PROGRESS_EVERY_S = 1.0
-
-
-class Context(Protocol):
-    """What a keeper needs of the agent."""
-
-    worker_id: str
-    engines: Sequence[Engine]
-
-    def clock(self) -> float:
-        """Return monotonic seconds."""
-
-    def uniform(self, low: float, high: float) -> float:
-        """Return a random number."""
-
-    def refusal(self, wanted: Assignment) -> str:
-        """Say why the owner's consent does not cover it, or nothing."""
-
-    def gpu_for(self, name: str, wanted: Assignment) -> Device | None:
-        """Return the GPU for a container: one that fits and that no other has."""
-
-    def changed(self) -> None:
-        """Something that the coordinator should know has changed."""
-
-    def check(self, client: Endpoint, path: str) -> Awaitable[str]:
-        """Ask a service for its health; an empty string is good, anything else the reason."""
+#: Seconds between two looks at a model that is being loaded.
+LOADING_CHECK_S = 1.0
 
 
 def spec_hash(wanted: Assignment) -> str:
@@ -102,31 +64,53 @@ class Keeper:
         self.reason = ""
         self.client: Endpoint | None = None
         self.spot: Spot | None = None
-        self.busy = self.restarts = 0
+        self.busy = 0
         self.leaving = False
         #: Set while no attempt is at it, once it is gone for good, and when it should look again at once.
         self.idle, self.gone, self.nudged = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self.idle.set()
         self._context = context
+        self._restarts = Restarts(context.uniform)
+        self.model = self._model_service() if wanted.model else None
         self._handle: ContainerHandle | None = None
-        self._failures: deque[float] = deque(maxlen=MAX_FAILURES)
-        self._pull_failures = 0
+        self._fetching: Fetching | None = None
         self._misses = 0
         self._since = 0.0
-        self._not_before = 0.0
-        self._given_up_for: type[RuntimeFailure] | None = None
         self._engine_was_down = False
-        self._progress: float | None = None
-        self._told_progress = float("-inf")
         self._before = ""
+
+    def _model_service(self) -> ModelService:
+        def gpu() -> Device | None:
+            return self._context.gpu_for(self.wanted.name, self.wanted) if self.wanted.requires_gpu else None
+
+        return ModelService(
+            self.wanted,
+            gpu,
+            self._context.room,
+            busy=lambda: self.busy,
+            idle_s=self._context.model_idle_s,
+            clock=self._context.clock,
+            changed=self._context.changed,
+        )
 
     # What others read.
 
     @property
     def free(self) -> int:
         """Requests it takes now beside those it has."""
-        usable = self.state == "healthy" and self.client is not None and not self.leaving
-        return max(0, self.wanted.slots - self.busy) if usable else 0
+        return 0 if self.why_not else max(0, self.wanted.slots - self.busy)
+
+    @property
+    def why_not(self) -> str:
+        """Why it takes no requests now, however many slots it has; empty when it does."""
+        if self.state != "healthy" or self.client is None or self.leaving:
+            return f"{self.wanted.name} is {'stopping' if self.leaving else self.state}"
+        reason = self.model.why_not if self.model else ""
+        return f"{self.wanted.name} cannot load its model now: {reason}" if reason else ""
+
+    def serves(self, model: str) -> bool:
+        """Say whether it answers for a model of that name; any, where none is named."""
+        return not model or self.model is None or self.model.name == model
 
     @property
     def engine(self) -> Engine | None:
@@ -140,7 +124,7 @@ class Keeper:
 
     def status(self) -> ContainerStatus:
         """Return it as a heartbeat carries it."""
-        engine = self.engine
+        engine, fetching = self.engine, self._fetching if self.state == "pulling" else None
         return ContainerStatus(
             name=self.wanted.name,
             service=self.wanted.service,
@@ -150,15 +134,15 @@ class Keeper:
             isolated=engine.runtime.isolated if engine else True,
             image_id=self._handle.image_id[:200] if self._handle else "",
             slots=self.wanted.slots,
-            restarts=self.restarts,
-            progress=self._progress if self.state == "pulling" else None,
+            restarts=self._restarts.count,
+            progress=fetching.pace.share if fetching else None,
+            models=(self.model.status(self.state, fetching),) if self.model else (),
+            by_owner=self._context.by_owner(self.wanted),
         )
 
     def nudge(self) -> None:
         """Try at once what was given up or waits: the pool or the owner has changed something."""
-        self._given_up_for = None
-        self._not_before = 0.0
-        self._failures.clear()
+        self._restarts.again()
         self.nudged.set()
 
     # What its task does.
@@ -185,17 +169,34 @@ class Keeper:
         if refusal:
             self._become("refused", refusal)
             return RESCAN_S
-        if now < self._not_before and not await self._image_came():
-            return min(LOCAL_LOOK_S, self._not_before - now)
-        self._given_up_for = None
+        if now < self._restarts.not_before and not await self._image_came():
+            return min(LOCAL_LOOK_S, self._restarts.not_before - now)
+        self._restarts.given_up_for = None
         if self.state not in ("starting", "unhealthy"):
             self._become("pending")
-        self.spot = await find_spot(self.wanted, self.hash, self._context, last=self.engine, pulling=self._pulling)
-        self._pull_failures = 0
+        self.spot = await adopted(self.wanted, self.hash, self._context) or await self._new_spot()
+        self._restarts.fetched()
+        self._fetching = None
         self._become("starting", self._before)
         await self._start(self.spot)
         self._since = self._context.clock()
         return 0.0
+
+    async def _new_spot(self) -> Spot:
+        """Return where to start it, with its image and its model's files there. Raises RuntimeFailure."""
+        files = await self._files()
+        return await find_spot(
+            self.wanted, self.hash, self._context, last=self.engine, pulling=self._pulling, files=files
+        )  # fmt: skip
+
+    async def _files(self) -> GivenFiles | None:
+        """Return its model's files, downloaded where they are not on this machine yet."""
+        model = self.wanted.model
+        if model is None:
+            return None
+        first = next((e for e in self._context.engines if e.health.state == "healthy"), None)
+        copied = first is not None and first.runtime.isolated
+        return await self._context.files.get(model, self._fetched, copied=copied)
 
     async def _start(self, spot: Spot) -> None:
         """Start the container, or take over the one that is there; not cut in half by a cancellation."""
@@ -233,20 +234,29 @@ class Keeper:
         if self.client is None or self._engine_was_down:
             await self._connect(await looked_up(runtime, lambda: runtime.endpoint(handle)))
             self._engine_was_down = False
-        assert self.client is not None  # noqa: S101 - just made
-        return self._judge(await self._context.check(self.client, self.wanted.health_path))
+        return self._judge(await self._asked())
+
+    async def _asked(self) -> str:
+        """Ask the service how it is; an empty string is good, anything else the reason."""
+        if self.model is not None:
+            return await self.model.look()
+        return await self._context.check(self.client, self.wanted.health_path) if self.client else "it has no address"
 
     def _judge(self, reason: str) -> float:
         """Draw the conclusion from one health check."""
-        now = self._context.clock()
+        now, loading = self._context.clock(), self.model is not None and self.model.state == "loading"
         if not reason:
             self._misses = 0
             if self.state != "healthy":
                 self._since, self._before = now, ""
                 self._become("healthy")
-            elif now - self._since >= RESET_AFTER_S:
-                self._failures.clear()
-            return CHECK_EVERY_S
+            else:
+                self._restarts.well(now - self._since)
+            return LOADING_CHECK_S if loading else CHECK_EVERY_S
+        if self.state == "starting" and loading:
+            # It is bounded by its own progress.
+            self._misses, self.reason = 0, reason
+            return LOADING_CHECK_S
         if self.state == "starting":
             if now - self._since > self.wanted.start_timeout_s:
                 raise StartFailed(f"not healthy within {self.wanted.start_timeout_s:g} s: {reason}")
@@ -267,40 +277,16 @@ class Keeper:
             await self._remove()
         except RuntimeFailure as failure:
             logger.debug("%s could not be removed: %s", self.wanted.name, failure)
-        if isinstance(error, ImageMissing | NotSupported):
-            return self._give_up(type(error), words)
-        if isinstance(error, ImagePullFailed | OutOfSpace):
-            self._pull_failures += 1
-            wait_s = RESTART_CAP_S if isinstance(error, OutOfSpace) else self._wait_s(self._pull_failures + 1)
-        else:
-            self._failures.append(now)
-            self.restarts += 1
-            recent = sum(1 for moment in self._failures if now - moment < FAILURE_WINDOW_S)
-            if recent >= MAX_FAILURES:
-                return self._give_up(type(error), f"failed {recent} times in {FAILURE_WINDOW_S / 60:.0f} min: {words}")
-            wait_s = self._wait_s(len(self._failures))
+        if told := self._restarts.failed(error, words, now):
+            self._become("failed", told)
+            return LOCAL_LOOK_S
         self._before = f"started again: {words}"
         self._become("backoff", words)
-        self._not_before = now + wait_s
-        return wait_s
-
-    def _wait_s(self, failures: int) -> float:
-        """Return how long to wait after so many failures in a row: nothing after the first."""
-        if failures <= 1:
-            return 0.0
-        wait_s = min(RESTART_CAP_S, RESTART_BASE_S * 2.0 ** min(failures - 2, 16))
-        return wait_s * self._context.uniform(1.0, 1.1)
-
-    def _give_up(self, kind: type[RuntimeFailure], words: str) -> float:
-        self._given_up_for = kind
-        self._failures.clear()
-        self._become("failed", words)
-        self._not_before = self._context.clock() + RESCAN_S
-        return LOCAL_LOOK_S
+        return self._restarts.not_before - now
 
     async def _image_came(self) -> bool:
         """Say whether an image that nobody had has been put on this machine since."""
-        if self._given_up_for is not ImageMissing:
+        if self._restarts.given_up_for is not ImageMissing:
             return False
         for engine in self._context.engines:
             spot = Spot.on(engine, self.wanted, self.hash, self._context)
@@ -317,7 +303,7 @@ class Keeper:
         self._engine_was_down = self._handle is not None
         if self._engine_was_down and self.engine is not None and self.engine.health.state == "healthy":
             self.engine.doubt(error)
-        if self.client is not None and not await self._context.check(self.client, self.wanted.health_path):
+        if self.client is not None and not await self._asked():
             return ENGINE_WAIT_S
         down = any(e.health.state == "unhealthy" for e in self._context.engines)
         self._become("unhealthy" if down else "failed", error.message)
@@ -334,10 +320,10 @@ class Keeper:
         """Show that nobody looks after it any more, which is a bug of the agent."""
         self._become("failed", f"a bug in the agent, whose log has the details: {type(error).__name__}")
 
-    async def take_down(self) -> None:
+    async def take_down(self, *, grace_s: float = STOP_GRACE_S) -> None:
         """Stop and remove the container for good. Raises RuntimeFailure when its engine cannot."""
         self.leaving = True
-        await self._remove()
+        await self._remove(grace_s=grace_s)
 
     async def let_go(self) -> None:
         """Leave the container as it is, for the next start of the agent."""
@@ -348,36 +334,50 @@ class Keeper:
         if self._handle is not None and self.spot is not None:
             self.spot.engine.orphans[self.wanted.name] = self._handle
 
-    async def _remove(self) -> None:
+    async def _remove(self, *, grace_s: float = STOP_GRACE_S) -> None:
         await self._disconnect()
         if self._handle is not None and self.spot is not None:
-            await stopped(self.spot.engine.runtime, self._handle)
+            await stopped(self.spot.engine.runtime, self._handle, grace_s=grace_s)
         self._handle = None
         self._misses = 0
         self._engine_was_down = False
 
     async def _connect(self, endpoint: str) -> None:
         await self._disconnect()
-        self.client = Endpoint(endpoint)
+        self.client = self.model.connect(endpoint) if self.model else Endpoint(endpoint)
 
     async def _disconnect(self) -> None:
         client, self.client = self.client, None
         if client is not None:
             await client.aclose()
+        if self.model is not None:
+            await self.model.disconnect()
 
     def _pulling(self, engine: Engine, progress: PullProgress | None) -> None:
-        """Show that a pull begins, or how far it is; the coordinator is told of every step and every second."""
+        """Show that a pull begins, or how far it is."""
         if progress is None:
-            self._progress = None
+            self._fetching = Fetching(self._context.clock())
             self._become("pulling", f"from {engine.name}")
         elif self.state == "pulling":
-            self.reason = f"from {engine.name}" + (f": {progress.note}" if progress.note else "")
-            share = min(1.0, progress.done_bytes / progress.total_bytes) if progress.total_bytes else None
-            further = share is not None and share - (self._progress or 0.0) >= PROGRESS_STEP
-            now = self._context.clock()
-            if further or now - self._told_progress >= PROGRESS_EVERY_S:
-                self._progress, self._told_progress = share, now
-                self._context.changed()
+            self._show(progress, f"from {engine.name}" + (f": {progress.note}" if progress.note else ""))
+
+    def _fetched(self, progress: PullProgress) -> None:
+        """Show how far its model's files are."""
+        if self.state != "pulling":
+            self._become("pulling", progress.note)
+        self._show(progress, progress.note)
+
+    def _show(self, progress: PullProgress, words: str) -> None:
+        """Tell the coordinator of a step, now and then: bytes, and the time left where that is known."""
+        now = self._context.clock()
+        fetching = self._fetching = self._fetching or Fetching(now)
+        worth_telling = fetching.take(progress, now)
+        size = f"{human(progress.done_bytes)} of {human(progress.total_bytes)}" if progress.total_bytes else ""
+        eta_s = fetching.pace.eta_s(now)
+        left = "" if eta_s is None else f", about {duration(eta_s)} left"
+        self.reason = f"{words}{': ' if size else ''}{size}{left}"
+        if worth_telling:
+            self._context.changed()
 
     def _become(self, state: ContainerState, reason: str = "") -> None:
         before, self.state, self.reason = self.state, state, reason

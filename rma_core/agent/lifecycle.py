@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import rma_core
 from rma_core import http
@@ -15,16 +15,19 @@ from rma_core.agent.attempts import Attempts, Stop, lease_clock
 from rma_core.agent.channel import Channel
 from rma_core.agent.client import CoordinatorClient
 from rma_core.agent.control import ControlServer
-from rma_core.agent.engines import in_order, let_go
+from rma_core.agent.ending import Ending
+from rma_core.agent.engines import in_order
 from rma_core.agent.heart import Heart
 from rma_core.agent.join import registration
 from rma_core.agent.load import Load
 from rma_core.agent.membership import Link, Membership, Messages
+from rma_core.agent.model_files import ModelFiles
+from rma_core.agent.model_room import ModelRoom
 from rma_core.agent.offering import Offering
+from rma_core.agent.own_models import OwnModels
+from rma_core.agent.owner import Owner, status
 from rma_core.agent.poll import Poller
 from rma_core.agent.reconcile import Reconciler
-from rma_core.agent.status import AgentStatus
-from rma_core.errors import CoordinatorError
 from rma_core.models.worker import Heartbeat, HeartbeatAnswer, RegisterRequest, RegisterResponse
 
 if TYPE_CHECKING:
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from rma_core.agent.keeper import Keeper
     from rma_core.agent.keys import DeviceKey
     from rma_core.agent.state import StateFolder, WorkerRecord
+    from rma_core.agent.status import AgentStatus
     from rma_core.agent.streams import ChannelStream
     from rma_core.interfaces import ContainerRuntime
     from rma_core.models.hardware import HardwareReport
@@ -41,18 +45,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Seconds to tell the coordinator goodbye.
-GOODBYE_S = 5.0
-#: Seconds for answers that wait for their delivery when the agent ends.
-DELIVER_S = 5.0
 #: Attempts that a heartbeat and HELLO can list.
 MAX_LISTED = 1024
 #: How `websockets` calls a connection that ended without a goodbye.
 CUT_OFF = "no close frame received or sent"
-#: Seconds to stop what the agent's runtimes hold, before it ends all the same.
-CLOSE_S = 30.0
-
-DRAIN = Stop("owner", "the owner of this machine stops the agent", tell=True)
 
 
 class Agent:
@@ -77,7 +73,7 @@ class Agent:
         uniform: Callable[[float, float], float] = random.uniform,
     ) -> None:
         self.settings, self.folder, self.record, self.report = settings, folder, record, report
-        self._plugins, self._use_channel, self._clock = plugins, use_channel, clock
+        self.plugins, self._use_channel, self._clock = plugins, use_channel, clock
         self._started_at = clock()
         self._runtimes = runtimes
         context = http.tls_context(record.certificate) if record.coordinator_url.startswith("https:") else None
@@ -91,17 +87,21 @@ class Agent:
             worker_id=record.worker_id,
             consent=self.consent,
             gpus=report.gpus,
-            changed=self._changed,
+            changed=self.changed,
             freed=self._freed,
             stop_attempts=self._withdraw_attempts,
+            room=ModelRoom(report),
+            files=ModelFiles(folder.path / "models", hosts=settings.model_hosts),
+            model_idle_s=settings.model_idle_s,
             clock=clock,
             uniform=uniform,
         )
+        self.own = OwnModels(settings.models, report, self.engines, self.reconciler)
         self.attached = AttachedServers(
-            addresses(settings.attach), changed=self._changed, freed=self._freed, uniform=uniform
+            addresses(settings.attach), changed=self.changed, freed=self._freed, uniform=uniform
         )
         self.offering = Offering(self.reconciler, self.attached)
-        self.answers = Answers(self.client, changed=self._changed, clock=clock)
+        self.answers = Answers(self.client, changed=self.changed, clock=clock)
         self.link = Link(self.client)
         self.load = Load()
         self.channel = Channel(self.client, self, self.answers, agent_version=rma_core.__version__, clock=clock)
@@ -127,7 +127,7 @@ class Agent:
             self.client,
             self.attempts,
             self.answers,
-            room=lambda: 0 if self.draining else self.offering.free(),
+            room=lambda: 0 if self.draining or self.paused else self.offering.free(),
             beat=self.heart.beat_by_http,
             forgotten=self.forgotten,
             clock=clock,
@@ -143,6 +143,8 @@ class Agent:
         self._told: tuple[object, ...] = ()
         self._telling: tuple[object, ...] = ()
         self._minor: set[asyncio.Task[None]] = set()
+        self.owner = Owner(self)
+        self._ending = Ending(self, hurried=self._hurried)
 
     # Its life.
 
@@ -151,15 +153,16 @@ class Agent:
 
         Raises what a part of the agent failed with, if it was a bug: a part that is gone must not go unnoticed.
         """
-        control = ControlServer(self.folder, {"status": self._on_status, "drain": self._on_drain})
+        control = ControlServer(self.folder, self.owner.handlers)
         await control.start()
         try:
             await asyncio.gather(*(engine.look(self.reconciler.worker_id) for engine in self.engines))
+            await self.own.look()
             self.reconciler.start()
             await self._work()
         finally:
             await control.aclose()
-            await self._clear_away()
+            await self._ending.clear_away(self._runtimes.values())
 
     def stop(self) -> None:
         """Begin to drain; a second call ends the waiting."""
@@ -181,19 +184,21 @@ class Agent:
             self._plain_way.set()
         if self.attached:
             parts.append(self._part("attached servers", self.attached.run()))
+        if self.own:
+            parts.append(self._part("own models", self.own.run()))
         stopping = self._part("stop", self._wait_for_stop())
         try:
             done, _ = await asyncio.wait({stopping, *parts}, return_when=asyncio.FIRST_COMPLETED)
             for task in done - {stopping}:
                 task.result()
-            await self._drain()
+            await self._ending.drain()
         finally:
             for task in (stopping, *parts, *self._minor):
                 task.cancel()
             await asyncio.gather(stopping, *parts, *self._minor, return_exceptions=True)
         if self.membership.registered.is_set():
             # Last of all: whatever is heard of a worker after its goodbye counts as its return.
-            await self._goodbye()
+            await self._ending.goodbye()
 
     def _part(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         return asyncio.create_task(work, name=name)
@@ -219,55 +224,16 @@ class Agent:
             if polling.done() and not polling.cancelled():
                 polling.result()
 
-    async def _drain(self) -> None:
-        """Take nothing new, finish what is there, give the rest back, and say goodbye."""
-        self.draining = True
-        self.attempts.closed_because = DRAIN.reason
-        running = len(self.attempts)
-        words = f"attempts that are finished first, within {self.settings.drain_s:.0f} s: {running}"
-        about = {"action": "drain", "worker": self.client.worker_id or None}
-        logger.info("stopping; %s", words if running else "nothing runs", extra=about)
-        self.heart.soon()
-        drain = asyncio.create_task(self.attempts.drain(self.settings.drain_s, DRAIN))
-        hurry = asyncio.create_task(self._hurried.wait())
-        await asyncio.wait({drain, hurry}, return_when=asyncio.FIRST_COMPLETED)
-        hurry.cancel()
-        if not drain.done():
-            drain.cancel()
-            await self.attempts.drain(0, DRAIN)
-        await self.answers.finish(self.channel.confirm, within_s=0 if self._hurried.is_set() else DELIVER_S)
-
-    async def _goodbye(self) -> None:
-        name = self.client.worker_id
-        try:
-            async with asyncio.timeout(GOODBYE_S):
-                await self.client.unregister()
-        except (CoordinatorError, TimeoutError) as error:
-            reason = str(error) or f"no answer within {GOODBYE_S:.0f} s"
-            logger.info("the coordinator was not told: %s", reason, extra={"action": "not_told", "worker": name})
-        else:
-            logger.info("%s has said goodbye to the coordinator", name, extra={"action": "left", "worker": name})
-
-    async def _clear_away(self) -> None:
-        """Stop every container and let go of everything; what an engine cannot stop now, the next start finds."""
-        try:
-            async with asyncio.timeout(CLOSE_S):
-                await self.reconciler.close(stop=True)
-        except TimeoutError:
-            words = "not everything was stopped within %.0f s; the next start looks for it"
-            logger.warning(words, CLOSE_S, extra={"action": "not_stopped"})
-        await self.attached.aclose()
-        await let_go(self._runtimes.values(), within_s=CLOSE_S)
-        await self.client.aclose()
-
     # Membership.
 
     def _registration(self) -> RegisterRequest:
         return registration(
             self.report,
             runtimes=[engine.report() for engine in self.engines],
-            plugins=self._plugins(),
+            plugins=self.plugins(),
             services=self.consent.names,
+            agreed_models=self.consent.model_names,
+            own_models=self.own.offered.paths,
             labels=self.settings.labels,
         )
 
@@ -286,8 +252,8 @@ class Agent:
     # What the channel tells, its `Events`.
 
     def slots(self) -> dict[str, int]:
-        """Return the slots of each service; none while draining."""
-        return {} if self.draining else self.offering.slots()
+        """Return the slots of each service; none while draining or paused."""
+        return {} if self.draining or self.paused else self.offering.slots()
 
     def held(self) -> tuple[AttemptRef, ...]:
         """Return every attempt that this machine still has: what runs, and finished answers not yet delivered."""
@@ -385,47 +351,43 @@ class Agent:
             worker_id=self.client.worker_id,
             status="degraded" if broken else "healthy",
             reason=engine_down[:2000] if broken else "",
-            current_load=round(max(self.offering.busy_share(), self.load.share), 3),
+            current_load=self.current_load,
             containers=self.offering.statuses(),
             attempts=self.held(),
             generation=max(0, self.reconciler.generation),
             draining=self.draining,
+            paused=self.paused,
             runtimes=runtimes if runtimes != self._told else None,
         )
 
+    @property
+    def paused(self) -> bool:
+        """Whether the owner wants the machine back for now."""
+        return self.owner.pause is not None
+
+    @property
+    def connection(self) -> Literal["channel", "polling", "none"]:
+        """How tasks come now."""
+        return "channel" if self.channel.up else "polling" if self._plain_way.is_set() else "none"
+
+    @property
+    def current_load(self) -> float:
+        """How busy this machine is, from 0 to 1."""
+        return round(max(self.offering.busy_share(), self.load.share), 3)
+
+    @property
+    def uptime_s(self) -> float:
+        """Seconds since it was made."""
+        return round(self._clock() - self._started_at, 1)
+
     def status(self) -> AgentStatus:
         """Return how the agent stands, as `rma status` shows it."""
-        return AgentStatus(
-            worker_id=self.client.worker_id,
-            coordinator=self.client.base_url,
-            connection="channel" if self.channel.up else "polling" if self._plain_way.is_set() else "none",
-            standing=self.link.standing,
-            standing_reason=self.link.reason,
-            tier=self.tier,
-            tier_reason=self.tier_reason,
-            generation=max(0, self.reconciler.generation),
-            containers=self.offering.statuses(),
-            attempts=self.attempts.refs(),
-            runtimes=tuple(engine.report() for engine in self.engines),
-            plugins=tuple(self._plugins()),
-            probes=self.report.probes,
-            current_load=round(max(self.offering.busy_share(), self.load.share), 3),
-            draining=self.draining,
-            uptime_s=round(self._clock() - self._started_at, 1),
-            tasks_succeeded=self.attempts.succeeded,
-            tasks_failed=self.attempts.failed,
-        )
-
-    async def _on_status(self, _: dict[str, Any]) -> AgentStatus:
-        return self.status()
-
-    async def _on_drain(self, _: dict[str, Any]) -> dict[str, int]:
-        self.stop()
-        return {"running": len(self.attempts)}
+        return status(self)
 
     # What its parts tell each other.
 
-    def _changed(self) -> None:
+    def changed(self) -> None:
+        """Something has changed that the coordinator should know at once."""
         self.heart.soon()
         self.poller.changed.set()
 

@@ -1,7 +1,8 @@
 """The files of models on this machine: those that its owner has anyway, and those that were downloaded.
 
 A downloaded file lies below the state folder under its own hash, and is whole as soon as it has its name. An owner's
-file is taken where it lies, when its hash is the one that is asked for. One download at a time, after a look at the disk.
+file is taken where it lies, when its hash is the one that is asked for. Downloads come one by one, each after a look at
+the disk.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ class ModelFiles:
         return GivenFiles(variable=VARIABLE, key=self.key(model), files=tuple(found))
 
     def _here(self, model: AssignedModel, file: ModelFile) -> Path | None:
-        """Return where a file is, where it need not be read for that. Raises ModelMissing for an owner's that is gone."""
+        """Return where a file is, if it need not be read for that. Raises ModelMissing for an owner's that is gone."""
         if not file.sha256:
             path = self.own.get(model.name)
             seen = _seen(path) if path else None

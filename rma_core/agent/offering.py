@@ -44,9 +44,9 @@ class Offering(NamedTuple):
     def place(self, offer: TaskOffer) -> Slot | str:
         """Take a slot for an offer, or say why there is none: by service, and by model at an attached server."""
         if offer.service != SERVICE or not self.attached:
-            return self.containers.place(offer.service)
+            return self.containers.place(offer.service, offer.model)
         at_attached = self.attached.place(offer.model)
         if not isinstance(at_attached, str) or self.attached.lists(offer.model):
             return at_attached
-        at_container = self.containers.place(offer.service)
+        at_container = self.containers.place(offer.service, offer.model)
         return at_attached if isinstance(at_container, str) else at_container

@@ -6,6 +6,7 @@ pool assigns is.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import re
@@ -16,14 +17,17 @@ from urllib.parse import parse_qsl
 import msgspec
 
 from rma_core import gguf
+from rma_core.agent.keeper import ENGINE_WAIT_S
 from rma_core.catalog import CatalogEntry, Limits, Needs, ProcessForm, Room
 from rma_core.errors import UsageProblem, ValidationProblem
-from rma_core.model_catalog import ServedModel, file_name, fitting, model_assignment
+from rma_core.model_catalog import ServedModel, container_name, file_name, fitting, model_assignment
 from rma_core.models.weights import Geometry, ModelFile
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator
+    from collections.abc import Collection, Iterable, Iterator, Sequence
 
+    from rma_core.agent.engines import Engine
+    from rma_core.agent.reconcile import Reconciler
     from rma_core.gguf import Model
     from rma_core.models.hardware import HardwareReport
     from rma_core.models.worker import Assignment, RuntimeReport
@@ -205,4 +209,41 @@ def _assignment(model: OwnModel, report: HardwareReport, runtimes: Collection[Ru
             "; ".join(f"{one.name}: {one.reason}" for one in runtimes) or "none is named"
         )
     fit = fitting(LLAMA_CPP, model, Room.of(report), forms, there=not any(forms))
-    return fit if isinstance(fit, str) else model_assignment(LLAMA_CPP, model, fit, env={})
+    if isinstance(fit, str):
+        return fit
+    # Under a name that nothing the pool assigns has.
+    name = container_name("own", model.name)
+    return msgspec.structs.replace(model_assignment(LLAMA_CPP, model, fit, env={}), name=name)
+
+
+class OwnModels:
+    """Keeps offering what the owner shares; false when that is nothing."""
+
+    def __init__(
+        self, texts: Iterable[str], report: HardwareReport, engines: Sequence[Engine], containers: Reconciler
+    ) -> None:  # fmt: skip
+        self._files = own_files(texts)
+        self._report, self._engines, self._containers = report, engines, containers
+        self.offered = Offered((), {}, ())
+
+    def __bool__(self) -> bool:
+        return bool(self._files)
+
+    async def look(self) -> None:
+        """Look at the files, and offer those that this machine can serve."""
+        reports = [engine.report() for engine in self._engines]
+        before, self.offered = self.offered, await asyncio.to_thread(offered, self._files, self._report, reports)
+        self._containers.files.own = dict(self.offered.paths)
+        self._containers.offer(self.offered.assignments)
+        for words in sorted(set(self.offered.left_out) - set(before.left_out)):
+            logger.warning("not offered: %s", words, extra={"action": "model_left_out"})
+
+    async def run(self) -> None:
+        """Look again when an engine has come or gone, until cancelled."""
+        seen = [engine.health.state for engine in self._engines]
+        while True:
+            await asyncio.sleep(ENGINE_WAIT_S)
+            now = [engine.health.state for engine in self._engines]
+            if now != seen:
+                seen = now
+                await self.look()

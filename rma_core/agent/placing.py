@@ -21,9 +21,9 @@ from rma_core.models.hardware import ContainerAccess
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from rma_core.agent.context import Context
     from rma_core.agent.engines import Engine
-    from rma_core.agent.keeper import Context
-    from rma_core.interfaces import ContainerHandle, PullProgress
+    from rma_core.interfaces import ContainerHandle, GivenFiles, PullProgress
     from rma_core.models.hardware import Device
     from rma_core.models.worker import Assignment
 
@@ -48,8 +48,10 @@ class Spot(NamedTuple):
     adopted: ContainerHandle | None = None
 
     @classmethod
-    def on(cls, engine: Engine, wanted: Assignment, spec_hash: str, context: Context) -> Spot | str:
-        """Return the spot on one engine, or why there is none."""
+    def on(
+        cls, engine: Engine, wanted: Assignment, spec_hash: str, context: Context, files: GivenFiles | None = None
+    ) -> Spot | str:  # fmt: skip
+        """Return the spot on one engine, with what the container is given to read, or why there is none."""
         isolated = engine.runtime.isolated
         if wanted.service in ISOLATED_ONLY and not isolated:
             return f"{wanted.service} runs in containers only"
@@ -71,11 +73,13 @@ class Spot(NamedTuple):
             image=wanted.image,
             image_digest=wanted.image_digest,
             port=wanted.port,
-            env=wanted.env,
+            # The agent says when a model is loaded: others may be in its way.
+            env={**wanted.env, "LOAD": "0"} if wanted.model else wanted.env,
             limits=wanted.limits,
             spec_hash=spec_hash,
             access=access,
             process=wanted.process,
+            files=files,
         )
         return cls(engine, spec)
 
@@ -101,24 +105,27 @@ def _access(device: Device, engine: Engine) -> ContainerAccess | None:
 
 
 async def find_spot(
-    wanted: Assignment, spec_hash: str, context: Context, *, last: Engine | None, pulling: Pulling
+    wanted: Assignment,
+    spec_hash: str,
+    context: Context,
+    *,
+    last: Engine | None,
+    pulling: Pulling,
+    files: GivenFiles | None = None,
 ) -> Spot:
-    """Return where to start a container, with its image there.
+    """Return where to start a container, with its image there, and copies of the files it is given.
 
     ``last`` is where it ran before: it waits for that engine to come back. Raises ImageMissing when nobody has the
     image, RuntimeAbsent while no engine can be used, ImagePullFailed or OutOfSpace when a pull broke off: never is a
     container replaced by a process because of that.
     """
-    adopted = await _adopted(wanted, spec_hash, context)
-    if adopted is not None:
-        return adopted
     failures: list[RuntimeFailure] = []
     for engine in context.engines:
         pull_broke = next((f for f in failures if isinstance(f, ImagePullFailed | OutOfSpace)), None)
         if pull_broke is not None and not engine.runtime.isolated:
             raise pull_broke
         try:
-            return await _try(engine, wanted, spec_hash, context, pulling)
+            return await _try(engine, Spot.on(engine, wanted, spec_hash, context, files), wanted, context, pulling)
         except RuntimeAbsent as error:
             if engine is last and engine.health.state == "unhealthy":
                 raise
@@ -128,10 +135,9 @@ async def find_spot(
     raise _weightiest(failures)
 
 
-async def _try(engine: Engine, wanted: Assignment, spec_hash: str, context: Context, pulling: Pulling) -> Spot:
+async def _try(engine: Engine, spot: Spot | str, wanted: Assignment, context: Context, pulling: Pulling) -> Spot:
     """Return the spot on one engine with the image there; a failure names the engine."""
     try:
-        spot = Spot.on(engine, wanted, spec_hash, context)
         if isinstance(spot, str):
             raise NotSupported(spot)
         if not await engine.look(context.worker_id):
@@ -170,7 +176,7 @@ async def _fetch(spot: Spot, pulling: Pulling) -> None:
         raise ImagePullFailed(f"the pull of {spot.spec.image} said nothing for {PULL_SILENCE_S:.0f} s") from None
 
 
-async def _adopted(wanted: Assignment, spec_hash: str, context: Context) -> Spot | None:
+async def adopted(wanted: Assignment, spec_hash: str, context: Context) -> Spot | None:
     """Return the container that an earlier run of the agent left, when it is of this very version."""
     for engine in context.engines:
         if not await engine.look(context.worker_id):

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import logging
 import random
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rma_core.agent.endpoint import EndpointError
-from rma_core.agent.engines import stopped
+from rma_core.agent.engines import STOP_GRACE_S, looked_up, stopped
 from rma_core.agent.keeper import ENGINE_WAIT_S, Keeper, Slot, spec_hash
+from rma_core.agent.model_files import ModelFiles
+from rma_core.agent.model_room import Claim, ModelRoom
 from rma_core.catalog import choose_gpu, gpu_share
 from rma_core.errors import RuntimeFailure
+from rma_core.models.worker import lane
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
@@ -33,6 +38,8 @@ WITHDRAW_DRAIN_S = 30.0
 #: Tries to take a container down before it is left to the next start of the agent.
 TAKE_DOWN_TRIES = 5
 TAKE_DOWN_PAUSE_S = 3.0
+#: Seconds a service has to end by itself when its owner wants the machine back.
+PAUSE_GRACE_S = 1.0
 #: Containers of one machine; more is a broken coordinator, and a heartbeat could not list them.
 MAX_CONTAINERS = 256
 #: Name of the task of a container that must go.
@@ -70,13 +77,22 @@ class Reconciler:
         freed: Callable[[], None] = lambda: None,
         stop_attempts: Callable[[Keeper], None] = lambda _: None,
         check: Callable[[Endpoint, str], Awaitable[str]] = ask_health,
+        room: ModelRoom | None = None,
+        files: ModelFiles | None = None,
+        model_idle_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
         uniform: Callable[[float, float], float] = random.uniform,
     ) -> None:
         self.engines, self.worker_id, self.consent = engines, worker_id, consent
         self.gpus = tuple(gpus)
         self.clock, self.uniform, self.changed, self.check = clock, uniform, changed, check
+        self.room, self.model_idle_s = room or ModelRoom(), model_idle_s
+        self.files = files or ModelFiles(Path())
         self._stop_attempts, self._freed = stop_attempts, freed
+        #: What the owner offers from files of the machine, whatever the coordinator wants.
+        self._own: dict[str, Assignment] = {}
+        self._assigned: tuple[Assignment, ...] = ()
+        self.paused = False
         self._keepers: dict[str, Keeper] = {}
         self._leaving: list[Keeper] = []
         self._tasks: dict[Keeper, asyncio.Task[None]] = {}
@@ -87,33 +103,77 @@ class Reconciler:
 
     # The desired state.
 
+    def offer(self, own: Iterable[Assignment]) -> None:
+        """Serve what the owner offers from now on, beside what is assigned."""
+        self._own = {one.name: one for one in own}
+        self._renew()
+
     def want(self, generation: int, assignments: Iterable[Assignment]) -> None:
         """Take a new desired state; what it no longer has is drained and removed."""
-        wanted = {one.name: one for one in itertools.islice(assignments, MAX_CONTAINERS)}
+        self._assigned = tuple(itertools.islice(assignments, MAX_CONTAINERS))
+        if generation != self.generation:
+            names = ", ".join(sorted(one.name for one in self._assigned)) or "nothing"
+            logger.info("generation %d: this machine is to run %s", generation, names, extra={"action": "desired"})
+            for keeper in self._keepers.values():
+                keeper.nudge()
+        self.generation = generation
+        self._renew()
+
+    def _renew(self) -> None:
+        """Bring the keepers to what is wanted now: nothing while the owner has paused the machine."""
+        wanted = {} if self.paused else {one.name: one for one in (*self._own.values(), *self._assigned)}
         for name, keeper in list(self._keepers.items()):
             if name not in wanted or spec_hash(wanted[name]) != keeper.hash:
                 self._leave(self._keepers.pop(name))
-            elif generation != self.generation:
-                keeper.nudge()
         for name, one in wanted.items():
             if name not in self._keepers:
                 self._keepers[name] = Keeper(one, self)
-        if generation != self.generation:
-            names = ", ".join(sorted(wanted)) or "nothing"
-            logger.info("generation %d: this machine is to run %s", generation, names, extra={"action": "desired"})
-        self.generation = generation
+        self._share_memory(wanted.values())
         if self._watch is not None:
             self._spawn()
         self.changed()
 
+    def _share_memory(self, wanted: Iterable[Assignment]) -> None:
+        """Say which models there are, and what else takes memory."""
+        self.files.want(one.model for one in wanted if one.model)
+        self.room.tenants = [keeper.model for keeper in self._keepers.values() if keeper.model]
+        self.room.others(Claim.of(one.needs, self.gpu_for(one.name, one)) for one in wanted if not one.model)
+
+    async def pause(self) -> None:
+        """Give back all that containers take, at once; what is wanted meanwhile is remembered."""
+        self.paused = True
+        self._renew()
+        leaving = [task for keeper, task in self._tasks.items() if keeper.leaving]
+        if leaving:
+            await asyncio.wait(leaving)
+
+    def resume(self) -> None:
+        """Run again what is wanted."""
+        self.paused = False
+        self._renew()
+
+    def by_owner(self, wanted: Assignment) -> bool:
+        """Say whether its owner offers it, and nobody assigned it."""
+        return wanted.name in self._own
+
     def refusal(self, wanted: Assignment) -> str:
         """Say why the owner's consent does not cover it, or nothing."""
+        if self.by_owner(wanted):
+            return ""
+        offered = {one.model.name for one in self._own.values() if one.model}
+        if wanted.model is not None and wanted.model.name in offered:
+            return f"the owner of this machine offers {wanted.model.name} from a file of their own"
+        if wanted.model is not None and not all(file.sha256 for file in wanted.model.files):
+            return f"the pool does not say by its hash which file {wanted.model.name} is"
         return self.consent.refusal(wanted)
 
     def gpu_for(self, name: str, wanted: Assignment) -> Device | None:
         """Return the GPU for a container: the one it has, else what the coordinator's own rule gives it."""
         if name in self._given:
             return self._given[name][0]
+        if self.by_owner(wanted):
+            # They are not all in memory at one time: who is, the room for models decides.
+            return choose_gpu(self.gpus, {}, wanted.needs)
         taken: dict[str, int] = {}
         for gpu, share in self._given.values():
             taken[gpu.id] = taken.get(gpu.id, 0) + share
@@ -150,15 +210,18 @@ class Reconciler:
                 busy[keeper.wanted.service] += keeper.busy
         return max((min(1.0, busy[name] / count) for name, count in slots.items() if count), default=0.0)
 
-    def place(self, service: str) -> Slot | str:
-        """Take a slot of the least busy healthy container of a service, or say why there is none."""
-        keepers = [keeper for keeper in self._keepers.values() if keeper.wanted.service == service]
-        best = max(keepers, key=lambda keeper: keeper.free, default=None)
+    def place(self, service: str, model: str = "") -> Slot | str:
+        """Take a slot of the least busy healthy container of a service, with a model of that name where it has models.
+
+        Returns why there is none. A model that is loaded comes before one that is not.
+        """
+        keepers = [k for k in self._keepers.values() if k.wanted.service == service and k.serves(model)]
+        best = max(keepers, key=lambda k: (k.free > 0, k.model is None or k.model.in_memory, k.free), default=None)
         if best is not None and best.free and best.client is not None:
             return Slot(best, best.client, self._freed)
         if not keepers:
-            return f"this machine does not run {service}"
-        return next((f"{k.wanted.name} is {k.state}" for k in keepers if k.state != "healthy"), f"{service} is busy")
+            return f"this machine does not run {lane(service, model)}"
+        return next((why for k in keepers if (why := k.why_not)), f"{lane(service, model)} is busy")
 
     # Its work.
 
@@ -238,12 +301,24 @@ class Reconciler:
             work.cancel()
             await asyncio.wait({work})
         try:
-            async with asyncio.timeout(WITHDRAW_DRAIN_S):
+            async with asyncio.timeout(0 if self.paused else WITHDRAW_DRAIN_S):
                 await keeper.idle.wait()
         except TimeoutError:
             self._stop_attempts(keeper)
         await self._take_down(keeper, tries=TAKE_DOWN_TRIES)
+        await self._forget_files()
         self.changed()
+
+    async def _forget_files(self) -> None:
+        """Let engines drop the copies of files that nobody wants: what was downloaded stays, to be copied again."""
+        keep = {self.files.key(one.model) for one in (*self._own.values(), *self._assigned) if one.model}
+        for engine in self.engines:
+            if engine.health.state == "healthy":
+                try:
+                    forget = functools.partial(engine.runtime.forget_files, self.worker_id, keep)
+                    await looked_up(engine.runtime, forget)
+                except RuntimeFailure as error:
+                    logger.debug("%s keeps copies of files: %s", engine.name, error)
 
     async def _take_down(self, keeper: Keeper, *, tries: int) -> None:
         try:
@@ -259,7 +334,7 @@ class Reconciler:
     async def _try_to_stop(self, keeper: Keeper, tries: int) -> None:
         for left in reversed(range(tries)):
             try:
-                await keeper.take_down()
+                await keeper.take_down(grace_s=PAUSE_GRACE_S if self.paused else STOP_GRACE_S)
                 break
             except RuntimeFailure as error:
                 about = {"action": "container_stuck", "container": keeper.wanted.name}
@@ -270,9 +345,10 @@ class Reconciler:
             keeper.orphan()
 
     async def _watch_engines(self) -> None:
-        """Keep an eye on the engines, and clear away what an earlier run left and nobody wants."""
+        """Keep an eye on the engines and on memory, and clear away what an earlier run left and nobody wants."""
         while True:
             await self._look_round()
+            await self.room.tidy()
             await asyncio.sleep(ENGINE_WAIT_S)
 
     async def _look_round(self) -> None:

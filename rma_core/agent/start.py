@@ -18,6 +18,7 @@ from rma_core.agent.attached import addresses
 from rma_core.agent.consent import Consent
 from rma_core.agent.join import enrol, invited, registration
 from rma_core.agent.lifecycle import Agent
+from rma_core.agent.own_models import own_files
 from rma_core.agent.state import StateFolder
 from rma_core.errors import UsageProblem
 
@@ -52,8 +53,9 @@ async def run_agent(
     Raises UsageProblem when there is no coordinator to work for, or when what is attached is elsewhere;
     SettingProblem for an unusable state folder.
     """
-    # Before anything is detected or kept: a wrong address is the owner's to mend.
+    # Before anything is detected or kept: a wrong address or file is the owner's to mend.
     addresses(settings.attach)
+    own_files(settings.models)
     os.umask(0o077)
     plugins = plugins or discover(settings)
     runtimes = plugins.runtimes(plugin_tables(settings))
@@ -130,7 +132,9 @@ async def opened(
 async def _enrol(settings: AgentSettings, folder: StateFolder, report: HardwareReport, consent: Consent | None) -> None:
     invitation = await invited(settings.coordinator_url, settings.join_token, insecure_http=settings.insecure_http)
     agreed = consent or EVERYTHING.narrowed(settings.services)
-    request = registration(report, services=agreed.names, labels=settings.labels)
+    request = registration(
+        report, services=agreed.names, agreed_models=agreed.model_names, labels=settings.labels
+    )  # fmt: skip
     answer = await enrol(invitation, request, folder, consent=agreed)
     logger.info(
         "enrolled as %s at %s",

@@ -136,6 +136,14 @@ class StateFolder:
         except OSError as error:
             raise SettingProblem(f"{self.path / name} cannot be written: {error.strerror or error}") from None
 
+    def read(self, name: str) -> bytes | None:
+        """Return one file of the folder, ``None`` where it is not there. Raises SettingProblem."""
+        return self._read(self.path / name)
+
+    def remove(self, name: str) -> None:
+        """Remove one file of the folder; one that is not there is no error."""
+        (self.path / name).unlink(missing_ok=True)
+
     def _read(self, path: Path) -> bytes | None:
         try:
             with path.open("rb") as handle:

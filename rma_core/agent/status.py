@@ -31,8 +31,10 @@ class AgentStatus(msgspec.Struct, frozen=True, kw_only=True):
     probes: tuple[ProbeReport, ...] = ()
     current_load: float = 0.0
     draining: bool = False
-    #: Why the owner has paused the machine; empty while it works.
+    #: Since when the owner has paused the machine; empty while it works.
     paused: str = ""
+    #: Why models are not offered that the owner wants to share.
+    left_out: tuple[str, ...] = ()
     uptime_s: float = 0.0
     tasks_succeeded: int = 0
     tasks_failed: int = 0

@@ -69,6 +69,13 @@ attach_option = click.option(
     metavar="URL",
     help="Share a model server that already runs on this machine; repeatable (RMA_ATTACH).",
 )
+model_option = click.option(
+    "--model",
+    "models",
+    multiple=True,
+    metavar="FILE",
+    help="Share a model on this machine: NAME=FILE.gguf, FILE.gguf or a folder; repeatable (RMA_MODELS).",
+)
 home_option = click.option("--home", envvar="RMA_HOME", metavar="FOLDER", help="State folder (default ~/.rma).")
 
 

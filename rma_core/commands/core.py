@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rma_core.commands import volunteer
+from rma_core.commands import running, volunteer
 from rma_core.commands.infer import infer
 from rma_core.commands.machine import detect, doctor, plugins
 from rma_core.commands.models import models
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import click
 
 COMMANDS: list[click.Command] = [
+    *running.COMMANDS,
     *volunteer.COMMANDS,
     backup,
     cancel,

@@ -40,6 +40,11 @@ def agent_settings(settings: AgentSettings) -> AgentSettings:
     return settings
 
 
+def agent_home(settings: AgentSettings) -> Path:
+    """Return the folder of the agent: the state folder itself, or the one `rma up` keeps inside it."""
+    return agent_settings(settings).home_path
+
+
 async def _observe(settings: AgentSettings) -> tuple[Observation, ...]:
     from rma_core.detection import observe
     from rma_core.host import Plugins

@@ -1,4 +1,4 @@
-"""Commands of volunteers: join, agent, status, drain, leave."""
+"""Commands of volunteers about belonging to a pool: join, agent, leave."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import click
 import msgspec
 
 from rma_core.commands import common
-from rma_core.commands.machine import agent_settings, print_report, settings_of
+from rma_core.commands.machine import agent_home, print_report, settings_of
 from rma_core.errors import AgentAbsent, SettingProblem, UsageProblem
+from rma_core.models.sizes import human
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -26,8 +27,10 @@ if TYPE_CHECKING:
     from rma_core.agent.attached import Address
     from rma_core.agent.join import Invitation
     from rma_core.agent.lifecycle import Agent
+    from rma_core.agent.own_models import Offered
     from rma_core.agent.state import StateFolder
     from rma_core.models.hardware import HardwareReport
+    from rma_core.models.weights import AssignedModel
     from rma_core.models.worker import RegisterRequest, RegisterResponse, RuntimeReport
     from rma_core.settings import AgentSettings
 
@@ -44,6 +47,7 @@ LEAVE_WITHIN_S, LOOK_S = 90.0, 0.2
 @click.option("--runtime", "runtimes", multiple=True, metavar="NAME", help="docker, podman or process, in your order.")
 @click.option("--insecure-http", is_flag=True, help="Speak plain http to a coordinator that is not this machine.")
 @common.attach_option
+@common.model_option
 @common.home_option
 @common.json_option
 def join(
@@ -54,6 +58,7 @@ def join(
     runtimes: tuple[str, ...],
     insecure_http: bool,
     attach: tuple[str, ...],
+    models: tuple[str, ...],
     home: str | None,
     as_json: bool,
 ) -> None:
@@ -61,13 +66,15 @@ def join(
 
     Shows what was detected, the tier the machine would get and what it would run, and asks before anything is kept.
     """
-    flags = {"runtimes": list(runtimes) or None, "insecure_http": insecure_http or None, "attach": list(attach) or None}
-    settings = settings_of(home, coordinator_url=url, **flags)
+    flags = {"insecure_http": insecure_http or None, "runtimes": list(runtimes) or None}
+    shared = {"attach": list(attach) or None, "models": list(models) or None}
+    settings = settings_of(home, coordinator_url=url, **flags, **shared)
     answer = common.run_async(_join(settings, token, yes=yes, as_json=as_json))
     if as_json:
         common.show(_joined(settings, answer), as_json, lambda _: None)
     if enrol_only:
         again = "".join(f" --attach {shlex.quote(one)}" for one in attach)
+        again += "".join(f" --model {shlex.quote(one)}" for one in models)
         common.say(f"Enrolled. Start working with:  rma agent{again}")
         return
     common.set_up_logging(settings.log_level, as_json=settings.log_json)
@@ -90,9 +97,12 @@ async def _join(settings: AgentSettings, token: str, *, yes: bool, as_json: bool
     from rma_core.agent.attached import addresses
     from rma_core.agent.consent import Consent
     from rma_core.agent.join import enrol, invited, registration
+    from rma_core.agent.own_models import offered as offered_files
+    from rma_core.agent.own_models import own_files
     from rma_core.agent.state import StateFolder
 
     attached = addresses(settings.attach)
+    files = own_files(settings.models)
     folder = StateFolder(settings.home_path)
     known = folder.load_record() if settings.home_path.exists() else None
     if known is not None and known.coordinator_url.rstrip("/") != settings.coordinator_url.rstrip("/"):
@@ -105,20 +115,27 @@ async def _join(settings: AgentSettings, token: str, *, yes: bool, as_json: bool
     plugins = start.discover(settings)
     report, engines = await asyncio.gather(start.look(settings, plugins), _probe(settings, plugins))
     services = tuple(settings.services) or None
+    own = await asyncio.to_thread(offered_files, files, report, engines)
     request = registration(
-        report, runtimes=engines, plugins=plugins.reports(), services=services, labels=settings.labels
+        report,
+        runtimes=engines,
+        plugins=plugins.reports(),
+        services=services,
+        own_models=own.paths,
+        labels=settings.labels,
     )
     # Whoever agrees must see it; stdout is the program's that asked for JSON.
     out = common.console(err=as_json)
     offered = await _shown(out, invitation, request, report, engines)
     await _show_attached(out, attached)
+    _show_own(out, own)
     if not yes:
         _ask()
     folder.prepare()
     folder.lock()
     try:
         agreed = Consent.to(offered.containers)
-        named = msgspec.structs.replace(request, services=agreed.names)
+        named = msgspec.structs.replace(request, services=agreed.names, agreed_models=agreed.model_names)
         answer = await enrol(invitation, named, folder, consent=agreed)
     finally:
         folder.unlock()
@@ -156,13 +173,26 @@ async def _shown(
     if not offered.signed_catalog:
         out.print("The pool's catalog is not signed: it is a development pool.")
     runs = [
-        (a.service, a.image, f"{a.limits.memory}, {a.limits.cpus:g} CPUs", a.limits.pids) for a in offered.containers
+        (a.lane, a.image, f"{human(a.limits.memory_bytes)}, {a.limits.cpus:g} CPUs", a.limits.pids)
+        for a in offered.containers
     ]
     common.table(("it would run", "image", "at most", "processes"), runs, empty="It would run nothing.")(out)
+    models = [_model_row(a.model) for a in offered.containers if a.model]
+    if models:
+        common.table(("it would download", "size", "from", "licence"), models, empty="")(out)
     absent = sorted(offered.placement.items())
     if absent:
         common.table(("it would not run", "why"), absent, empty="")(out)
     return offered
+
+
+def _model_row(model: AssignedModel) -> tuple[str, str, str, str]:
+    """Return a model as its owner-to-be is shown it: how large, from where, on which terms."""
+    from urllib.parse import urlsplit
+
+    hosts = sorted({urlsplit(file.url).hostname or "" for file in model.files if file.url})
+    terms = f"{model.licence} ({model.licence_url})" if model.licence_url else model.licence
+    return model.name, human(model.size_bytes), ", ".join(hosts) or "a file on this machine", terms
 
 
 async def _show_attached(out: Console, attached: Sequence[Address]) -> None:
@@ -178,6 +208,16 @@ async def _show_attached(out: Console, attached: Sequence[Address]) -> None:
         out.print(common.safe(server.sentence()))
 
 
+def _show_own(out: Console, own: Offered) -> None:
+    """Show which of the owner's own models are shared, and why others are not."""
+    for one in own.assignments:
+        if one.model is not None:
+            file = own.paths[one.model.name]
+            out.print(common.safe(f"shared: the model {one.model.name} ({human(one.model.size_bytes)}, {file})"))
+    for words in own.left_out:
+        out.print(common.safe(f"not shared: {words}"))
+
+
 def _ask() -> None:
     if not sys.stdin.isatty():
         raise UsageProblem("nobody can be asked here", hints=("--yes agrees to what is shown",))
@@ -191,6 +231,7 @@ def _ask() -> None:
 @click.option("--insecure-http", is_flag=True, help="Speak plain http to a coordinator that is not this machine.")
 @click.option("--runtime", "runtimes", multiple=True, metavar="NAME", help="docker, podman or process, in your order.")
 @common.attach_option
+@common.model_option
 @click.option("--until-stdin-ends", is_flag=True, hidden=True, help="Stop when whoever started it is gone.")
 @common.log_options
 @common.home_option
@@ -200,6 +241,7 @@ def agent(
     insecure_http: bool,
     runtimes: tuple[str, ...],
     attach: tuple[str, ...],
+    models: tuple[str, ...],
     until_stdin_ends: bool,
     home: str | None,
     log_level: str | None,
@@ -207,7 +249,7 @@ def agent(
 ) -> None:
     """Run the agent in the foreground: work for the pool that this machine has joined."""
     flags = {"coordinator_url": coordinator_url, "insecure_http": insecure_http or None}
-    lists = {"runtimes": list(runtimes) or None, "attach": list(attach) or None}
+    lists = {"runtimes": list(runtimes) or None, "attach": list(attach) or None, "models": list(models) or None}
     logs = {"log_level": log_level, "log_json": log_json}
     settings = settings_of(home, **flags, **lists, **logs)
     common.set_up_logging(settings.log_level, as_json=settings.log_json)
@@ -237,59 +279,6 @@ def _tied_to_stdin(running: Agent) -> None:
 
 
 @click.command()
-@common.home_option
-@common.json_option
-def status(home: str | None, as_json: bool) -> None:
-    """Show the agent that runs on this machine: what it does, and why not more."""
-    from rma_core.agent.control import ask
-
-    settings = settings_of(home)
-    now = common.run_async(ask(_agent_home(settings), "status"))
-    common.show(now, as_json, lambda out: _print_status(out, now))
-
-
-def _agent_home(settings: AgentSettings) -> Path:
-    """Return the folder of the agent: the state folder itself, or the one `rma up` keeps inside it."""
-    return agent_settings(settings).home_path
-
-
-def _print_status(out: Console, now: dict[str, Any]) -> None:
-    why = f" ({now['standing_reason']})" if now["standing_reason"] else ""
-    where = f"{now['worker_id']} at {now['coordinator']}"
-    out.print(common.safe(f"{where}: {now['standing']}{why}, connection: {now['connection']}"))
-    out.print(common.safe(f"  {now['tier_reason']}"))
-    state = "draining" if now["draining"] else f"paused: {now['paused']}" if now["paused"] else "working"
-    done = f"{now['tasks_succeeded']} requests answered, {now['tasks_failed']} failed"
-    out.print(common.safe(f"  {state}, load {now['current_load']:.0%}, {len(now['attempts'])} running, {done}"))
-    rows = [(c["service"], c["state"], _where(c), c.get("reason", "")) for c in now["containers"]]
-    common.table(("service", "state", "runtime", "why"), rows, empty="  No services.")(out)
-    engines = [(r["name"], r["state"], r["reason"] or r["version"]) for r in now["runtimes"]]
-    common.table(("runtime", "state", "why"), engines, empty="  No runtimes.")(out)
-    ill = [(p["detector"], p["state"], p["reason"]) for p in now["probes"] if p["state"] == "unhealthy"]
-    if ill:
-        common.table(("detector", "state", "why"), ill, empty="")(out)
-
-
-def _where(container: dict[str, Any]) -> str:
-    """Return what runs it; of several attached servers, which one."""
-    runtime: str = container.get("runtime", "")
-    return str(container["name"]) if runtime == "attached" else runtime
-
-
-@click.command()
-@common.home_option
-@common.json_option
-def drain(home: str | None, as_json: bool) -> None:
-    """Let the agent on this machine finish what it has, return the rest, and stop."""
-    from rma_core.agent.control import ask
-
-    answer = common.run_async(ask(_agent_home(settings_of(home)), "drain"))
-    common.say("The agent finishes what it has and stops.")
-    if as_json:
-        common.show(answer, as_json, lambda _: None)
-
-
-@click.command()
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @common.home_option
 @common.json_option
@@ -298,7 +287,7 @@ def leave(yes: bool, home: str | None, as_json: bool) -> None:
     settings = settings_of(home)
     if not yes and not (sys.stdin.isatty() and click.confirm("Leave the pool for good?", default=False, err=True)):
         raise UsageProblem("nothing was changed", hints=("--yes leaves without being asked",))
-    left = common.run_async(_leave(_agent_home(settings)))
+    left = common.run_async(_leave(agent_home(settings)))
     common.say(f"This machine is no longer {left['worker_id']} of {left['coordinator']}; its key is gone.")
     if as_json:
         common.show(left, as_json, lambda _: None)
@@ -337,4 +326,4 @@ async def _locked(folder: StateFolder) -> None:
             return
 
 
-COMMANDS: list[click.Command] = [agent, drain, join, leave, status]
+COMMANDS: list[click.Command] = [agent, join, leave]

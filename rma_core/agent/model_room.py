@@ -1,0 +1,142 @@
+"""Which models are in memory at one time: as many as fit beside everything else, the others wait in their files.
+
+What a model takes was reckoned beforehand and is reserved before it is loaded, so two that do not fit together are
+never loaded together. One that nobody is asking gives way to one that somebody asks for, the one that was used longest
+ago first; one at work never does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from rma_core.catalog import UNIFIED_MEMORY, Room
+from rma_core.models.sizes import human
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from rma_core.catalog import Needs
+    from rma_core.models.hardware import Device, HardwareReport
+
+
+class Claim(NamedTuple):
+    """Bytes of main memory, and of one GPU by its id."""
+
+    main_bytes: int
+    gpu: str = ""
+    gpu_bytes: int = 0
+
+    @classmethod
+    def of(cls, needs: Needs, gpu: Device | None) -> Claim:
+        """Return what ``needs`` claim; where memory is unified, the GPU's share is main memory."""
+        if gpu is None:
+            return cls(needs.memory_bytes)
+        share = needs.gpu_memory_bytes or gpu.memory_bytes or 0
+        unified = gpu.attributes.get(UNIFIED_MEMORY) is True
+        return cls(needs.memory_bytes + (share if unified else 0), gpu.id, share)
+
+
+class Tenant(Protocol):
+    """A model that takes memory while it is loaded or being loaded."""
+
+    @property
+    def name(self) -> str:
+        """What clients call it."""
+
+    @property
+    def claim(self) -> Claim:
+        """What it takes."""
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether it is loaded, or on its way."""
+
+    @property
+    def at_work(self) -> bool:
+        """Whether requests are at it, or it is on its way for some."""
+
+    @property
+    def last_used(self) -> float:
+        """When it was asked last, in monotonic seconds."""
+
+    def reserve(self) -> None:
+        """From now on it is on its way into memory."""
+
+    async def unload(self) -> bool:
+        """Give its memory back; say whether it did."""
+
+
+class NoRoomError(Exception):
+    """A model cannot be loaded now; the sentence says why."""
+
+
+class ModelRoom:
+    """The memory of one machine that models share."""
+
+    def __init__(self, report: HardwareReport | None = None) -> None:
+        self._main_bytes = int(Room.of(report).memory_bytes) if report is not None else None
+        self._gpu_bytes = {gpu.id: gpu.memory_bytes or 0 for gpu in report.gpus} if report is not None else {}
+        self._others: tuple[Claim, ...] = ()
+        self.tenants: list[Tenant] = []
+        self._busy = asyncio.Lock()
+
+    def others(self, claims: Iterable[Claim]) -> None:
+        """Say what containers without a model take."""
+        self._others = tuple(claims)
+
+    def lacks(self, claim: Claim, *, beside: Iterable[Tenant]) -> str:
+        """Say what of a claim does not fit beside these models; an empty string when all of it does."""
+        taken = [*self._others, *(one.claim for one in beside)]
+        main = sum(one.main_bytes for one in taken)
+        if self._main_bytes is not None and main + claim.main_bytes > self._main_bytes:
+            return self._short("memory", claim.main_bytes, self._main_bytes - main)
+        has = self._gpu_bytes.get(claim.gpu)
+        on_gpu = sum(one.gpu_bytes for one in taken if one.gpu == claim.gpu)
+        if has is not None and on_gpu + claim.gpu_bytes > has:
+            return self._short("memory of its GPU", claim.gpu_bytes, has - on_gpu)
+        return ""
+
+    def _short(self, what: str, wanted: int, left: int) -> str:
+        return f"it needs {human(wanted)} of {what}, and {human(max(0, left))} are free"
+
+    def why_not(self, tenant: Tenant) -> str:
+        """Say why a model cannot be loaded now, even if those at no work gave way; an empty string when it can."""
+        at_work = [one for one in self.tenants if one is not tenant and one.in_memory and one.at_work]
+        reason = self.lacks(tenant.claim, beside=at_work)
+        if not reason or not at_work:
+            return reason
+        return f"{reason} while {', '.join(one.name for one in at_work)} is at work"
+
+    def fits(self, tenant: Tenant) -> bool:
+        """Say whether a model can be loaded beside all that is in memory, so that nothing gives way."""
+        return not self.lacks(tenant.claim, beside=self._in_memory(tenant))
+
+    async def make_room(self, tenant: Tenant) -> None:
+        """Unload what is in the way of a model and at no work, and reserve what it takes. Raises NoRoomError."""
+        async with self._busy:
+            while reason := self.lacks(tenant.claim, beside=self._in_memory(tenant)):
+                idle = [one for one in self._in_memory(tenant) if not one.at_work]
+                # Only where room comes of it.
+                if self.why_not(tenant) or not idle:
+                    raise NoRoomError(self.why_not(tenant) or reason)
+                victim = min(idle, key=lambda one: one.last_used)
+                if not await victim.unload():
+                    raise NoRoomError(f"{victim.name} could not be unloaded")
+            tenant.reserve()
+
+    async def tidy(self) -> None:
+        """Unload models that nobody asks until all that is there fits: other services may have come."""
+        async with self._busy:
+            for tenant in sorted(self.tenants, key=lambda one: one.last_used):
+                if not self._crowded():
+                    return
+                if tenant.in_memory and not tenant.at_work:
+                    await tenant.unload()
+
+    def _crowded(self) -> bool:
+        there = self._in_memory(None)
+        return any(self.lacks(Claim(0, gpu), beside=there) for gpu in ("", *self._gpu_bytes))
+
+    def _in_memory(self, besides: Tenant | None) -> list[Tenant]:
+        return [one for one in self.tenants if one is not besides and one.in_memory]
