@@ -1,9 +1,11 @@
 """Build the images of the services in this folder: ``make images``, or ``python containers/build.py --help``.
 
-Each folder with a Dockerfile becomes ``ghcr.io/rma/<folder>-worker:<version>``. What the image installs is downloaded
+Each folder with a Dockerfile becomes the image that its catalog entry names. What the image installs is downloaded
 here first, as wheels for the Python and the platform of the base image, into ``wheels/`` of a copy of the folder. So
 the build itself needs no network, and nothing of this machine's package configuration can get into the image. A
-Dockerfile that installs packages of the base's system (``apt-get``) gets one, unless ``--network`` says otherwise.
+Dockerfile that fetches something else itself gets one, unless ``--network`` says otherwise. Services that need a GPU
+stand on images of many gigabytes and are built only when they are named. ``--gpu`` makes the build of a service for
+that kind of GPU, with packages from the ``--index`` of whoever makes those.
 Names of images go to stdout, everything else to stderr.
 """
 
@@ -19,10 +21,9 @@ import tempfile
 import time
 import tomllib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
-PREFIX = "ghcr.io/rma"
 #: Seconds for one step (a base image pulled, wheels downloaded, a build); a slow line and a large image fit in.
 STEP_S = 3600.0
 #: Not copied into the build context.
@@ -61,19 +62,52 @@ class Target(NamedTuple):
         ]
 
 
-def build(folder: Path, *, engine: str, base: str, network: str) -> str:
+class Gpu(NamedTuple):
+    """What a build for one kind of GPU stands on: an image with its libraries, and which package is another one."""
+
+    base: str
+    package: str = "xllamacpp"
+
+
+#: Their Python is installed by the Dockerfile, where they have none.
+GPUS = {
+    "cuda": Gpu("docker.io/nvidia/cuda:12.8.1-runtime-ubuntu24.04"),
+    "rocm": Gpu("docker.io/rocm/dev-ubuntu-24.04:6.4.1"),
+    "vulkan": Gpu("docker.io/library/ubuntu:24.04"),
+}
+#: What Python there is in all of these once it was installed.
+GPU_TARGET = ((3, 12), "x86_64", 39)
+
+
+def build(folder: Path, *, engine: str, base: str, network: str, gpu: str = "", index: str = "") -> str:
     """Build one service's image; returns its name."""
-    base = base or default_base(folder / "Dockerfile")
-    network = network or default_network(folder / "Dockerfile")
-    name = f"{PREFIX}/{folder.name}-worker:{version(folder)}"
+    entry = catalog(folder)
+    name = str(entry["gpu_images"][gpu] if gpu else entry["image"])
+    dockerfile = folder / "Dockerfile"
+    base = base or (GPUS[gpu].base if gpu else default_base(dockerfile))
+    network = network or ("default" if gpu else default_network(dockerfile))
     with tempfile.TemporaryDirectory(prefix="rma-image-") as temporary:
         context = Path(temporary) / folder.name
         shutil.copytree(folder, context, ignore=NOT_COPIED)
-        step(f"{name}: which Python is in {base}")
-        fetch_wheels(folder, context / "wheels", target_of(engine, base))
+        if (folder / "pyproject.toml").exists():
+            step(f"{name}: which Python is in {base}")
+            target = Target(*GPU_TARGET) if gpu else target_of(engine, base)
+            fetch_wheels(folder, context / "wheels", target, package=GPUS[gpu].package if gpu else "", index=index)
         step(f"{name}: {engine} build")
-        run(engine, "build", f"--network={network}", f"--build-arg=BASE={base}", f"--tag={name}", str(context))
+        told = [f"--build-arg=BASE={base}", *([f"--build-arg=GPU={gpu}"] if gpu else [])]
+        run(engine, "build", f"--network={network}", *told, f"--tag={name}", str(context))
     return name
+
+
+def catalog(folder: Path) -> dict[str, Any]:
+    """The service's entry in the catalog, which names its image."""
+    return tomllib.loads((folder / "catalog.toml").read_text(encoding="utf-8"))
+
+
+def is_large(folder: Path) -> bool:
+    """Whether it is built only when it is named: what needs a GPU stands on images of many gigabytes."""
+    needs = catalog(folder).get("needs", {})
+    return bool(needs.get("gpu_api") or needs.get("gpu_memory"))
 
 
 def default_base(dockerfile: Path) -> str:
@@ -85,14 +119,9 @@ def default_base(dockerfile: Path) -> str:
 
 
 def default_network(dockerfile: Path) -> str:
-    """The network of a build: none, unless packages of the base's own system are to be installed."""
-    return "default" if "apt-get" in dockerfile.read_text(encoding="utf-8") else "none"
-
-
-def version(folder: Path) -> str:
-    """The service's version, which is its image's tag."""
-    project: dict[str, str] = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return project["version"]
+    """The network of a build: none, unless it installs packages of the base's own system, or pulls a model."""
+    text = dockerfile.read_text(encoding="utf-8")
+    return "default" if "apt-get" in text or "ollama pull" in text else "none"
 
 
 def target_of(engine: str, base: str) -> Target:
@@ -104,13 +133,20 @@ def target_of(engine: str, base: str) -> Target:
     return Target((major, minor), machine, int(libc_version.split(".")[1]))
 
 
-def fetch_wheels(folder: Path, wheels: Path, target: Target) -> None:
-    """The service's own wheel, and everything it needs as pinned in its requirements.txt."""
+def fetch_wheels(folder: Path, wheels: Path, target: Target, *, package: str = "", index: str = "") -> None:
+    """The service's own wheel, and all it needs as pinned in its requirements.txt; ``package`` from ``index``."""
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
     step(f"{folder.name}: wheels for Python {target.python[0]}.{target.python[1]} on {target.machine}")
     run(*pip, "wheel", "--quiet", "--no-deps", f"--wheel-dir={wheels}", str(folder))
-    requirements = f"--requirement={folder / 'requirements.txt'}"
-    run(*pip, "download", "--quiet", f"--dest={wheels}", *target.pip_arguments(), requirements)
+    pinned = (folder / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    apart = [line for line in pinned if package and line.startswith(f"{package}==")]
+    rest = wheels / "requirements.txt"
+    rest.write_text("\n".join(line for line in pinned if line not in apart), encoding="utf-8")
+    download = (*pip, "download", "--quiet", f"--dest={wheels}", *target.pip_arguments())
+    run(*download, f"--requirement={rest}")
+    if apart:
+        run(*download, "--no-deps", f"--index-url={index}", *apart)
+    rest.unlink()
 
 
 def push(name: str, prefix: str, engine: str) -> str:
@@ -146,8 +182,13 @@ def main() -> int:
     folders = {path.parent.name: path.parent for path in sorted(HERE.glob("*/Dockerfile"))}
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "services", nargs="*", metavar="SERVICE", help=f"of {', '.join(folders) or 'none'}; all if none"
+        "services",
+        nargs="*",
+        metavar="SERVICE",
+        help=f"of {', '.join(folders) or 'none'}; if none, all that need no GPU",
     )
+    parser.add_argument("--gpu", choices=tuple(GPUS), default="", help="the build for that kind of GPU (llama-cpp)")
+    parser.add_argument("--index", default="", metavar="URL", help="package index that has llama.cpp for that GPU")
     parser.add_argument("--engine", choices=("docker", "podman"), default="docker")
     parser.add_argument("--base", default="", help="base image (default: what each Dockerfile says)")
     parser.add_argument("--push", default="", metavar="PREFIX", help="push too, as PREFIX/<service>-worker:<version>")
@@ -157,9 +198,17 @@ def main() -> int:
     options = parser.parse_args()
     if unknown := set(options.services) - set(folders):
         parser.error(f"no Dockerfile for {', '.join(sorted(unknown))}; there are {', '.join(folders)}")
+    services = options.services or [name for name, folder in folders.items() if not is_large(folder)]
+    if options.gpu and not options.index:
+        parser.error("--gpu needs the --index of the packages for it, see containers/llama-cpp/README.md")
+    if options.gpu and any("gpu_images" not in catalog(folders[name]) for name in services):
+        parser.error("--gpu is for services that have builds for GPUs: name one, such as llama-cpp")
     try:
-        for service in options.services or folders:
-            name = build(folders[service], engine=options.engine, base=options.base, network=options.network)
+        for service in services:
+            name = build(
+                folders[service], engine=options.engine, base=options.base, network=options.network,
+                gpu=options.gpu, index=options.index,
+            )  # fmt: skip
             print(name)
             if options.push:
                 print(push(name, options.push, options.engine))

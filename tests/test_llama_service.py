@@ -380,14 +380,6 @@ def test_an_engine_does_not_outlive_its_service(models: Path, tmp_path: Path) ->
         assert engines
 
 
-def test_the_catalog_entry_is_valid_and_a_pool_has_it_only_when_it_asks(models: Path) -> None:
-    entry = load(LLAMA / "llm.toml")
-    assert (entry.service, entry.routes[0]) == ("llm", "POST /v1/chat/completions")
-    assert entry.process is not None
-    assert (entry.process.distribution, entry.process.module) == ("rma-llama-cpp", "rma_llama_cpp")
-    assert not (LLAMA / "catalog.toml").exists()
-
-
 # -- loaded, unloaded, loaded again --------------------------------------------------------------------------------
 
 
@@ -469,7 +461,7 @@ def test_hundreds_of_answers_leave_nothing_behind(server: ModelServer) -> None:
 
 async def test_the_service_is_installed_and_run_by_the_process_runtime(models: Path, tmp_path: Path) -> None:
     need("pypi")
-    entry = load(LLAMA / "llm.toml")
+    entry = load(LLAMA / "catalog.toml")
     env = {**entry.env, "MODEL": "tiny", "MODEL_FILE": str(models / "two.gguf")}
     spec = msgspec.structs.replace(tiny_spec(), process=entry.process, limits=entry.limits, env=env)
     # A short path: the endpoint is a Unix socket then.

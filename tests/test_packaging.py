@@ -32,6 +32,7 @@ FOLDERS = {
     "rma-llama-cpp": "containers/llama-cpp",
     "rma-notes": "containers/notes",
     "rma-ocr": "containers/ocr",
+    "rma-vision": "containers/ollama-vision",
     **{name: folder for name, (folder, _, _) in PLUGINS.items()},
 }
 
@@ -108,7 +109,8 @@ def test_the_coordinators_wheel_brings_its_pages_and_the_catalog(wheels: dict[st
     with zipfile.ZipFile(wheels["rma-coordinator"]) as wheel:
         names = set(wheel.namelist())
     assert {f"rma_coordinator/static/{name}" for name in ("status.html", "status.js", "sample.pdf")} <= names
-    assert {"rma_coordinator/catalog/notes.toml", "rma_coordinator/catalog/ocr.toml"} <= names
+    services = ("llama-cpp", "notes", "ocr", "ollama-vision", "vllm")
+    assert {f"rma_coordinator/catalog/{name}.toml" for name in services} <= names
 
 
 def test_the_coordinators_wheel_serves_without_the_repository(
@@ -125,4 +127,7 @@ def test_the_coordinators_wheel_serves_without_the_repository(
         "from rma_coordinator.api.pages import NAMES, static;"
         "print([entry.service for entry in load(S())], sum(len(static(name)) for name in NAMES) > 1000)"
     )
-    assert run(python, "-c", script, env=environment(home), cwd=home).strip() == "['notes', 'ocr'] True"
+    assert (
+        run(python, "-c", script, env=environment(home), cwd=home).strip()
+        == "['llm', 'llm', 'notes', 'ocr', 'vision'] True"
+    )
