@@ -83,25 +83,26 @@ async def download(
     """
     backoff = backoff or Backoff(base_s=RETRY_BASE_S, cap_s=RETRY_CAP_S)
     have, moved_at = _size(part, most=file.size_bytes), clock()
+    furthest = have
     told(have)
     async with _client(rules) as client:
         while have < file.size_bytes:
-            before, wait_s = have, None
             try:
                 async with contextlib.aclosing(_once(client, file, part, have, rules)) as steps:
                     async for have in steps:
                         told(have)
             except _CutError as cut:
-                wait_s, words = cut.retry_after_s, str(cut)
+                words = str(cut)
                 logger.debug("%s broke off at %d bytes: %s", file.name, have, words)
                 have = _size(part, most=file.size_bytes)
-                if have > before:
-                    moved_at = clock()
+                # What comes for the second time is no step forward, or a file that is too short would come for ever.
+                if have > furthest:
+                    furthest, moved_at = have, clock()
                     backoff.reset()
                 elif clock() - moved_at >= stall_s:
                     message = f"{file.name}: nothing came for {clock() - moved_at:.0f} s: {words}"
                     raise DownloadFailed(message) from None
-                await asyncio.sleep(min(stall_s, backoff.next_s(wait_s)))
+                await asyncio.sleep(min(stall_s, backoff.next_s(cut.retry_after_s)))
 
 
 def _client(rules: Rules) -> http.AsyncClient:
@@ -133,9 +134,9 @@ async def _once(
             raise _CutError(_words(error)) from None
         try:
             if response.status_code in MOVED:
-                url = urljoin(url, response.headers.get("location", ""))
+                url = _next(url, response.headers.get("location", ""))
                 continue
-            begin = _begin(response, file, part, have)
+            begin = _begin(response, place.host, file, part, have)
             async with contextlib.aclosing(_written(response, file, part, begin, rules)) as steps:
                 async for now in steps:
                     yield now
@@ -145,17 +146,25 @@ async def _once(
     raise ModelMissing(f"{file.name}: {urlsplit(file.url).hostname} sends on and on, more than {MAX_REDIRECTS} times")
 
 
+def _next(url: str, location: str) -> str:
+    """Return where a redirect leads; what is no address is refused like any other that is not allowed."""
+    try:
+        return urljoin(url, location)
+    except ValueError:
+        return location
+
+
 def _words(error: Exception) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 async def _place(url: str, rules: Rules) -> _Place:
     """Return where a request may go. Raises ModelMissing for an address that is not allowed, _CutError."""
-    parts = urlsplit(url)
     try:
+        parts = urlsplit(url)
         host, port = parts.hostname or "", parts.port or 443
     except ValueError:
-        host, port = "", 0
+        parts, host, port = urlsplit(""), "", 0
     if parts.scheme != "https" or not host or "@" in parts.netloc:
         raise ModelMissing(f"files are downloaded over https only, not from {url[:200]!r}")
     named = host in rules.hosts or f"{host}:{port}" in rules.hosts
@@ -184,11 +193,11 @@ async def _address(host: str, port: int, *, named: bool) -> str:
     return allowed[0]
 
 
-def _begin(response: http.Response, file: ModelFile, part: Path, have: int) -> int:
+def _begin(response: http.Response, host: str, file: ModelFile, part: Path, have: int) -> int:
     """Return from which byte on the answer goes. Raises _CutError, ModelMissing."""
     status = response.status_code
     if status in NEVER:
-        raise ModelMissing(f"{file.name}: {response.url.host} answers {status}; is the address right, and free to all?")
+        raise ModelMissing(f"{file.name}: {host} answers {status}; is the address right, and free to all?")
     if response.headers.get("content-encoding", "identity") != "identity":
         raise ModelMissing(f"{file.name}: it comes packed, although it was asked for as it is")
     if status == PARTIAL and response.headers.get("content-range", "") == (
