@@ -59,7 +59,7 @@ LLAMA_CPP = CatalogEntry(
         "rocm": "ghcr.io/rma/llama-cpp-rocm-worker:0.1.0",
         "vulkan": "ghcr.io/rma/llama-cpp-vulkan-worker:0.1.0",
     },
-    needs=Needs(cpu_cores=1, storage="500MB", os=("linux", "macos", "windows"), architecture=("x86_64", "arm64")),
+    needs=Needs(cpu_cores=1, storage="500MB", os=("linux", "darwin", "windows"), architecture=("x86_64", "arm64")),
     limits=Limits(memory="2GB", cpus=8.0, pids=128, tmp="64MB"),
     process=ProcessForm(distribution="rma-llama-cpp", module="rma_llama_cpp", gpu_api=("metal",)),
 )
