@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tests.needs import need
+
 ROOT = Path(__file__).parents[1]
 #: Seconds in which the slowest of them must have ended, on a machine that is busy.
 WITHIN_S = 90
@@ -23,6 +25,7 @@ SCRIPTS = {
     "heartbeats": {"floor", "http", "channel", "of_floor"},
     "memory": {"workers", "rss_mib", "mb_per_100"},
     "overhead": {"direct", "pool", "added_p50_ms"},
+    "pause": {"held_mib", "stopped_s", "free_s", "loaded_again_s"},
     "simulation": {"workers", "simulated_s", "ways", "targets"},
     "startup": {"interpreter_s", "first_s", "later_s", "rest_rss_mib"},
 }
@@ -44,6 +47,10 @@ def test_every_script_that_make_bench_runs_is_tried_here() -> None:
 
 @pytest.mark.parametrize("name", sorted(SCRIPTS.keys() - {"fleet"}))
 def test_a_measurement_prints_its_keys(name: str) -> None:
+    if name == "pause":
+        # It installs the services that it measures.
+        need("pypi")
+        need("llama")
     assert run(name).keys() >= SCRIPTS[name]
 
 

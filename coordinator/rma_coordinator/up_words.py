@@ -46,7 +46,7 @@ def examples(statuses: Iterable[ContainerStatus], *, url: str, key: str, folder:
     if any(status.service == EXAMPLE for status in healthy):
         lines += [f"  {_document(url, key, folder)}", "  rma infer notes YOUR.pdf"]
     if model := next((model.name for status in healthy for model in status.models), ""):
-        asked = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}]})
+        asked = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 200})
         sent = f"curl -s -H 'Authorization: Bearer {key}' -H 'Content-Type: application/json'"
         lines.append(f"  {sent} -d '{asked}' {url}/v1/chat/completions")
     return ["", "Try it:", *lines] if lines else []
