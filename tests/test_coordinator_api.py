@@ -78,6 +78,7 @@ CASES: dict[tuple[str, str], Case] = {
     ("GET", "/api/admin/tasks/{task_id}"): Case(f"/api/admin/tasks/{TASK}", status=404),
     ("GET", "/api/admin/plugins"): Case("/api/admin/plugins"),
     ("GET", "/api/admin/services"): Case("/api/admin/services"),
+    ("GET", "/api/admin/models"): Case("/api/admin/models"),
     ("GET", "/api/admin/policies"): Case("/api/admin/policies"),
     ("POST", "/api/admin/policies/preview"): Case("/api/admin/policies/preview", {}),
     ("GET", "/api/admin/keys"): Case("/api/admin/keys"),

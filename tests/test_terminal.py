@@ -56,21 +56,23 @@ def obeyed(text: str) -> str:
 def status() -> dict[str, Any]:
     texts = dict.fromkeys(("worker_id", "coordinator", "standing", "standing_reason", "tier_reason", "paused"), EVIL)
     numbers = dict.fromkeys(("tasks_succeeded", "tasks_failed", "current_load"), 0)
-    lists: dict[str, Any] = {"attempts": [], "probes": [], "runtimes": []}
+    lists: dict[str, Any] = {"attempts": [], "probes": [], "runtimes": [], "left_out": [EVIL]}
     container = {"service": EVIL, "state": EVIL, "runtime": EVIL, "reason": EVIL}
-    return {**texts, **numbers, **lists, "connection": "channel", "draining": False, "containers": [container]}
+    model = {**container, "state": "healthy", "models": [{"name": EVIL, "state": EVIL}]}
+    return {**texts, **numbers, **lists, "connection": "channel", "draining": False, "containers": [container, model]}
 
 
 def test_the_status_of_the_agent_shows_what_the_coordinator_said_and_obeys_nothing() -> None:
     text = printed(_print_status, status())
-    assert text.count(SHOWN) == 10
+    assert text.count(SHOWN) == 16
     assert obeyed(text) == ""
 
 
 def test_a_worker_is_shown_as_it_calls_itself_and_obeyed_in_nothing() -> None:
     capabilities = {"cpu_cores": 4, "ram": EVIL, "storage": EVIL, "gpu_type": EVIL, "gpu_memory": EVIL}
     one = {
-        "worker_id": EVIL, "status": "healthy", "status_reason": EVIL, "tier_reason": EVIL,
+        "worker_id": EVIL, "status": "healthy", "status_reason": EVIL, "tier_reason": EVIL, "draining": False,
+        "paused": True,
         "capabilities": capabilities, "containers": [], "placement": {EVIL: EVIL},
         "hardware": {"probes": [{"detector": EVIL, "state": EVIL, "reason": EVIL}]},
         "plugins": [{"name": EVIL, "kind": EVIL, "state": EVIL, "reason": EVIL}],
