@@ -72,10 +72,17 @@ class Bench:
         self.effects.seats = self.dispatcher.seats
 
     def task(
-        self, service: str = "notes", *, key_id: str = "key:1", timeout_s: float = 600, durable: bool = False
+        self,
+        service: str = "notes",
+        *,
+        key_id: str = "key:1",
+        timeout_s: float = 600,
+        durable: bool = False,
+        model: str = "",
     ) -> Task:
         task = Task(
             service=service,
+            model=model,
             method="POST",
             path=f"/{service}",
             headers=(),

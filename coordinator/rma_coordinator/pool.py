@@ -499,13 +499,14 @@ class Pool:
 
         Only services that it was assigned count: nobody draws other requests to a machine by claiming to serve them.
         """
-        offered, models, usable = worker.offered(slots), worker.models, worker.usable
+        offered, models, shares, usable = worker.offered(slots), worker.models, worker.shares, worker.usable
         seat = self.dispatcher.seats.get(worker.id)
         # Most heartbeats change nothing, and what waits is looked at every TICK_S anyway.
-        if seat is None or seat.slots is not offered or seat.models is not models or seat.usable != usable:
+        same = seat is not None and seat.slots is offered and seat.models is models and seat.shares is shares
+        if seat is None or not same or seat.usable != usable:
             if any(one.models for one in worker.containers):
                 self.seen_models.note(worker.containers)
-            self.dispatcher.offers(worker.id, offered, models=models, usable=usable)
+            self.dispatcher.offers(worker.id, offered, models=models, shares=shares, usable=usable)
 
     def models(self) -> dict[str, ModelView]:
         """Return the pool's models by name: what can be asked for now, then what was there before."""

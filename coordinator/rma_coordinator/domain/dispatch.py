@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 from rma_coordinator.domain.affinity import Affinity
 from rma_coordinator.domain.queues import Line
 from rma_coordinator.domain.speeds import Speeds
-from rma_coordinator.domain.tasks import BLAMED, LEASE_S, NO_MODELS, Attempt, Seat, Task
+from rma_coordinator.domain.tasks import BLAMED, LEASE_S, NO_MODELS, NO_SHARES, Attempt, Seat, Task
 from rma_core.errors import NotFound, TryLater
 from rma_core.models.channel import ACCEPT_WITHIN_S, RESUME_WITHIN_S
 
@@ -228,10 +228,11 @@ class Dispatcher:
         *,
         usable: bool,
         models: Mapping[str, frozenset[str]] = NO_MODELS,
+        shares: Mapping[str, int] = NO_SHARES,
     ) -> None:
-        """A worker says what it can take; new slots start with a full quota."""
+        """A worker says what it can take, in all and of each model; new slots start with a full quota."""
         seat = self.seat(worker_id)
-        seat.usable = usable
+        seat.usable, seat.shares = usable, shares
         self._offer(seat, slots, models)
         if seat.quota:
             seat.quota = {name: quota for name, quota in seat.quota.items() if name in slots}
@@ -568,7 +569,10 @@ class Dispatcher:
             if line is None or not line.waiting:
                 continue
             lanes, barred = seat.lanes(), list[Task]()
-            while self._free(seat, service, self._clock()) and (task := line.pop(lanes=lanes)) is not None:
+            while self._free(seat, service, self._clock()):
+                task = line.pop(lanes=frozenset(filter(seat.takes, lanes)) if seat.shares else lanes)
+                if task is None:
+                    break
                 if seat.worker_id in task.excluded:
                     barred.append(task)
                 else:
@@ -593,7 +597,8 @@ class Dispatcher:
     def _soonest(self, task: Task, seats: list[Seat]) -> Seat | None:
         """Return the worker that has the task done first, or the freest of those that are as good."""
         now = self._clock()
-        free = [seat for seat in seats if seat.worker_id not in task.excluded and self._free(seat, task.service, now)]
+        able = [seat for seat in seats if seat.worker_id not in task.excluded and seat.takes(task.lane)]
+        free = [seat for seat in able if self._free(seat, task.service, now)]
         if task.attempts and len(free) > 1:
             tried = {attempt.worker_id for attempt in task.attempts}
             free = [seat for seat in free if seat.worker_id not in tried] or free

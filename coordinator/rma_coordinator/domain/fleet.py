@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from collections import deque
+from collections import Counter, deque
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from rma_coordinator.domain.tasks import NO_MODELS
+from rma_coordinator.domain.tasks import NO_MODELS, NO_SHARES
 from rma_coordinator.domain.worker_records import SHARED, Press, WorkerRecord, brief, same
 from rma_core.errors import NotFound
 from rma_core.models.worker import lane
@@ -150,6 +150,13 @@ class Worker:
             return _models(self.containers)
         return NO_MODELS
 
+    @property
+    def shares(self) -> Mapping[str, int]:
+        """How many of each lane it takes at once, where several containers share out a service; not to be changed."""
+        if any(one.models for one in self.containers):
+            return _shares(self.containers)
+        return NO_SHARES
+
 
 def _within(
     slots: Mapping[str, int], assignment: Iterable[Assignment], containers: Iterable[ContainerStatus]
@@ -168,6 +175,17 @@ def _models(containers: tuple[ContainerStatus, ...]) -> Mapping[str, frozenset[s
         if one.state == "healthy" and one.models:
             found.setdefault(one.service, set()).update(model.name for model in one.models)
     return {service: frozenset(names) for service, names in found.items()}
+
+
+@functools.lru_cache(SHARED)
+def _shares(containers: tuple[ContainerStatus, ...]) -> Mapping[str, int]:
+    healthy = [one for one in containers if one.state == "healthy"]
+    services = Counter(one.service for one in healthy)
+    found = Counter[str]()
+    for one in healthy:
+        if services[one.service] > 1:
+            found.update({lane(one.service, model.name): one.slots for model in one.models})
+    return found or NO_SHARES
 
 
 @functools.lru_cache(SHARED)

@@ -216,6 +216,8 @@ NO_QUOTA: Mapping[str, int] = MappingProxyType({})
 NO_ATTEMPTS: Mapping[str, Attempt] = MappingProxyType({})
 #: What a worker's models are that has none.
 NO_MODELS: Mapping[str, frozenset[str]] = MappingProxyType({})
+#: What a worker's shares are whose models have all slots of their service.
+NO_SHARES: Mapping[str, int] = MappingProxyType({})
 
 
 class Seat:
@@ -229,6 +231,7 @@ class Seat:
         "quota",
         "reachable",
         "running",
+        "shares",
         "slots",
         "usable",
         "worker_id",
@@ -239,6 +242,8 @@ class Seat:
         self.slots: dict[str, int] = {}
         #: The models of each service that has any.
         self.models = NO_MODELS
+        #: How many of each lane it takes at once, where its service's slots are shared out among models.
+        self.shares = NO_SHARES
         #: Slots it is given at most; halved by each failure, doubled by each success, never below one.
         self.quota = NO_QUOTA
         #: Its open attempts by lease, changed by `begin` and `end` only.
@@ -275,6 +280,11 @@ class Seat:
         """Return how many more attempts of a service it may be given now."""
         slots = self.slots.get(service, 0)
         return min(slots, self.quota.get(service, slots)) - self.busy(service)
+
+    def takes(self, lane: str) -> bool:
+        """Say whether a model has a slot left; those without a share have all slots of their service."""
+        share = self.shares.get(lane) if self.shares else None
+        return share is None or share > sum(1 for attempt in self.running.values() if attempt.task.lane == lane)
 
     def busy(self, service: str) -> int:
         """Return how many attempts of a service it has."""
