@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rma_core.agent import keeper
+from rma_core.agent import keeper, model_room
 from rma_core.agent.consent import Consent
 from rma_core.agent.engines import in_order
+from rma_core.agent.execute import AttemptFailed, forward
 from rma_core.agent.model_files import ModelFiles
-from rma_core.agent.model_room import Claim, ModelRoom, NoRoomError
+from rma_core.agent.model_room import LOOK_S, PATIENCE_S, Claim, ModelRoom, NoRoomError
 from rma_core.agent.pace import LOAD_BASE_S, STALL_BASE_S, Pace
 from rma_core.agent.reconcile import Reconciler
 from rma_core.catalog import Needs, Room
@@ -23,9 +24,10 @@ from rma_core.interfaces import GivenFile, GivenFiles, PullProgress
 from rma_core.models.hardware import Capabilities, Device, HardwareReport
 from rma_core.models.sizes import GIB
 from rma_core.models.weights import AssignedModel, ModelFile
-from rma_core.models.worker import Assignment
+from rma_core.models.worker import Assignment, TaskOffer
 from tests.agent_runtimes import MemoryRuntime
 from tests.agent_service import LocalService, eventually, local_service
+from tests.test_agent_execute import MemoryUplink
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -94,7 +96,7 @@ class InMemory:
     def __init__(self, name: str, gib: float, *, gpu: str = "", last_used: float = 0.0) -> None:
         self.name, self.last_used = name, last_used
         self.claim = Claim(0, gpu, int(gib * GIB)) if gpu else Claim(int(gib * GIB))
-        self.in_memory = self.at_work = self.stubborn = False
+        self.in_memory = self.at_work = self.stubborn = self.loading = self.leaving = False
 
     def reserve(self) -> None:
         self.in_memory = True
@@ -109,6 +111,12 @@ def room_of(*tenants: InMemory, memory_gib: int = 16, gpus: tuple[Device, ...] =
     room = ModelRoom(report(memory_gib, *gpus))
     room.tenants = list(tenants)
     return room
+
+
+async def moments(count: int = 3) -> None:
+    """Let what waits for room look so many times."""
+    for _ in range(count):
+        await asyncio.sleep(LOOK_S)
 
 
 async def test_what_is_in_the_way_and_longest_unused_gives_way_and_no_more_than_that() -> None:
@@ -131,13 +139,72 @@ async def test_one_at_work_never_gives_way_and_nothing_gives_way_in_vain() -> No
     busy.at_work = True
     assert room.why_not(new) == "it needs 6 GiB of memory, and 4 GiB are free while busy is at work"
     with pytest.raises(NoRoomError, match="while busy is at work"):
-        await room.make_room(new)
+        await room.make_room(new, within_s=2 * LOOK_S)
     assert idle.in_memory, "it would not have helped"
 
 
-async def test_a_model_too_large_for_the_machine_says_so() -> None:
+async def test_a_request_waits_until_those_in_the_way_of_its_model_are_done() -> None:
+    busy, new = InMemory("busy", 8), InMemory("new", 6)
+    room = room_of(busy, new)
+    await room.make_room(busy)
+    busy.at_work = True
+    waiting = asyncio.create_task(room.make_room(new))
+    await moments()
+    assert (waiting.done(), room.must_wait(busy), room.fits(new)) == (False, False, False)
+    busy.at_work = False
+    assert await waiting
+    assert (busy.in_memory, new.in_memory) == (False, True)
+
+
+async def test_a_model_that_is_always_asked_gives_way_once_another_has_waited_long_enough() -> None:
+    now = 0.0
+    popular, other = InMemory("popular", 8), InMemory("other", 8)
+    room = ModelRoom(report(), clock=lambda: now)
+    room.tenants = [popular, other]
+    await room.make_room(popular)
+    popular.at_work = True
+    waiting = asyncio.create_task(room.make_room(other))
+    await moments()
+    assert await room.make_room(popular) is False, "it is in memory, and asked as before"
+    now += PATIENCE_S + 1
+    queued = asyncio.create_task(room.make_room(popular))
+    await moments()
+    assert not queued.done()
+    popular.at_work = False
+    assert await waiting
+    other.at_work = other.loading = True
+    now += PATIENCE_S + 1
+    await moments()
+    assert await room.make_room(other) is False, "the time that it takes to load is not held against it"
+    other.loading = False
+    now += PATIENCE_S + 1
+    assert room.must_wait(other)
+    other.at_work = False
+    assert await queued
+    assert (popular.in_memory, other.in_memory) == (True, False)
+
+
+async def test_requests_for_one_model_wait_for_its_turn_together_and_one_that_left_holds_up_nobody() -> None:
+    busy, new, third = InMemory("busy", 8), InMemory("new", 6), InMemory("third", 6)
+    room = room_of(busy, new, third)
+    await room.make_room(busy)
+    busy.at_work = True
+    gone = asyncio.create_task(room.make_room(third))
+    waiting = [asyncio.create_task(room.make_room(new)) for _ in range(3)]
+    await moments()
+    gone.cancel()
+    await asyncio.wait([gone])
+    busy.at_work = False
+    assert sorted(await asyncio.gather(*waiting)) == [False, False, True]
+    assert (new.in_memory, third.in_memory) == (True, False)
+
+
+async def test_a_model_too_large_for_the_machine_says_so_at_once() -> None:
     huge = InMemory("huge", 40)
-    assert room_of(huge).why_not(huge) == "it needs 40 GiB of memory, and 12 GiB are free"
+    room = room_of(huge)
+    assert room.never(huge) == "it needs 40 GiB of memory, and 12 GiB are free"
+    with pytest.raises(NoRoomError, match="it needs 40 GiB"):
+        await room.make_room(huge)
 
 
 async def test_main_memory_and_each_gpu_are_kept_apart() -> None:
@@ -186,15 +253,15 @@ async def test_models_that_are_asked_for_at_once_never_take_more_than_there_is(s
     room = room_of(*tenants)
 
     async def ask(tenant: InMemory) -> None:
-        try:
-            await room.make_room(tenant)
-        except NoRoomError:
-            return
+        await room.make_room(tenant)
         tenant.at_work = order.random() < 0.5
+        asyncio.get_running_loop().call_later(0.002, setattr, tenant, "at_work", False)
         taken = sum(one.claim.main_bytes for one in tenants if one.in_memory)
         assert taken <= 12 * GIB
 
-    await asyncio.gather(*(ask(tenant) for tenant in order.sample(tenants, len(tenants))))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_room, "LOOK_S", 0.001)
+        await asyncio.gather(*(ask(tenant) for tenant in order.sample(tenants, len(tenants))))
     assert any(one.in_memory for one in tenants)
 
 
@@ -302,8 +369,8 @@ class Machine:
         self.told = 0
         self.reconciler = Reconciler(
             in_order({"memory": self.runtime}, ["memory"], clock=lambda: self.now), worker_id="worker-0123abcd",
-            consent=Consent(everything=True), room=ModelRoom(report()), files=self.files, model_idle_s=idle_s,
-            changed=self.changed, clock=lambda: self.now, uniform=lambda low, _: low,
+            consent=Consent(everything=True), room=ModelRoom(report(), clock=lambda: self.now), files=self.files,
+            model_idle_s=idle_s, changed=self.changed, clock=lambda: self.now, uniform=lambda low, _: low,
         )  # fmt: skip
 
     def changed(self) -> None:
@@ -420,11 +487,54 @@ async def test_of_two_that_do_not_fit_together_the_one_that_is_asked_for_is_in_m
         assert machine.states() == {name: ("healthy", "loaded"), other: ("healthy", "cold")}
     holding = machine.reconciler.place("llm", "b")
     assert not isinstance(holding, str)
-    assert machine.reconciler.place("llm", "a") == (
-        "a cannot load its model now: it needs 7 GiB of memory, and 5 GiB are free while b is at work"
-    )
+    waiting = asyncio.create_task(machine.ask("a"))
+    await moments()
+    assert machine.fronts["b"].status == "ok", "it is at work"
+    assert not waiting.done()
     holding.release()
-    assert await machine.ask("a") is None
+    assert await waiting is None
+    await machine.rounds(1)
+    assert machine.states() == {"a": ("healthy", "loaded"), "b": ("healthy", "cold")}
+
+
+async def test_requests_that_wait_for_their_models_turn_keep_nobody_from_theirs(tmp_path: Path, stack: Any) -> None:
+    machine = await machine_with(tmp_path, stack, wanted("a", 7), wanted("b", 7))
+    await machine.rounds()
+    assert await machine.ask("b") is None
+    await machine.rounds(1)
+    holding = machine.reconciler.place("llm", "b")
+    assert not isinstance(holding, str)
+    first = asyncio.create_task(machine.ask("a"))
+    await moments()
+    machine.now += PATIENCE_S + 1
+    second = asyncio.create_task(machine.ask("b"))
+    await moments()
+    assert (first.done(), second.done()) == (False, False)
+    holding.release()
+    # The one of b that waits is not at work: a has its turn, then b.
+    assert await first is None
+    await machine.rounds(1)
+    assert await second is None
+    await machine.rounds(1)
+    assert machine.states() == {"a": ("healthy", "cold"), "b": ("healthy", "loaded")}
+
+
+async def test_a_request_whose_models_turn_does_not_come_goes_back_and_nobody_is_blamed(
+    tmp_path: Path, stack: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_room.ModelRoom.make_room, "__kwdefaults__", {"within_s": 2 * LOOK_S})
+    machine = await machine_with(tmp_path, stack, wanted("a", 7), wanted("b", 7))
+    await machine.rounds()
+    assert await machine.ask("b") is None
+    await machine.rounds(1)
+    slots = [machine.reconciler.place("llm", name) for name in ("b", "a")]
+    assert isinstance(slots[1], keeper.Slot)
+    offer = TaskOffer(
+        task_id="task-01", attempt=1, lease_id="1" * 32, service="llm", method="POST", path="/echo", model="a"
+    )
+    with pytest.raises(AttemptFailed, match=r"a cannot be loaded now: .* while b is at work") as failed:
+        await forward(offer, slots[1].client, None, MemoryUplink())
+    assert failed.value.fault == "owner"
 
 
 async def test_a_task_reaches_no_control_of_a_model(tmp_path: Path, stack: Any) -> None:

@@ -6,6 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, NamedTuple
 
 from rma_core.agent.endpoint import EndpointError
+from rma_core.agent.incoming import NotNowError
 from rma_core.errors import CoordinatorError, UsageProblem
 from rma_core.models.channel import MAX_DATA_BYTES
 
@@ -103,6 +104,8 @@ async def _ask(offer: TaskOffer, endpoint: Endpoint, body: AsyncGenerator[bytes,
         raise AttemptFailed("service", f"{offer.service} did not answer within {offer.first_byte_s:g} s") from None
     except UsageProblem as error:
         raise AttemptFailed("request", error.message) from None
+    except NotNowError as error:
+        raise AttemptFailed("owner", str(error)) from None
     except EndpointError as error:
         raise AttemptFailed("service", f"{offer.service} broke off before it answered: {error}") from None
 

@@ -28,6 +28,10 @@ class EndpointError(RMAError):
     code = "endpoint"
 
 
+class NotNowError(EndpointError):
+    """A service has no room for a request now; nobody is to blame."""
+
+
 class Incoming:
     """One answer, its body as far as it has come and not been taken; `bodiless` for the answer to HEAD."""
 

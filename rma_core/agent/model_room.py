@@ -2,22 +2,31 @@
 
 What a model takes was reckoned beforehand and is reserved before it is loaded, so two that do not fit together are
 never loaded together. One that nobody is asking gives way to one that somebody asks for, the one that was used longest
-ago first; one at work never does.
+ago first. One at work is waited for; while others wait for its memory it takes new requests for a moment only, so that
+everybody's turn comes.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from rma_core.catalog import UNIFIED_MEMORY, Room
 from rma_core.models.sizes import human
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from rma_core.catalog import Needs
     from rma_core.models.hardware import Device, HardwareReport
+
+#: Seconds for which models in memory take new requests although another has been waiting for its turn.
+PATIENCE_S = 20.0
+#: Seconds that a request waits for its model's turn.
+MOST_WAIT_S = 300.0
+#: Seconds between two looks whether those at work are done.
+LOOK_S = 0.1
 
 
 class Claim(NamedTuple):
@@ -53,8 +62,16 @@ class Tenant(Protocol):
         """Whether it is loaded, or on its way."""
 
     @property
+    def loading(self) -> bool:
+        """Whether it is on its way into memory."""
+
+    @property
     def at_work(self) -> bool:
         """Whether requests are at it, or it is on its way for some."""
+
+    @property
+    def leaving(self) -> bool:
+        """Whether it is on its way out of memory."""
 
     @property
     def last_used(self) -> float:
@@ -74,12 +91,16 @@ class NoRoomError(Exception):
 class ModelRoom:
     """The memory of one machine that models share."""
 
-    def __init__(self, report: HardwareReport | None = None) -> None:
+    def __init__(self, report: HardwareReport | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._main_bytes = int(Room.of(report).memory_bytes) if report is not None else None
         self._gpu_bytes = {gpu.id: gpu.memory_bytes or 0 for gpu in report.gpus} if report is not None else {}
         self._others: tuple[Claim, ...] = ()
         self.tenants: list[Tenant] = []
         self._busy = asyncio.Lock()
+        #: Those for which requests wait, and how many; the first one's turn is next, and has been since then.
+        self._line: dict[Tenant, int] = {}
+        self._since = 0.0
 
     def others(self, claims: Iterable[Claim]) -> None:
         """Say what containers without a model take."""
@@ -108,22 +129,68 @@ class ModelRoom:
             return reason
         return f"{reason} while {', '.join(one.name for one in at_work)} is at work"
 
-    def fits(self, tenant: Tenant) -> bool:
-        """Say whether a model can be loaded beside all that is in memory, so that nothing gives way."""
-        return not self.lacks(tenant.claim, beside=self._in_memory(tenant))
+    def never(self, tenant: Tenant) -> str:
+        """Say why a model cannot be loaded whatever other models do; an empty string when its turn comes."""
+        return self.lacks(tenant.claim, beside=())
 
-    async def make_room(self, tenant: Tenant) -> None:
-        """Unload what is in the way of a model and at no work, and reserve what it takes. Raises NoRoomError."""
+    def fits(self, tenant: Tenant) -> bool:
+        """Say whether a model can be loaded now beside all that is in memory, and keeps nobody from their turn."""
+        return not self._line and not self.lacks(tenant.claim, beside=self._in_memory(tenant))
+
+    def must_wait(self, tenant: Tenant) -> bool:
+        """Say whether new requests to a model in memory wait, for others have been waiting too long."""
+        first = next(iter(self._line), None)
+        return first is not None and first is not tenant and self._clock() - self._since > PATIENCE_S
+
+    async def make_room(self, tenant: Tenant, *, within_s: float = MOST_WAIT_S) -> bool:
+        """Wait for a model's turn; say whether it is to be loaded now, with what it takes reserved.
+
+        What is in its way is unloaded once it is at no work. Raises NoRoomError.
+        """
+        if not self._line:
+            self._since = self._clock()
+        self._line[tenant] = self._line.get(tenant, 0) + 1
+        try:
+            async with asyncio.timeout(within_s):
+                while True:
+                    if tenant.in_memory and not tenant.leaving and not self.must_wait(tenant):
+                        return False
+                    if next(iter(self._line)) is tenant and not tenant.leaving and await self._make(tenant):
+                        return True
+                    await asyncio.sleep(LOOK_S)
+        except TimeoutError:
+            raise NoRoomError(self.why_not(tenant) or "its turn did not come") from None
+        finally:
+            self._go(tenant)
+
+    def _go(self, tenant: Tenant) -> None:
+        """One request waits no longer; when its model waits no longer, it is the next one's turn."""
+        self._line[tenant] -= 1
+        if not self._line[tenant]:
+            if next(iter(self._line)) is tenant:
+                self._since = self._clock()
+            del self._line[tenant]
+
+    async def _make(self, tenant: Tenant) -> bool:
+        if reason := self.never(tenant):
+            raise NoRoomError(reason)
         async with self._busy:
-            while reason := self.lacks(tenant.claim, beside=self._in_memory(tenant)):
+            if tenant.in_memory:
+                # Another request has seen to it.
+                return False
+            if any(one.loading for one in self._in_memory(tenant)):
+                # The time that a model takes to load is none in which it works.
+                self._since = self._clock()
+            while self.lacks(tenant.claim, beside=self._in_memory(tenant)):
                 idle = [one for one in self._in_memory(tenant) if not one.at_work]
                 # Only where room comes of it.
                 if self.why_not(tenant) or not idle:
-                    raise NoRoomError(self.why_not(tenant) or reason)
+                    return False
                 victim = min(idle, key=lambda one: one.last_used)
-                if not await victim.unload():
+                if not await victim.unload() and not victim.at_work:
                     raise NoRoomError(f"{victim.name} could not be unloaded")
             tenant.reserve()
+        return True
 
     async def tidy(self) -> None:
         """Unload models that nobody asks until all that is there fits: other services may have come."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from rma_core.agent.endpoint import Endpoint, EndpointError
+from rma_core.agent.incoming import NotNowError
 from rma_core.agent.model_room import Claim, NoRoomError
 from rma_core.agent.pace import Pace
 from rma_core.errors import StartFailed, UsageProblem, ValidationProblem
@@ -102,6 +103,9 @@ class ModelService:
         self._needs, self._gpu = wanted.needs, gpu
         self.state: Literal["loaded", "loading", "cold"] = "cold"
         self.last_used = clock()
+        self.leaving = False
+        #: Requests that wait for its turn: they are not at it yet.
+        self._waiting = 0
         self._control: Endpoint | None = None
         self._health_path = wanted.health_path
         #: Whether it has been loaded once, or found no room: until then its container is starting.
@@ -132,14 +136,24 @@ class ModelService:
         return self.state != "cold"
 
     @property
+    def loading(self) -> bool:
+        """Whether it is on its way into memory."""
+        return self.state == "loading"
+
+    @property
+    def asked(self) -> bool:
+        """Whether requests are at it."""
+        return self._busy() > self._waiting
+
+    @property
     def at_work(self) -> bool:
         """Whether requests are at it, or it is on its way."""
-        return self._busy() > 0 or self.state == "loading"
+        return self.asked or self.loading
 
     @property
     def why_not(self) -> str:
-        """Why a request cannot be taken now; empty when it can."""
-        return "" if self.in_memory else self._room.why_not(self)
+        """Why no request can be taken, now or after others' turn; empty when it can."""
+        return "" if self.in_memory else self._room.never(self)
 
     def status(self, container: ContainerState, fetching: Fetching | None = None) -> ModelStatus:
         """Return it as a heartbeat carries it; ``fetching``: its files are on their way still."""
@@ -265,14 +279,21 @@ class ModelService:
     # Into memory and out of it.
 
     async def wanted_now(self) -> None:
-        """A request is about to be sent: see that the model is on its way into memory. Raises EndpointError."""
+        """A request is about to be sent: see that the model is on its way into memory.
+
+        While others are at work that are in its way, it waits. Raises NotNowError, EndpointError.
+        """
         self.last_used = self._clock()
-        if self.in_memory:
+        if self.in_memory and not self.leaving and not self._room.must_wait(self):
             return
+        self._waiting += 1
         try:
-            await self._room.make_room(self)
+            if not await self._room.make_room(self):
+                return
         except NoRoomError as error:
-            raise EndpointError(f"{self.name} cannot be loaded now: {error}") from None
+            raise NotNowError(f"{self.name} cannot be loaded now: {error}") from None
+        finally:
+            self._waiting -= 1
         try:
             if not await self._post("/load"):
                 raise EndpointError(f"{self.name} cannot be loaded: its service refused")
@@ -287,13 +308,16 @@ class ModelService:
 
     async def unload(self) -> bool:
         """Give its memory back; say whether it did."""
-        if not self._ours or self._busy():
+        if not self._ours or self.asked:
             return False
+        self.leaving = True
         try:
             done = await self._post("/unload")
         except EndpointError as error:
             logger.info("%s could not be unloaded: %s", self.name, error, extra={"action": "model_stuck"})
             return False
+        finally:
+            self.leaving = False
         if done:
             self._ahead = False
             self._settle()

@@ -86,7 +86,7 @@ class Reconciler:
         self.engines, self.worker_id, self.consent = engines, worker_id, consent
         self.gpus = tuple(gpus)
         self.clock, self.uniform, self.changed, self.check = clock, uniform, changed, check
-        self.room, self.model_idle_s = room or ModelRoom(), model_idle_s
+        self.room, self.model_idle_s = room or ModelRoom(clock=clock), model_idle_s
         self.files = files or ModelFiles(Path())
         self._stop_attempts, self._freed = stop_attempts, freed
         #: What the owner offers from files of the machine, whatever the coordinator wants.
