@@ -27,7 +27,7 @@ from tests.needs import need
 from tests.pools import NO_ENGINE, Running, environment, pool, rma, until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from tests.podmans import Podman
     from tests.pools import Pool
@@ -329,8 +329,16 @@ def built(docker_engine: str) -> str:
 
 
 def in_a_container(
-    home: Path, catalog: Path, file: Path, server: FileServer, env: Mapping[str, str], *, runtime: str
+    home: Path,
+    catalog: Path,
+    file: Path,
+    server: FileServer,
+    env: Mapping[str, str],
+    *,
+    runtime: str,
+    volumes: Callable[[], str],
 ) -> None:
+    """Let a machine with one engine join, serve the model, pause, go on, end, and leave the pool for good."""
     describe(file, catalog, url=server.url("/tiny.gguf"))
     told = {**env, **trusting(server, home), "RMA_CATALOG": str(catalog)}
     with pool(home, "--port", "0", "--runtime", runtime, env=told) as made:
@@ -347,18 +355,28 @@ def in_a_container(
         until(lambda: only_model(made)["state"] == "loaded", within_s=60, what="the model is back")
         assert text(chat(made)) == before
         assert len(server.asked) == 1, "what was downloaded is kept"
+    prefix = f"rma-{worker['worker_id'].removeprefix('worker-')}-files-"
+    assert len([one for one in volumes().split() if one.startswith(prefix)]) == 1, "it is there for the next start"
+    assert list((home / "agent" / "models").glob("*/tiny.gguf"))
+    left = subprocess.run(
+        rma("leave", "--yes"), env=environment(home, told), capture_output=True, text=True, timeout=100, check=True
+    )
+    assert left.stderr.count("\n") == 1, left.stderr
+    assert prefix not in volumes()
+    assert not (home / "agent" / "models").exists()
 
 
 @pytest.mark.timeout(600)
 def test_in_docker_the_same_entry_serves_the_model_from_a_volume(
     home: Path, catalog: Path, file: Path, server: FileServer, built: str
 ) -> None:
-    in_a_container(home, catalog, file, server, {"DOCKER_HOST": built} if built else {}, runtime="docker")
-    client = ["docker", *(["--host", built] if built else [])]
-    command = [*client, "volume", "ls", "--quiet", "--filter", "name=rma-"]
-    left = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split()
-    subprocess.run([*client, "volume", "rm", *left], check=True, timeout=60, capture_output=True)
-    assert len(left) == 1, "it is there for the next start"
+    env = {"DOCKER_HOST": built} if built else {}
+    in_a_container(home, catalog, file, server, env, runtime="docker", volumes=lambda: docker_volumes(built))
+
+
+def docker_volumes(host: str) -> str:
+    command = ["docker", *(["--host", host] if host else []), "volume", "ls", "--quiet"]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
 
 
 @pytest.fixture
@@ -378,4 +396,7 @@ def podman(built: str, rootful_podman: Podman) -> Podman:
 def test_in_podman_the_same_entry_serves_the_model_from_a_volume(
     home: Path, catalog: Path, file: Path, server: FileServer, podman: Podman
 ) -> None:
-    in_a_container(home, catalog, file, server, podman.agent_environ, runtime="podman")
+    def volumes() -> str:
+        return podman.run("volume", "ls", "--quiet")
+
+    in_a_container(home, catalog, file, server, podman.agent_environ, runtime="podman", volumes=volumes)

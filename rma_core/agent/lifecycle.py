@@ -28,6 +28,7 @@ from rma_core.agent.own_models import OwnModels
 from rma_core.agent.owner import Owner, status
 from rma_core.agent.poll import Poller
 from rma_core.agent.reconcile import Reconciler
+from rma_core.agent.state import MODELS_FOLDER
 from rma_core.models.worker import Heartbeat, HeartbeatAnswer, RegisterRequest, RegisterResponse
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class Agent:
             freed=self._freed,
             stop_attempts=self._withdraw_attempts,
             room=ModelRoom(report),
-            files=ModelFiles(folder.path / "models", hosts=settings.model_hosts),
+            files=ModelFiles(folder.path / MODELS_FOLDER, hosts=settings.model_hosts),
             model_idle_s=settings.model_idle_s,
             clock=clock,
             uniform=uniform,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from rma_core.agent.attempts import Stop
+from rma_core.agent.state import PAUSE_FILE
 from rma_core.agent.status import AgentStatus
 from rma_core.errors import UsageProblem, ValidationProblem
 from rma_core.models.strict import decode, encode
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PAUSE_FILE = "paused.json"
 #: Seconds that a call waits until everything has stopped; what takes longer goes on stopping.
 WAIT_S = 8.0
 PAUSED = Stop("owner", "the owner of this machine has paused it", tell=True)

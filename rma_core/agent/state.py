@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 KEY_FILE = "device.key"
 RECORD_FILE = "worker.json"
 LOCK_FILE = "agent.lock"
+#: There while the owner wants the machine back for now.
+PAUSE_FILE = "paused.json"
+#: Where downloaded files of models lie.
+MODELS_FOLDER = "models"
 #: Nothing the agent keeps is larger; more is a broken or foreign file.
 MAX_FILE_BYTES = 1024 * 1024
 
@@ -125,8 +129,8 @@ class StateFolder:
         self.write(RECORD_FILE, msgspec.json.format(msgspec.json.encode(record), indent=1))
 
     def forget(self) -> None:
-        """Remove key and record: this machine is nobody's worker any more."""
-        for name in (RECORD_FILE, KEY_FILE):
+        """Remove key, record and pause: this machine is nobody's worker any more."""
+        for name in (RECORD_FILE, KEY_FILE, PAUSE_FILE):
             (self.path / name).unlink(missing_ok=True)
 
     def write(self, name: str, data: bytes) -> None:

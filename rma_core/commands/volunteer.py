@@ -14,13 +14,12 @@ import click
 import msgspec
 
 from rma_core.commands import common
-from rma_core.commands.machine import agent_home, print_report, settings_of
+from rma_core.commands.machine import agent_settings, print_report, settings_of
 from rma_core.errors import AgentAbsent, SettingProblem, UsageProblem
 from rma_core.models.sizes import human
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from rich.console import Console
 
@@ -283,20 +282,23 @@ def _tied_to_stdin(running: Agent) -> None:
 @common.home_option
 @common.json_option
 def leave(yes: bool, home: str | None, as_json: bool) -> None:
-    """Take this machine out of its pool: say goodbye, and forget the pool and the machine's key."""
+    """Take this machine out of its pool: say goodbye, forget the pool, the machine's key and downloaded models."""
     settings = settings_of(home)
     if not yes and not (sys.stdin.isatty() and click.confirm("Leave the pool for good?", default=False, err=True)):
         raise UsageProblem("nothing was changed", hints=("--yes leaves without being asked",))
-    left = common.run_async(_leave(agent_home(settings)))
+    left = common.run_async(_leave(settings))
     common.say(f"This machine is no longer {left['worker_id']} of {left['coordinator']}; its key is gone.")
     if as_json:
         common.show(left, as_json, lambda _: None)
 
 
-async def _leave(home: Path) -> dict[str, str]:
+async def _leave(settings: AgentSettings) -> dict[str, str]:
     from rma_core.agent.control import ask
+    from rma_core.agent.leaving import forget_models
     from rma_core.agent.state import StateFolder
 
+    settings = agent_settings(settings)
+    home = settings.home_path
     folder = StateFolder(home)
     record = await asyncio.to_thread(lambda: folder.load_record() if home.exists() else None)
     if record is None:
@@ -307,6 +309,8 @@ async def _leave(home: Path) -> dict[str, str]:
     await _locked(folder)
     try:
         folder.forget()
+        for sentence in await forget_models(settings, record.worker_id):
+            common.say(sentence)
     finally:
         folder.unlock()
     return {"worker_id": record.worker_id, "coordinator": record.coordinator_url}
