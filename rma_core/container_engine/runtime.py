@@ -43,6 +43,7 @@ class EngineRuntime(ContainerRuntime):
     def __init__(self) -> None:
         """Contact nothing; the engine is looked for at the first call."""
         self._lock = threading.Lock()
+        self._filling = threading.Lock()
         self._engine: Engine | None = None
         self._was_there = True
 
@@ -100,8 +101,10 @@ class EngineRuntime(ContainerRuntime):
         abandoned = threading.Event()
 
         def job(engine: Engine) -> None:
-            if not volumes.is_filled(engine, spec) and (image := find_image(engine, spec)) is not None:
-                volumes.fill(engine, spec, str(image["Id"]), progress, abandoned)
+            # One that was given up clears away before another begins.
+            with self._filling:
+                if not volumes.is_filled(engine, spec) and (image := find_image(engine, spec)) is not None:
+                    volumes.fill(engine, spec, str(image["Id"]), progress, abandoned)
 
         try:
             await self._run(job, "pull")

@@ -38,6 +38,8 @@ from rma_core.interfaces import (
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
+    from rma_core.interfaces import PullProgress
+
 #: How long a check waits for a service to answer, or for a container to end, before it fails.
 PATIENCE_S = 30.0
 #: How often a check looks again while it waits.
@@ -48,6 +50,8 @@ REQUEST_S = 5.0
 EXIT_CODE = 3
 #: More interfaces or processes than this in a tiny service are the host's.
 A_HANDFUL = 16
+#: Bytes whose copying takes long enough to be given up.
+COPIED_BYTES = 128 * 1024 * 1024
 #: Mount points that engines make in every container, beside those below /proc, /sys and /dev.
 EVERY_CONTAINER_MOUNTS = (
     "/",
@@ -580,6 +584,31 @@ async def a_file_that_is_not_there_is_said(case: RuntimeCase) -> None:
     assert not await case.runtime.has_image(spec), "half a copy passes for a whole one"
 
 
+async def a_copy_that_is_given_up_is_none_and_can_be_made_anew(case: RuntimeCase) -> None:
+    """A `pull` that is cancelled while it copies leaves nothing that would pass for the files."""
+    loop = asyncio.get_running_loop()
+    begun = asyncio.Event()
+
+    def told(step: PullProgress) -> None:
+        if step.done_bytes:
+            loop.call_soon_threadsafe(begun.set)
+
+    with given_files(case.healthy, bytes(COPIED_BYTES)) as spec:
+        copying = asyncio.create_task(case.runtime.pull(spec, told))
+        waiting = asyncio.create_task(begun.wait())
+        await asyncio.wait({copying, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        assert begun.is_set(), "it says nothing of the bytes it copies"
+        assert not copying.done(), "it was too quick to be given up"
+        copying.cancel()
+        await asyncio.wait({copying})
+        waiting.cancel()
+        assert copying.cancelled(), "it goes on although nobody waits for it"
+        assert not await case.runtime.has_image(spec), "half a copy passes for a whole one"
+        await case.runtime.pull(spec, _ignore)
+        assert await case.runtime.has_image(spec), "after one that was given up there is no other"
+        await case.runtime.forget_files(spec.worker_id, ())
+
+
 runtime_contract: tuple[Check, ...] = (
     a_working_runtime_is_healthy_and_tells_its_version,
     an_absent_engine_is_a_state_with_a_reason,
@@ -614,4 +643,5 @@ isolation_contract: tuple[Check, ...] = (
     its_files_can_be_read_and_not_written,
     one_file_is_named_itself_and_another_worker_has_its_own,
     a_file_that_is_not_there_is_said,
+    a_copy_that_is_given_up_is_none_and_can_be_made_anew,
 )
