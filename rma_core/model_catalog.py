@@ -124,6 +124,10 @@ class ModelEntry(ServedModel, frozen=True, kw_only=True, omit_defaults=True, for
             raise ValueError("a file needs `sha256` and `size_bytes`")
         if any(not file.sha256 for file in self.files):
             raise ValueError("every one of `files` needs its `sha256`")
+        if len({file.name for file in self.files}) < len(self.files):
+            raise ValueError("two of `files` have the same name")
+        if self.format == "gguf" and len(self.files) > 1:
+            raise ValueError("a GGUF model is one file: `llama-gguf-split --merge` makes one of several")
 
     def assigned(self) -> AssignedModel:
         """Return it as it is sent to a worker."""

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from rma_coordinator.domain.fleet import AMNESTY_S, SWEEP_S, Fleet, Worker, WorkerRecord
 from rma_core.errors import NotFound
 from rma_core.models.hardware import Capabilities, HardwareReport
-from rma_core.models.worker import Assignment, ContainerStatus, Heartbeat
+from rma_core.models.weights import AssignedModel, ModelFile
+from rma_core.models.worker import Assignment, ContainerStatus, Heartbeat, ModelStatus
 
 REPORT = HardwareReport(capabilities=Capabilities(cpu_cores=4, ram="16GB"))
 INTERVAL_S = 30.0
@@ -246,3 +247,41 @@ def counted(fleet: Fleet, besides: str) -> dict[str, int]:
 def zeroes(fleet: Fleet, besides: str) -> dict[str, int]:
     """Services that nobody runs any more stay in the count with 0, which says the same."""
     return {name: 0 for name, count in fleet.assigned(besides=besides).items() if count == 0}
+
+
+def serving(model: str, *, by_owner: bool = False) -> ContainerStatus:
+    found = (ModelStatus(name=model),)
+    return ContainerStatus(name=f"llama-{model}", service="llm", state="healthy", models=found, by_owner=by_owner)
+
+
+def test_a_model_counts_where_it_is_assigned_and_where_its_owner_offers_it(pool: Pool) -> None:
+    [one, two] = pool.join(2)
+    given = Assignment(
+        name="llama-a", service="llm", image="x/y:1", port=8000,
+        model=AssignedModel(name="a", files=(ModelFile(name="a.gguf", size_bytes=1),)),
+    )  # fmt: skip
+    one.record = msgspec.structs.replace(one.record, assignment=(given,))
+    pool.fleet.recount(one)
+    pool.beat(one, containers=(serving("a"), serving("b", by_owner=True)))
+    pool.beat(two, containers=(serving("a", by_owner=True), serving("c")))
+    counted = {name: count for name, count in pool.fleet.assigned().items() if count}
+    # What somebody runs that nobody assigned, and that is not offered by its owner, is no copy of the pool's.
+    assert counted == {"llm": 1, "llm a": 2, "llm b": 1}
+
+
+def test_a_paused_worker_counts_for_nothing_and_is_given_nothing_until_it_goes_on(pool: Pool) -> None:
+    [one] = pool.join(1)
+    box = serving("a", by_owner=True)
+    pool.beat(one, containers=(box,), paused=True)
+    assert (one.usable, sum(pool.fleet.assigned().values()), pool.fleet.running()) == (False, 0, {})
+    assert pool.fleet.show(one)["paused"] is True
+    pool.beat(one, containers=(box,))
+    assert (one.usable, pool.fleet.assigned(), pool.fleet.running()) == (True, {"llm a": 1}, {"llm": 1})
+
+
+def test_an_owner_offers_no_more_slots_than_one_machine_may_bring(pool: Pool) -> None:
+    [one] = pool.join(1)
+    pool.beat(one, containers=(msgspec.structs.replace(serving("a", by_owner=True), slots=1000),))
+    assert one.offered() == {"llm": 64}
+    pool.beat(one, containers=(msgspec.structs.replace(serving("a", by_owner=True), service="ner"),))
+    assert one.offered() == {}, "only what an owner may offer"

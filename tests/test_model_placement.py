@@ -326,6 +326,16 @@ BAD = {
     "a misspelt field": (
         f'name = "m"\nlicence = "MIT"\nsha256 = "{"0" * 64}"\nsize_bytes = 1\ncontxt = 9', "unknown field `contxt`",
     ),
+    "a file in several parts": (
+        (f'name = "m"\nlicence = "MIT"\nrepository = "https://h/x"\nrevision = "1"\n'
+         f'files = [{{name = "a", size_bytes = 1, sha256 = "{"0" * 64}"}}, '
+         f'{{name = "b", size_bytes = 1, sha256 = "{"0" * 64}"}}]'), "a GGUF model is one file",
+    ),
+    "two files of one name": (
+        (f'name = "m"\nlicence = "MIT"\nformat = "safetensors"\nrepository = "https://h/x"\nrevision = "1"\n'
+         f'files = [{{name = "a", size_bytes = 1, sha256 = "{"0" * 64}"}}, '
+         f'{{name = "a", size_bytes = 2, sha256 = "{"1" * 64}"}}]'), "have the same name",
+    ),
     "no TOML": ("name =", "file: "),
 }  # fmt: skip
 

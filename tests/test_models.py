@@ -10,6 +10,7 @@ import pytest
 from rma_coordinator.domain.models import MOST_MODELS, REMEMBERED_S, ModelRecord, Models, ModelView
 from rma_coordinator.domain.tasks import Task
 from rma_core.errors import NotFound, TryLater
+from rma_core.model_catalog import ModelEntry
 from rma_core.models import channel as frames
 from rma_core.models.worker import ATTACHED, ContainerState, ContainerStatus, Heartbeat, ModelStatus
 from tests.coordinator_fixtures import Line, Running, running, soon, until
@@ -161,3 +162,78 @@ async def test_of_several_workers_the_readiest_state_and_the_smallest_context_ar
         await shares(pool, other, attached(ModelStatus(name="m", state="loading", context=4096)))
         view = pool.pool.models()["m"]
         assert view._replace(seen_at=0.0) == view_of(state="loading", workers=2, context=4096)
+
+
+def making(name: str, *, state: ContainerState = "pulling", **known: Any) -> ContainerStatus:
+    """Return a container whose model is on its way for the first time."""
+    model = ModelStatus(name=name, state="loading", **known)
+    return ContainerStatus(name="llama", service="llm", state=state, runtime="docker", by_owner=True, models=(model,))
+
+
+@pytest.mark.parametrize(
+    ("known", "said", "retry_after_s"),
+    [
+        ({}, "the model 'm' is made ready on 1 worker", 30),
+        ({"progress": 0.0}, "the model 'm' is made ready on 1 worker: 0% done", 30),
+        ({"progress": 0.25, "eta_s": 90.0}, "the model 'm' is made ready on 1 worker: 25% done, about 2 min left", 90),
+    ],
+)
+async def test_a_model_on_its_way_is_told_with_how_far_it_is_where_that_is_known(
+    tmp_path: Path, known: dict[str, Any], said: str, retry_after_s: float
+) -> None:
+    async with running(tmp_path) as pool, pool.worker(slots=0) as line:
+        await shares(pool, line, making("m", **known))
+        view = pool.pool.models()["m"]
+        assert (view.state, view.workers, view.coming) == ("loading", 0, 1)
+        assert (view.progress, view.eta_s) == (known.get("progress"), known.get("eta_s"))
+        with pytest.raises(TryLater) as refused:
+            pool.pool.check_model("m")
+        assert (refused.value.message, refused.value.retry_after_s) == (said, retry_after_s)
+
+
+async def test_of_several_that_make_a_model_ready_the_furthest_counts_until_one_has_it(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool, pool.worker(slots=0) as one, pool.worker(slots=0) as other:
+        await shares(pool, one, making("m", progress=0.2, eta_s=500.0))
+        await shares(pool, other, making("m", progress=0.7, eta_s=60.0, state="starting"))
+        view = pool.pool.models()["m"]
+        assert (view.coming, view.progress, view.eta_s) == (2, 0.7, 60.0)
+        assert view.sentence == "the model 'm' is made ready on 2 workers: 70% done, about 60 s left"
+        await shares(pool, one, attached("m"))
+        pool.pool.check_model("m")
+        view = pool.pool.models()["m"]
+        assert (view.state, view.workers, view.coming, view.progress) == ("loaded", 1, 1, None)
+
+
+async def test_a_loaded_model_that_waits_for_nothing_shows_no_progress_of_others(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool, pool.worker(slots=0) as line:
+        model = ModelStatus(name="m", state="loading", progress=0.5, eta_s=3.0)
+        await shares(pool, line, attached(model))
+        view = pool.pool.models()["m"]
+        assert (view.state, view.workers, view.progress, view.eta_s) == ("loading", 1, 0.5, 3.0)
+        pool.pool.check_model("m")
+        await shares(pool, line, attached(ModelStatus(name="m", state="cold")))
+        assert pool.pool.models()["m"].progress is None
+
+
+def test_models_of_the_catalog_are_known_before_anybody_has_them() -> None:
+    entry = ModelEntry(name="qwen", licence="Apache-2.0", sha256="1" * 64, size_bytes=1, context=2048)
+    models = Models(wall=lambda: 5.0, offered=[entry])
+    assert "qwen" in models
+    assert models.view([]) == {"qwen": ModelView("qwen", "away", 0, 2048, 0)}
+    assert models.newest(9) == ["qwen"]
+    models.note([attached("other")])
+    assert models.newest(9) == ["other", "qwen"]
+
+
+async def test_a_paused_worker_is_given_nothing_and_its_models_are_away(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool, pool.worker(slots=0) as line:
+        await shares(pool, line, attached("m"))
+        beat = Heartbeat(worker_id=line.id, containers=(attached("m"),), paused=True)
+        await line.say(frames.Beat(beat=beat, slots={"llm": 1}))
+        await until(lambda: pool.pool.fleet.get(line.id).paused)
+        assert pool.pool.models()["m"].state == "away"
+        with pytest.raises(TryLater):
+            pool.pool.check_model("m")
+        assert ask(pool, "m").state == "queued"
+        await shares(pool, line, attached("m"))
+        assert (await soon(line.frame(frames.Task))).offer.model == "m"

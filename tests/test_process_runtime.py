@@ -29,6 +29,7 @@ from rma_core.errors import (
     RuntimeAbsent,
     StartFailed,
 )
+from rma_core.interfaces import GivenFile, GivenFiles
 from rma_core.testing import RuntimeCase, runtime_contract
 from rma_core.testing.runtimes import answers, becomes, fetch
 from tests.needs import need
@@ -486,3 +487,19 @@ async def test_notes_is_installed_from_its_source_and_answers(tmp_path: Path) ->
     await answers(await runtime.endpoint(handle), entry.health_path)
     await runtime.aclose()
     assert len(set(notes)) > 5
+
+
+async def test_a_service_is_told_where_its_one_file_lies_and_no_copy_is_made(
+    runtime: ProcessRuntime, tmp_path: Path
+) -> None:
+    file = GivenFile(name="m.gguf", path=str(tmp_path / "Models of mine" / "m.gguf"), size_bytes=3)
+    given = GivenFiles(variable="MODEL_FILE", key="1" * 64, files=(file,))
+    spec = msgspec.structs.replace(tiny_spec(), files=given)
+    assert await runtime.has_image(spec), "there is nothing to bring"
+    handle = await runtime.start(spec)
+    assert (await fetch(await runtime.endpoint(handle), "/variable/MODEL_FILE"))[1].decode() == file.path
+    await runtime.stop(handle, grace_s=5)
+    await runtime.forget_files(spec.worker_id, ())
+    two = msgspec.structs.replace(given, files=(file, msgspec.structs.replace(file, name="n.gguf")))
+    with pytest.raises(NotSupported, match="needs its files in one folder, which only containers get"):
+        await runtime.start(msgspec.structs.replace(spec, files=two))

@@ -25,6 +25,8 @@ MODE = os.environ.get("MODE", "")
 class Answer(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         body = repr(sorted(os.environ)).encode() if self.path == "/environment" else os.getcwd().encode()
+        if self.path.startswith("/variable/"):
+            body = os.environ.get(self.path.removeprefix("/variable/"), "").encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()

@@ -105,9 +105,9 @@ def own_files(texts: Iterable[str]) -> tuple[OwnFile, ...]:
 def _own_file(text: str) -> OwnFile:
     place, _, options = text.strip().partition("#")
     name, named, path = place.partition("=")
-    if not named or "/" in name.split(":")[0] or os.sep in name:
-        # A path may have a "=" in it; a name stands before the first one and is no path.
-        name, path = ("", place) if not named or Path(place).expanduser().exists() else (name, path)
+    # A path may have a "=" in it, and a name a "/".
+    if not named or name.startswith(("/", ".", "~")) or "\\" in name or Path(place).expanduser().exists():
+        name, path = "", place
     if not path:
         raise UsageProblem(f"{text!r} names no file or folder of models", hints=(_HINT,))
     given = dict(parse_qsl(options, keep_blank_values=True))
