@@ -20,6 +20,7 @@ import psutil
 import pytest
 
 from rma_core.agent import control
+from rma_core.models.sizes import human
 from tests import base_image, tiny_model
 from tests.file_server import FileServer, file_server
 from tests.fixtures import NOTES
@@ -307,6 +308,23 @@ def test_another_file_than_the_catalogs_is_not_served_and_a_model_that_fits_nowh
         assert "llm huge" in shown
         assert "needs 8.2 TiB of memory" in shown
         assert refusal(made, "nobody-knows")[0] == 404
+
+
+@pytest.mark.timeout(200)
+def test_who_joins_sees_size_source_and_licence_before_anything_is_downloaded_and_agrees_to_that(
+    home: Path, catalog: Path, file: Path, server: FileServer
+) -> None:
+    describe(file, catalog, url=server.url("/tiny.gguf"), licence="Very-Own-1.0")
+    with pool(home, "--port", "0", "--no-agent", env={**NO_ENGINE, "RMA_CATALOG": str(catalog)}) as made:
+        joining = rma("join", made.url, made.json("tokens", "create")["token"], "--runtime", "process", "--enrol-only")
+        env = environment(home / "one", {**NO_ENGINE, "RMA_SERVICE_SOURCES": str(NOTES.parent)})
+        joined = subprocess.run([*joining, "--yes"], env=env, capture_output=True, text=True, timeout=60, check=True)
+        [line] = [one for one in joined.stdout.splitlines() if "Very-Own-1.0" in one]
+        assert line.split() == ["tiny", *human(file.stat().st_size).split(), "localhost", "Very-Own-1.0"]
+        assert json.loads((home / "one" / "worker.json").read_bytes())["consent"]["models"] == {"tiny": "Very-Own-1.0"}
+        [worker] = made.workers()
+        assert [one["model"]["licence"] for one in worker["assigned_containers"]] == ["Very-Own-1.0"]
+    assert server.asked == []
 
 
 def docker_image(host: str) -> None:
