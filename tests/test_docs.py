@@ -20,7 +20,7 @@ from docs import generate
 from rma_coordinator.api.routes import ROUTES
 from rma_coordinator.certificate import own_pair
 from rma_coordinator.server import free_port
-from rma_core import catalog, hookspecs
+from rma_core import catalog, hookspecs, model_catalog
 from rma_core.models.strict import convert
 from rma_core.settings import AgentSettings, CoordinatorSettings, describe, load_settings
 from tests.needs import need
@@ -108,6 +108,8 @@ def read_toml(snippet: Snippet, sandbox: Sandbox) -> None:
     table = tomllib.loads(snippet.text)
     if "catalog" in snippet.words:
         convert(table, catalog.CatalogEntry, subject=snippet.place)
+    if "model" in snippet.words:
+        convert(table, model_catalog.ModelEntry, subject=snippet.place)
     if "settings" in snippet.words:
         path = sandbox.path("settings-of-a-snippet.toml")
         path.write_text(snippet.text, encoding="utf-8")

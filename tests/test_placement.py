@@ -82,6 +82,13 @@ def test_a_preferred_service_is_placed_even_where_the_pool_has_enough() -> None:
     assert chosen(place((RAG,), RTX_3060, 2, pool={"rag": 5})) == ["rag"]
 
 
+def test_a_service_of_which_the_pool_wants_none_goes_nowhere_not_even_where_it_was() -> None:
+    none = entry("vision", 2, wanted=0)
+    for current in ((), ("vision",)):
+        found = place((none,), RTX_3060, 2, pool={}, current=current)
+        assert (chosen(found), found.reasons) == ([], {"vision": "the pool wants no copies of it"})
+
+
 def test_an_earlier_place_in_its_tiers_goes_first_then_what_nobody_offers() -> None:
     first, second = entry("b-first", 2, 1), entry("a-second", 1, 2)
     assert chosen(place((second, first), RTX_3060, 2, pool={})) == ["b-first", "a-second"]

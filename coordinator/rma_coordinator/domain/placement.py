@@ -207,7 +207,7 @@ def assignment(entry: CatalogEntry, *, env: Mapping[str, str]) -> Assignment:
 def _spare(candidate: _Candidate, wish: _Wish) -> bool:
     """Whether a model that this machine has could be spared: the pool has as many elsewhere as it wants."""
     has_it = candidate.model is not None and candidate.lane in wish.current
-    return has_it and wish.pool.get(candidate.lane, 0) >= max(1, candidate.wanted)
+    return has_it and wish.pool.get(candidate.lane, 0) >= candidate.wanted
 
 
 def _rank(candidate: _Candidate, wish: _Wish, *, swap: bool) -> tuple[int, int, bool, int, int, str, str]:
@@ -229,6 +229,8 @@ def _rank(candidate: _Candidate, wish: _Wish, *, swap: bool) -> tuple[int, int, 
 def _refusal(candidate: _Candidate, wish: _Wish) -> str:
     """Say why the machine does not get a service, whatever room there is; an empty string when nothing does."""
     entry, model = candidate.entry, candidate.model
+    if not candidate.wanted:
+        return "the pool wants no copies of it"
     if wish.allowed is not None and entry.service not in wish.allowed:
         return NOT_AGREED
     if model is not None and model.name in wish.own:
