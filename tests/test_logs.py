@@ -39,6 +39,7 @@ NAMES = {
     "key": r"[0-9a-f]{8}",
     "container": r"rma-[a-z-]+",
     "service": r"[a-z]+",
+    "model": r"\S+",
     "runtime": r"[a-z]+",
     "plugin": r"[a-z_]+",
     "pool": r"rma-[0-9a-f]{16}",

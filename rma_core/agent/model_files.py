@@ -159,7 +159,7 @@ class ModelFiles:
             told(PullProgress(done_bytes=before + file.size_bytes, total_bytes=total, note=f"checking {file.name}"))
             await self._approve(file, part, place)
         words = "%s was downloaded: %s in %.0f s"
-        about = {"action": "downloaded", "file": file.name}
+        about = {"action": "downloaded", "model": file.name}
         logger.info(words, file.name, human(file.size_bytes), time.monotonic() - began, extra=about)
         return place
 

@@ -220,7 +220,8 @@ class Reconciler:
         if best is not None and best.free and best.client is not None:
             return Slot(best, best.client, self._freed)
         if not keepers:
-            return f"this machine does not run {lane(service, model)}"
+            runs = any(k.wanted.service == service for k in self._keepers.values())
+            return f"this machine does not run {lane(service, model) if runs else service}"
         return next((why for k in keepers if (why := k.why_not)), f"{lane(service, model)} is busy")
 
     # Its work.
