@@ -19,7 +19,7 @@ from rma_core.agent import keeper, placing
 from rma_core.agent import reconcile as reconcile_module
 from rma_core.agent.consent import Consent
 from rma_core.agent.engines import in_order, stopped
-from rma_core.agent.keeper import spec_hash
+from rma_core.agent.placing import spec_hash
 from rma_core.agent.reconcile import Reconciler
 from rma_core.catalog import Needs, ProcessForm
 from rma_core.errors import RuntimeFailure

@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import hashlib
 import logging
 from typing import TYPE_CHECKING, Protocol
 
 from rma_core.agent.endpoint import Endpoint
 from rma_core.agent.engines import STOP_GRACE_S, asked, being_cancelled, last_line, looked_up, stopped
 from rma_core.agent.model_service import Fetching, ModelService
-from rma_core.agent.placing import Spot, adopted, find_spot
+from rma_core.agent.placing import Spot, adopted, find_spot, spec_hash
 from rma_core.agent.restarts import RESCAN_S, Restarts
 from rma_core.errors import ImageMissing, RuntimeAbsent, RuntimeFailure, StartFailed
-from rma_core.models.sizes import duration, human
-from rma_core.models.strict import encode
 from rma_core.models.worker import ContainerStatus
 
 if TYPE_CHECKING:
@@ -48,11 +45,6 @@ LOCAL_LOOK_S = 60.0
 ENGINE_WAIT_S = 15.0
 #: Seconds between two looks at a model that is being loaded.
 LOADING_CHECK_S = 1.0
-
-
-def spec_hash(wanted: Assignment) -> str:
-    """Return what tells one version of an assignment from another."""
-    return hashlib.sha256(encode(wanted)).hexdigest()
 
 
 class Keeper:
@@ -372,10 +364,7 @@ class Keeper:
         now = self._context.clock()
         fetching = self._fetching = self._fetching or Fetching(now)
         worth_telling = fetching.take(progress, now)
-        size = f"{human(progress.done_bytes)} of {human(progress.total_bytes)}" if progress.total_bytes else ""
-        eta_s = fetching.pace.eta_s(now)
-        left = "" if eta_s is None else f", about {duration(eta_s)} left"
-        self.reason = f"{words}{': ' if size else ''}{size}{left}"
+        self.reason = words + fetching.words(progress, now)
         if worth_telling:
             self._context.changed()
 

@@ -18,6 +18,7 @@ from rma_core.agent.incoming import NotNowError
 from rma_core.agent.model_room import Claim, NoRoomError
 from rma_core.agent.pace import Pace
 from rma_core.errors import StartFailed, UsageProblem, ValidationProblem
+from rma_core.models.sizes import duration, human
 from rma_core.models.strict import decode
 from rma_core.models.worker import ModelStatus
 
@@ -362,3 +363,9 @@ class Fetching:
             return False
         self._told_at = now
         return True
+
+    def words(self, progress: PullProgress, now: float) -> str:
+        """Return how many bytes there are, and the time left, each where it is known."""
+        size = f": {human(progress.done_bytes)} of {human(progress.total_bytes)}" if progress.total_bytes else ""
+        eta_s = self.pace.eta_s(now)
+        return size if eta_s is None else f"{size}, about {duration(eta_s)} left"

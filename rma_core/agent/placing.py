@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from typing import TYPE_CHECKING, NamedTuple
 
 from rma_core.agent.engines import asked, looked_up, stopped
@@ -17,6 +18,7 @@ from rma_core.errors import (
 )
 from rma_core.interfaces import ContainerSpec
 from rma_core.models.hardware import ContainerAccess
+from rma_core.models.strict import encode
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -102,6 +104,11 @@ def _access(device: Device, engine: Engine) -> ContainerAccess | None:
     if device.access is None and toolkit:
         return ContainerAccess(cdi=(f"nvidia.com/gpu={device.id.removeprefix('gpu:')}",))
     return device.access
+
+
+def spec_hash(wanted: Assignment) -> str:
+    """Return what tells one version of an assignment from another."""
+    return hashlib.sha256(encode(wanted)).hexdigest()
 
 
 async def find_spot(
