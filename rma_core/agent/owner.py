@@ -57,6 +57,8 @@ class Owner:
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
         self.pause = load_pause(agent.folder)
+        #: What a pause stops may take longer than its caller waits.
+        self._stopping: asyncio.Task[None] | None = None
         if self.pause is not None:
             self._hold()
             about = {"action": "paused"}
@@ -93,8 +95,10 @@ class Owner:
         self._hold()
         # Before anything else is waited for: nothing new is to be sent here.
         agent.changed()
-        stopping = asyncio.ensure_future(self._stop_all())
-        await asyncio.wait({stopping}, timeout=WAIT_S)
+        self._stopping = stopping = asyncio.create_task(self._stop_all())
+        done = (await asyncio.wait({stopping}, timeout=WAIT_S))[0]
+        for one in done:
+            one.result()
         left = [one.name for one in agent.reconciler.statuses()]
         return {
             "given_back": given_back,
