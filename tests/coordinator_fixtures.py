@@ -237,12 +237,11 @@ class Line:
                 await self._read()
 
     async def _read(self) -> None:
-        message = await self.ws.recv()
-        if isinstance(message, bytes):
-            stream, _, data = frames.unpack_data(message)
-            self.bodies[stream] = self.bodies.get(stream, b"") + data
-        else:
-            self._waiting.append(frames.unpack_down(message))
+        for stream, kind, content in frames.records(await self.ws.recv()):
+            if kind == frames.CONTROL:
+                self._waiting.append(frames.unpack_down(content))
+            else:
+                self.bodies[stream] = self.bodies.get(stream, b"") + content
 
     async def task(self, *, accept: bool = True) -> frames.Task:
         """Return the next task, with its body in ``bodies``."""
