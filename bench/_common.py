@@ -12,7 +12,6 @@ import statistics
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -195,7 +194,7 @@ def _first_key(home: Path) -> str:
         if (client := read_client(home)) is not None:
             return client.key
         time.sleep(0.005)
-    sys.exit(f"no key in {home}:\n{(home / 'log').read_text(encoding='utf-8')[-2000:]}")
+    sys.exit(f"no key in {home}:\n{log_of(home)}")
 
 
 def free_port() -> int:
@@ -207,16 +206,27 @@ def free_port() -> int:
 
 def wait_until_answered(url: str, process: subprocess.Popen[bytes], home: Path) -> None:
     """Return as soon as ``url`` answers; end the measurement with the log when it never will."""
+    if not answers(url, process):
+        sys.exit(f"{url} does not answer:\n{log_of(home)}")
+
+
+def answers(url: str, process: subprocess.Popen[bytes], within_s: float = READY_WITHIN_S) -> bool:
+    """Wait until ``url`` answers, and say whether it does before the time is over or the process."""
     # A proxy from the environment is for the way out of this machine.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    deadline = time.monotonic() + READY_WITHIN_S
+    deadline = time.monotonic() + within_s
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            with opener.open(url, timeout=READY_WITHIN_S):
-                return
-        except (OSError, urllib.error.URLError):
+            with opener.open(url, timeout=within_s):
+                return True
+        except OSError:  # among them every status that is an error
             time.sleep(0.005)
-    sys.exit(f"{url} does not answer:\n{(home / 'log').read_text(encoding='utf-8')[-2000:]}")
+    return False
+
+
+def log_of(home: Path) -> str:
+    """Return the end of what a process that was `started` has said."""
+    return (home / "log").read_text(encoding="utf-8", errors="replace")[-2000:]
 
 
 def memory(process: psutil.Process) -> dict[str, float]:

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 import psutil
@@ -21,7 +21,7 @@ from rma_core.models import channel as frames
 from rma_core.models.worker import ATTACHED, ContainerStatus, Heartbeat, ModelStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from bench._common import Server
 
@@ -83,14 +83,14 @@ def workers(stub: Path, server: Server, count: int, cores: set[int]) -> Iterator
     lines = asyncio.run(_enrol(server, count))
     with _common.pinned(cores):
         process = subprocess.Popen([str(stub), "worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert process.stdin is not None  # noqa: S101 - narrows the type
-    assert process.stdout is not None  # noqa: S101 - narrows the type
+    assert process.stdin is not None
+    assert process.stdout is not None
     try:
         process.stdin.write("".join(f"{json.dumps(line)}\n" for line in lines).encode())
         process.stdin.close()
         if not process.stdout.readline():
             sys.exit("the stub's workers did not begin")
-        asyncio.run(_listed(server, count))
+        asyncio.run(listed(server, count))
         yield
     finally:
         process.terminate()
@@ -127,8 +127,8 @@ def _said(machine: _load.Machine) -> Mapping[str, str]:
     return {"hello": frames.pack(hello), "beat": frames.pack(frames.Beat(beat=beat, slots=slots))}
 
 
-async def _listed(server: Server, count: int) -> None:
-    """Wait until so many workers offer the model."""
+async def listed(server: Server, count: int) -> None:
+    """Wait until so many workers offer the stub's model."""
     admin = Connection(server.url, server.key)
     async with asyncio.timeout(READY_S):
         while True:
@@ -194,19 +194,36 @@ class Aim(NamedTuple):
     key: str = ""
     watched: tuple[psutil.Process, ...] = ()
 
+    def resident_mib(self) -> float:
+        """Return the MiB of memory (RSS) that the watched processes hold now."""
+        every = [one for process in self.watched for one in (process, *process.children(recursive=True))]
+        return round(sum(one.memory_info().rss for one in every) / _common.MIB, 1)
+
 
 def load(
-    stub: Path, kind: str, aim: Aim, body: bytes, *, count: int, seconds: float, warm_s: float = 0.5, rate: float = 0.0
+    stub: Path,
+    kind: str,
+    aim: Aim,
+    body: bytes,
+    *,
+    count: int,
+    seconds: float,
+    warm_s: float,
+    rate: float = 0.0,
+    marked: Callable[[], None] | None = None,
 ) -> Load:
-    """Run ``requests`` or ``streams`` from ``count`` connections; CPU is read exactly where the load's time is."""
+    """Run ``requests`` or ``streams`` from ``count`` connections; CPU is read exactly where the load's time is.
+
+    ``marked`` is called when that begins, and when it ends.
+    """
     command = [
         str(stub), kind, "-url", aim.url, "-key", aim.key, "-body", body.decode(), "-count", str(count),
         "-seconds", f"{seconds}s", "-warm", f"{warm_s}s", *(["-rate", str(rate)] if rate else []),
     ]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None  # noqa: S101 - narrows the type
+        assert process.stdout is not None
         try:
-            marks = [_mark(process.stdout.readline(), aim) for _ in range(2)]
+            marks = [_mark(process.stdout.readline(), aim, marked) for _ in range(2)]
             told = json.loads(process.stdout.readline())
         finally:
             process.terminate()
@@ -217,7 +234,9 @@ def load(
     return Load(**{**told, "failures": tuple(told["failures"])}, used=used)
 
 
-def _mark(line: str, aim: Aim) -> list[Meter]:
+def _mark(line: str, aim: Aim, marked: Callable[[], None] | None) -> list[Meter]:
     if line.strip() not in ("begin", "end"):
         sys.exit(f"the load ended early: {line!r}")
+    if marked is not None:
+        marked()
     return [Meter.read([process]) for process in aim.watched]
