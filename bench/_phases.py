@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bench import _common, _stub
@@ -11,76 +13,79 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
+    from bench._common import Server
     from bench._stub import Aim, Load
 
 #: The model server without a gateway.
 ALONE = "alone"
 #: Seconds of a round, at most, and of load before it that does not count.
 ROUND_S, WARM_S = 2.0, 0.3
-#: Tokens of a whole answer, and of a stream (more than anyone waits for); tokens a second of one stream.
-TOKENS, ENDLESS, PACE = 16, 1_000_000, 50.0
+#: Tokens of a whole answer; tokens a second of a stream.
+TOKENS, PACE = 16, 50.0
+#: Streams must all have begun this much later than they should, and end by themselves this much after they are left:
+#: not every gateway lets go of them.
+OPENING_S, LEFT_S = 4.0, 4.0
 #: Connections that ask without a pause; requests a second of a load that is low for all, and its connections.
 AT_ONCE = 32
 LOW_RATE, LOW_CONNECTIONS = 20.0, 16
 #: Streams of which the lateness is compared.
 STREAMS = 60
 #: Open streams whose memory is measured, each slow enough to cost nothing.
-OPEN, OPEN_PACE = (1, 100, 1000), 1.0
+OPEN, OPEN_PACE, OPEN_OPENING_S = (1, 100, 1000), 1.0, 40.0
 #: A number of streams is sustained when nearly all of their tokens came, and nearly none a second late.
 SUSTAINED, SUSTAINED_LATE_US = 0.97, 1_000_000
 #: How much of its core a gateway is brought to use; from one number of streams to the next, at least and at most.
 FULL, LEAST_STEP, MOST_STEP, STEPS = 0.97, 1.08, 1.6, 12
-#: Numbers that fail while less of the core was used are tried again: others used it.
-BUSY, TRIES = 0.9, 3
+#: A number of streams is tried again when others used the core: the gateway used less of it than BUSY, and waited for
+#: it for more than DISTURBED of the time.
+BUSY, DISTURBED, TRIES = 0.9, 0.2, 3
 
 
 class Phase(NamedTuple):
-    """What is asked in a phase: ``kind`` of load, the request, connections, requests a second (0: as they come)."""
+    """What is asked in a phase: of how many at once, and requests a second (0: as they come) or a stream's pace."""
 
-    kind: str
-    body: bytes
     connections: int
     rate: float = 0.0
+    stream: bool = False
+    opening_s: float = OPENING_S
 
 
-WHOLE = _stub.request(tokens=TOKENS)
-PACED = _stub.request(tokens=ENDLESS, rate=PACE, stream=True)
-SLOW = _stub.request(tokens=ENDLESS, rate=OPEN_PACE, stream=True)
 PHASES = {
-    "latency": Phase("requests", WHOLE, 1),
-    "low": Phase("requests", WHOLE, LOW_CONNECTIONS, LOW_RATE),
-    "requests": Phase("requests", WHOLE, AT_ONCE),
-    "streams": Phase("streams", PACED, STREAMS),
+    "latency": Phase(1),
+    "low": Phase(LOW_CONNECTIONS, LOW_RATE),
+    "requests": Phase(AT_ONCE),
+    "streams": Phase(STREAMS, PACE, stream=True),
 }
+WHOLE = _stub.request(tokens=TOKENS)
 
 
 class Bench(NamedTuple):
-    """The load, what it is aimed at by name, and the streams that a pool takes at most."""
+    """The load, the model server, the gateways by name, and the streams that a pool takes at most."""
 
     stub: Path
-    aims: Mapping[str, Aim]
+    backend: Server
+    gateways: Mapping[str, Aim]
     most: int
 
     def run(self, name: str, phase: Phase, seconds: float, marked: Callable[[], None] | None = None) -> Load:
         """Run one phase once against one gateway; ``marked`` is called when what counts begins, and when it ends."""
-        return _stub.load(
-            self.stub,
-            phase.kind,
-            self.aims[name],
-            phase.body,
-            count=phase.connections,
-            seconds=seconds,
-            warm_s=min(seconds, ROUND_S) if phase.kind == "streams" else WARM_S,
-            rate=phase.rate,
-            marked=marked,
-        )
+        load = partial(_stub.load, self.stub, aim=self.gateways[name], seconds=seconds, marked=marked)
+        if not phase.stream:
+            return load("requests", body=WHOLE, count=phase.connections, warm_s=WARM_S, rate=phase.rate)
+        warm_s = min(seconds, ROUND_S)
+        tokens = math.ceil(phase.rate * (warm_s + phase.opening_s + seconds + LEFT_S))
+        body = _stub.request(tokens=tokens, rate=phase.rate, stream=True)
+        found = load("streams", body=body, count=phase.connections, warm_s=warm_s, opening_s=phase.opening_s)
+        if not _stub.quiet(self.backend):
+            sys.exit(f"{name} still asks the model server for what its clients have left long ago")
+        return found
 
 
 def rounds(bench: Bench, phase: Phase, seconds: float) -> dict[str, list[Load]]:
     """Let all take turns until each has had its seconds."""
     count = max(1, round(seconds / ROUND_S))
-    done: dict[str, list[Load]] = {name: [] for name in bench.aims}
-    for name in [*bench.aims] * count:
+    done: dict[str, list[Load]] = {name: [] for name in bench.gateways}
+    for name in [*bench.gateways] * count:
         done[name].append(bench.run(name, phase, seconds / count))
     return done
 
@@ -116,24 +121,25 @@ def capacity(measure: Callable[[int], Load], cost_us: float, most: int) -> Capac
 
 def sustained(measure: Callable[[int], Load], count: int) -> Load | None:
     """Return what so many streams measured, or nothing when they were too many."""
+    best: Load | None = None
     for _ in range(TRIES):
         load = measure(count)
         late = load.p99_us >= SUSTAINED_LATE_US or load.per_s < SUSTAINED * count * PACE
-        if not late and not load.failed:
-            return load
-        if load.busy() > BUSY:
-            return None
-    return None
+        if not late and not load.failed and load.begun == count:
+            best = load
+        if load.busy() > BUSY or load.waited() < DISTURBED:
+            break
+    return best
 
 
 def memory(bench: Bench, name: str) -> dict[str, float]:
-    """Return the MiB that a gateway holds at rest, and with streams open."""
-    aim = bench.aims[name]
-    found = {"rest": aim.resident_mib()}
+    """Return the MiB that a gateway holds by the number of streams that are open."""
+    aim, found = bench.gateways[name], dict[str, float]()
+    seen: list[float] = []
     for count in sorted({min(count, bench.most) for count in OPEN}):
-        seen: list[float] = []
-        bench.run(name, Phase("streams", SLOW, count), 1.0, lambda seen=seen: seen.append(aim.resident_mib()))  # type: ignore[misc]
-        found[str(count)] = max(seen)
+        phase = Phase(count, OPEN_PACE, stream=True, opening_s=OPEN_OPENING_S)
+        load = bench.run(name, phase, 1.0, lambda: seen.append(aim.resident_mib()))
+        found[str(load.begun)] = max(seen[-2:])
     return found
 
 
@@ -144,19 +150,25 @@ def row(done: Mapping[str, Mapping[str, Sequence[Load]]], name: str) -> dict[str
     """Return what the phases say of one gateway, and what it adds to the model server alone."""
     found: dict[str, Any] = {}
     for phase, sides in done.items():
-        loads, floor = sides[name], sides[ALONE]
+        loads, floor = calm(sides[name]), calm(sides[ALONE])
         found[phase] = {
-            "per_s": round(max(load.per_s for load in loads), 1),
+            "per_s": _common.median((load.per_s for load in loads), 1),
             **{f"{point}_ms": _ms(loads, point) for point in ("p50", "p99")},
             **{f"added_{point}_ms": round(_ms(loads, point) - _ms(floor, point), 3) for point in ("p50", "p99")},
-            # Others on the machine only ever add to it.
-            "cpu_us": [round(min(load.cpu_us(index) for load in loads), 1) for index in range(len(loads[0].used))],
+            "cpu_us": [
+                _common.median((load.cpu_us(index) for load in loads), 1) for index in range(len(loads[0].used))
+            ],
             "busy": _common.median((load.busy() for load in loads), 2),
             "waited": _common.median((load.waited() for load in loads), 2),
-            "failed": sum(load.failed for load in loads),
-            "failures": [text for load in loads for text in load.failures][:3],
+            "failed": sum(load.failed for load in sides[name]),
+            "failures": [text for load in sides[name] for text in load.failures][:3],
         }
     return found
+
+
+def calm(loads: Sequence[Load]) -> Sequence[Load]:
+    """Return the half of the rounds, at least one, in which what was measured waited least for its core."""
+    return sorted(loads, key=lambda load: load.waited())[: math.ceil(len(loads) / 2)]
 
 
 def _ms(loads: Iterable[Load], point: str) -> float:

@@ -1,4 +1,4 @@
-"""Where a running Python process spends its time: py-spy looks now and then at who holds the GIL, functions are counted.
+"""Where a running Python process spends its time: py-spy looks now and then who holds the GIL, functions are counted.
 
 What the kernel does for a call that gave the GIL back is in nobody's share.
 """

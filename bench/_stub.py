@@ -8,6 +8,8 @@ import json
 import shutil
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -30,8 +32,8 @@ SOURCES = Path(__file__).parent / "stub"
 MODEL, SERVICE = "stub", "llm"
 #: Seconds to build it, and to be ready.
 BUILD_S, READY_S = 300.0, 30.0
-#: Seconds beyond its own time that a load may take.
-LOAD_S = 180.0
+#: Seconds in which a gateway must have let go of what its clients have left.
+QUIET_S = 60.0
 #: As many requests at once as one machine takes at most of what its owner attached.
 SLOTS = 64
 
@@ -72,6 +74,17 @@ def backend(stub: Path, folder: Path, cores: set[int]) -> Iterator[Server]:
         url = f"http://127.0.0.1:{port}"
         _common.wait_until_answered(f"{url}/health", process, folder)
         yield _common.Server(url, "", psutil.Process(process.pid))
+
+
+def quiet(server: Server) -> bool:
+    """Wait until nobody streams from the model server any more; say whether that came."""
+    deadline = time.monotonic() + QUIET_S
+    while time.monotonic() < deadline:
+        with urllib.request.urlopen(f"{server.url}/active", timeout=READY_S) as answer:
+            if json.load(answer)["active"] == 0:
+                return True
+        time.sleep(0.05)
+    return False
 
 
 # -- workers -------------------------------------------------------------------------------------------------------
@@ -161,6 +174,8 @@ class Load(NamedTuple):
     seconds: float
     done: int
     failed: int
+    #: Streams that had begun when what counts did.
+    begun: int
     failures: tuple[str, ...]
     p50_us: int
     p90_us: int
@@ -209,16 +224,19 @@ def load(
     count: int,
     seconds: float,
     warm_s: float,
+    opening_s: float = 0.0,
     rate: float = 0.0,
     marked: Callable[[], None] | None = None,
 ) -> Load:
     """Run ``requests`` or ``streams`` from ``count`` connections; CPU is read exactly where the load's time is.
 
-    ``marked`` is called when that begins, and when it ends.
+    That begins after ``warm_s``, or up to ``opening_s`` later, when every stream has begun. ``marked`` is called when
+    it begins, and when it ends.
     """
     command = [
         str(stub), kind, "-url", aim.url, "-key", aim.key, "-body", body.decode(), "-count", str(count),
-        "-seconds", f"{seconds}s", "-warm", f"{warm_s}s", *(["-rate", str(rate)] if rate else []),
+        "-seconds", f"{seconds}s", "-warm", f"{warm_s}s", "-opening", f"{opening_s}s",
+        *(["-rate", str(rate)] if rate else []),
     ]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -6,7 +6,7 @@ up its tokens, on the other cores, with the load. RMA's has ``--workers`` worker
 
 What counts is CPU a request and a token: rates by the wall are less wherever others use the core, which `waited` tells.
 ``--seconds`` is how long each gateway is measured in each phase; ``--only rma,sglang`` leaves the others out;
-``--profile requests`` or ``streams`` shows instead where the coordinator spends its time meanwhile.
+``--profile requests`` (``streams``, ``agent-requests``, ``agent-streams``) shows instead where time is spent.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ AGENT = "agent"
 #: Workers of the pool: with as many slots as one machine may share, they take the most streams that are measured.
 WORKERS = 16
 SECONDS = 6.0
-#: Streams of a profile, enough to keep the coordinator busy.
+#: What can be profiled: the coordinator, or a real agent, under one kind of load.
+PROFILES = ("requests", "streams", "agent-requests", "agent-streams")
+#: Streams of the coordinator's profile, enough to keep it busy.
 PROFILED = 150
 
 #: The bars. Requests are compared with LiteLLM's on Hypercorn, with the sglang router's on uvicorn.
@@ -78,7 +80,7 @@ def _arguments() -> argparse.Namespace:
     parser = _common.parser(__doc__)
     parser.set_defaults(workers=WORKERS, seconds=SECONDS)
     parser.add_argument("--only", type=_names, default=tuple(GATEWAYS), help=f"some of {','.join(GATEWAYS)}")
-    parser.add_argument("--profile", choices=("requests", "streams"), help="where the coordinator spends its time")
+    parser.add_argument("--profile", choices=PROFILES, help="where the coordinator, or an agent, spends its time")
     return parser.parse_args()
 
 
@@ -102,21 +104,23 @@ def _started(stack: contextlib.ExitStack, place: Place, names: Sequence[str]) ->
 
 def _measure(place: Place, aims: Mapping[str, Aim], seconds: float) -> dict[str, Any]:
     floor = Aim(place.backend.url, "", (place.backend.process,))
-    bench = Bench(place.stub, {ALONE: floor, **aims}, place.workers * SLOTS)
+    bench = Bench(place.stub, place.backend, {ALONE: floor, **aims}, place.workers * SLOTS)
     whole = [name for name in aims if name != AGENT]
-    # First, while nothing has left anything behind.
-    memory = {name: _phases.memory(bench, name) for name in whole}
+    rest = {name: {"rest": bench.gateways[name].resident_mib()} for name in whole}
     done = {name: _phases.rounds(bench, phase, seconds) for name, phase in PHASES.items()}
-    rows = {name: _phases.row(done, name) for name in bench.aims}
+    rows = {name: _phases.row(done, name) for name in bench.gateways}
     for name in whole:
-        rows[name] |= {"memory_mib": memory[name], "capacity": _capacity(bench, name, rows[name], seconds)}
+        rows[name]["capacity"] = _capacity(bench, name, rows[name], seconds)
+    for name in whole:
+        # Last: not every gateway lets go of what streams left behind.
+        rows[name]["memory_mib"] = rest[name] | _phases.memory(bench, name)
     return rows
 
 
 def _capacity(bench: Bench, name: str, row: Mapping[str, Any], seconds: float) -> dict[str, Any]:
     seconds = min(seconds, _phases.ROUND_S)
     found = _phases.capacity(
-        lambda count: bench.run(name, Phase("streams", _phases.PACED, count), seconds),
+        lambda count: bench.run(name, Phase(count, _phases.PACE, stream=True), seconds),
         row["streams"]["cpu_us"][0],
         bench.most,
     )
@@ -133,21 +137,26 @@ def _capacity(bench: Bench, name: str, row: Mapping[str, Any], seconds: float) -
     }
 
 
-def _profiled(place: Place, kind: str, asked: Options) -> int:
-    """Show where the coordinator spends its time under one kind of load."""
-    phase = PHASES["requests"] if kind == "requests" else PHASES["streams"]._replace(connections=PROFILED)
-    with _gateways.rma(place) as aim:
-        bench = Bench(place.stub, {"rma": aim}, place.workers * SLOTS)
+def _profiled(place: Place, what: str, asked: Options) -> int:
+    """Show where the coordinator, or the agent behind it, spends its time under one kind of load."""
+    who, _, kind = what.rpartition("-")
+    phase = PHASES[kind]
+    if kind == "streams" and not who:
+        phase = phase._replace(connections=PROFILED)
+    with GATEWAYS[who or "rma"](place) as aim:
+        bench = Bench(place.stub, place.backend, {what: aim}, place.workers * SLOTS)
+        watched = len(aim.watched) - 1
         looks: list[_profile.Profile] = []
 
         def mark() -> None:
             if not looks:
-                looks.append(_profile.Profile(aim.watched[0].pid, asked.seconds, place.folder))
+                looks.append(_profile.Profile(aim.watched[watched].pid, asked.seconds, place.folder))
 
-        load = bench.run("rma", phase, asked.seconds, mark)
+        load = bench.run(what, phase, asked.seconds, mark)
         stacks = looks[0].result()
-    print(f"{kind}: {load.per_s:.0f} /s, {load.cpu_us():.1f} us of CPU each, {load.busy():.2f} of the core")
-    print("\n".join(_profile.lines(stacks, each=load.cpu_us())))
+    cost = load.cpu_us(watched)
+    print(f"{what}: {load.per_s:.0f} /s, {cost:.1f} us of CPU each, {load.busy(watched):.2f} of the core")
+    print("\n".join(_profile.lines(stacks, each=cost)))
     return 0
 
 
@@ -221,8 +230,8 @@ def _lines(result: Mapping[str, Any]) -> Iterator[str]:
             yield f"    {name:8}" + "".join(f"  {count} {size:.1f}" for count, size in row["memory_mib"].items())
     for pair, ratio in result["ratios"].items():
         yield (
-            f"{pair}: {ratio['requests']:.2f} times the requests in the same CPU time ({ratio['requests_by_the_wall']:.2f} "
-            f"by the wall), {ratio['tokens']:.2f} times the tokens ({ratio['tokens_by_the_wall']:.2f})"
+            f"{pair}, in the same CPU time (by the wall): requests {ratio['requests']:.2f} "
+            f"({ratio['requests_by_the_wall']:.2f}), tokens {ratio['tokens']:.2f} ({ratio['tokens_by_the_wall']:.2f})"
         )
     failures = (
         (name, phase, text) for name, row in rows.items() for phase in PHASES for text in row[phase]["failures"]

@@ -5,8 +5,12 @@ import (
 	"flag"
 	"fmt"
 	"net"
+	"sync/atomic"
 	"time"
 )
+
+// active is how many streams are open: clients that left are not always noticed by the gateway between.
+var active int64
 
 // backend is a model server that only looks like one.
 func backend(arguments []string) error {
@@ -57,6 +61,8 @@ func reply(conn net.Conn, m *message) error {
 			`"owned_by":"vllm","max_model_len":32768}]}`, model, time.Now().Unix())))
 	case "/health", "/health_generate", "/readiness", "/liveness":
 		return say(conn, 200, []byte(`{}`))
+	case "/active":
+		return say(conn, 200, []byte(fmt.Sprintf(`{"active":%d}`, atomic.LoadInt64(&active))))
 	case "/get_model_info", "/model_info":
 		return say(conn, 200, []byte(`{"model_path":"stub","tokenizer_path":"stub","is_generation":true}`))
 	case "/get_server_info", "/server_info":
@@ -77,6 +83,8 @@ const streamHead = "HTTP/1.1 200 OK\r\nserver: uvicorn\r\ncontent-type: text/eve
 	"transfer-encoding: chunked\r\n\r\n"
 
 func replyStream(conn net.Conn, a asked) error {
+	atomic.AddInt64(&active, 1)
+	defer atomic.AddInt64(&active, -1)
 	out := append(make([]byte, 0, 1024), streamHead...)
 	err := play(a, func(event []byte) error {
 		out = append(out, fmt.Sprintf("%x\r\n", len(event))...)

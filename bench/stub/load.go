@@ -26,6 +26,7 @@ type aim struct {
 	url, key, body          string
 	count                   int
 	warm, seconds, patience time.Duration
+	opening                 time.Duration
 }
 
 func parse(name string, arguments []string, more func(*flag.FlagSet)) aim {
@@ -37,7 +38,8 @@ func parse(name string, arguments []string, more func(*flag.FlagSet)) aim {
 	flags.IntVar(&a.count, "count", 1, "connections")
 	flags.DurationVar(&a.warm, "warm", 500*time.Millisecond, "time before what counts")
 	flags.DurationVar(&a.seconds, "seconds", 3*time.Second, "time that counts")
-	flags.DurationVar(&a.patience, "patience", 60*time.Second, "time for every stream to begin, and for any answer")
+	flags.DurationVar(&a.patience, "patience", 60*time.Second, "time for any answer, and between two pieces of one")
+	flags.DurationVar(&a.opening, "opening", 0, "time for the last stream to begin, beyond the time before what counts")
 	more(flags)
 	_ = flags.Parse(arguments)
 	return a
@@ -63,6 +65,7 @@ type results struct {
 	Seconds  float64  `json:"seconds"`
 	Done     int64    `json:"done"`
 	Failed   int64    `json:"failed"`
+	Begun    int64    `json:"begun"`
 	Failures []string `json:"failures"`
 	P50      int64    `json:"p50_us"`
 	P90      int64    `json:"p90_us"`
@@ -229,12 +232,11 @@ func streams(arguments []string) error {
 		}(a.warm / 2 * time.Duration(i) / time.Duration(a.count))
 	}
 	time.Sleep(a.warm)
-	for waited := time.Duration(0); waited < a.patience && int(atomic.LoadInt64(&begun)) < a.count; waited += 10 * time.Millisecond {
-		if r.failed() {
-			break
-		}
+	until := time.Now().Add(a.opening)
+	for int(atomic.LoadInt64(&begun)) < a.count && time.Now().Before(until) && !r.failed() {
 		time.Sleep(10 * time.Millisecond)
 	}
+	r.Begun = atomic.LoadInt64(&begun)
 	seconds := w.run(a)
 	running.Wait()
 	return r.print(seconds)
