@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,8 +35,9 @@ STREAMS = 60
 OPEN, OPEN_PACE, OPEN_OPENING_S = (1, 100, 1000), 1.0, 40.0
 #: A number of streams is sustained when nearly all of their tokens came, and nearly none a second late.
 SUSTAINED, SUSTAINED_LATE_US = 0.97, 1_000_000
-#: How much of its core a gateway is brought to use; from one number of streams to the next, at least and at most.
-FULL, LEAST_STEP, MOST_STEP, STEPS = 0.97, 1.08, 1.6, 12
+#: How much of its core a gateway is given to do at first, and brought to; from one number of streams to the next, at
+#: least and at most.
+START, FULL, LEAST_STEP, MOST_STEP = 0.6, 0.97, 1.08, 1.6
 #: A number of streams is tried again when others used the core: the gateway used less of it than BUSY, and waited for
 #: it for more than DISTURBED of the time.
 BUSY, DISTURBED, TRIES = 0.9, 0.2, 3
@@ -100,11 +102,15 @@ class Capacity(NamedTuple):
     load: Load | None
 
 
-def capacity(measure: Callable[[int], Load], cost_us: float, most: int) -> Capacity:
-    """Open more and more streams, beginning where a token's cost lets expect no trouble, until they are too many."""
-    count = min(most, max(1, int(0.6e6 / PACE / cost_us))) if cost_us > 0 else 1
+def capacity(measure: Callable[[int], Load], cost_us: float, most: int, *, within_s: float) -> Capacity:
+    """Open more and more streams, beginning where a token's cost lets expect no trouble, until they are too many.
+
+    A search that takes longer than ``within_s`` ends with what was found.
+    """
+    ends = time.monotonic() + within_s
+    count = min(most, max(1, int(START * 1e6 / PACE / cost_us))) if cost_us > 0 else 1
     best = Capacity(0, None)
-    for _ in range(STEPS):
+    while time.monotonic() < ends:
         load = sustained(measure, count)
         if load is not None:
             best = Capacity(count, load)
@@ -132,15 +138,27 @@ def sustained(measure: Callable[[int], Load], count: int) -> Load | None:
     return best
 
 
-def memory(bench: Bench, name: str) -> dict[str, float]:
-    """Return the MiB that a gateway holds by the number of streams that are open."""
-    aim, found = bench.gateways[name], dict[str, float]()
-    seen: list[float] = []
+class Held(NamedTuple):
+    """The memory that a gateway holds with so many streams open, of those that were asked for."""
+
+    asked: int
+    open: int
+    mib: float
+
+
+def memory(bench: Bench, name: str) -> list[Held]:
+    """Return what a gateway holds with more and more streams open."""
+    aim, found = bench.gateways[name], list[Held]()
     for count in sorted({min(count, bench.most) for count in OPEN}):
+        seen: list[float] = []
         phase = Phase(count, OPEN_PACE, stream=True, opening_s=OPEN_OPENING_S)
-        load = bench.run(name, phase, 1.0, lambda: seen.append(aim.resident_mib()))
-        found[str(load.begun)] = max(seen[-2:])
+        load = bench.run(name, phase, 1.0, partial(_note, aim, seen))
+        found.append(Held(count, load.begun, max(seen)))
     return found
+
+
+def _note(aim: Aim, seen: list[float]) -> None:
+    seen.append(aim.resident_mib())
 
 
 # -- what it comes to ----------------------------------------------------------------------------------------------

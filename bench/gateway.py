@@ -43,6 +43,8 @@ AGENT = "agent"
 #: Workers of the pool: with as many slots as one machine may share, they take the most streams that are measured.
 WORKERS = 16
 SECONDS = 6.0
+#: The search for the most streams takes so many times the seconds of another phase at most.
+SEARCH = 10
 #: What can be profiled: the coordinator, or a real agent, under one kind of load.
 PROFILES = ("requests", "streams", "agent-requests", "agent-streams")
 #: Streams of the coordinator's profile, enough to keep it busy.
@@ -106,23 +108,24 @@ def _measure(place: Place, aims: Mapping[str, Aim], seconds: float) -> dict[str,
     floor = Aim(place.backend.url, "", (place.backend.process,))
     bench = Bench(place.stub, place.backend, {ALONE: floor, **aims}, place.workers * SLOTS)
     whole = [name for name in aims if name != AGENT]
-    rest = {name: {"rest": bench.gateways[name].resident_mib()} for name in whole}
+    rest = {name: bench.gateways[name].resident_mib() for name in whole}
     done = {name: _phases.rounds(bench, phase, seconds) for name, phase in PHASES.items()}
     rows = {name: _phases.row(done, name) for name in bench.gateways}
     for name in whole:
         rows[name]["capacity"] = _capacity(bench, name, rows[name], seconds)
     for name in whole:
         # Last: not every gateway lets go of what streams left behind.
-        rows[name]["memory_mib"] = rest[name] | _phases.memory(bench, name)
+        held = [held._asdict() for held in _phases.memory(bench, name)]
+        rows[name]["memory"] = {"rest_mib": rest[name], "streams": held}
     return rows
 
 
 def _capacity(bench: Bench, name: str, row: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-    seconds = min(seconds, _phases.ROUND_S)
     found = _phases.capacity(
-        lambda count: bench.run(name, Phase(count, _phases.PACE, stream=True), seconds),
+        lambda count: bench.run(name, Phase(count, _phases.PACE, stream=True), min(seconds, _phases.ROUND_S)),
         row["streams"]["cpu_us"][0],
         bench.most,
+        within_s=SEARCH * seconds,
     )
     load = found.load
     if load is None:
@@ -224,10 +227,8 @@ def _lines(result: Mapping[str, Any]) -> Iterator[str]:
     yield from _loads(rows, "streams", "a token")
     yield f"as many such streams as keep their pace, up to {result['workers'] * SLOTS}:"
     yield from _capacities(rows)
-    yield "memory, MiB (RSS), by open streams:"
-    for name, row in rows.items():
-        if "memory_mib" in row:
-            yield f"    {name:8}" + "".join(f"  {count} {size:.1f}" for count, size in row["memory_mib"].items())
+    yield "memory (RSS), MiB, at rest and by open streams:"
+    yield from _memory(rows)
     for pair, ratio in result["ratios"].items():
         yield (
             f"{pair}, in the same CPU time (by the wall): requests {ratio['requests']:.2f} "
@@ -259,6 +260,13 @@ def _capacities(rows: Mapping[str, Any]) -> Iterator[str]:
             )
         elif most:
             yield f"    {name:8} none"
+
+
+def _memory(rows: Mapping[str, Any]) -> Iterator[str]:
+    for name, row in rows.items():
+        if "memory" in row:
+            held = (f"{one['open']} of {one['asked']}: {one['mib']:.1f}" for one in row["memory"]["streams"])
+            yield f"    {name:8}{row['memory']['rest_mib']:8.1f}  " + "   ".join(held)
 
 
 def _loads(rows: Mapping[str, Any], phase: str, what: str) -> Iterator[str]:

@@ -158,6 +158,10 @@ def _gcc() -> str | None:
     return _advised(_run("gcc", "--version"), "apt-get install gcc libc6-dev")
 
 
+def _go() -> str | None:
+    return _advised(_run("go", "version"), "apt-get install golang-go")
+
+
 def _openapi() -> str | None:
     if importlib.util.find_spec("openapi_spec_validator"):
         return None
@@ -203,6 +207,7 @@ CHECKS: dict[str, Callable[[], str | None]] = {
     "debootstrap": _debootstrap,
     "docker": _docker,
     "gcc": _gcc,
+    "go": _go,
     "llama": _llama,
     "mount": _mount,
     "netns": _netns,
