@@ -121,9 +121,9 @@ def litellm(place: Place) -> Iterator[Aim]:
         "LITELLM_LOG": "WARNING",
         # Else it fetches its table of prices.
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",
-        # Else it opens no more than 500 streams.
-        "AIOHTTP_CONNECTOR_LIMIT": "0",
-        "AIOHTTP_CONNECTOR_LIMIT_PER_HOST": "0",
+        # Else it opens no more than 500 streams at one server.
+        "AIOHTTP_CONNECTOR_LIMIT": "100000",
+        "AIOHTTP_CONNECTOR_LIMIT_PER_HOST": "100000",
     }
     command = ["--config", str(config), "--log_config", str(logging), "--host", "127.0.0.1"]
     with _peer(place, home, "litellm", command, ready="/health/liveliness", env=env) as aim:

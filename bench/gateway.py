@@ -44,7 +44,7 @@ AGENT = "agent"
 WORKERS = 16
 SECONDS = 6.0
 #: The search for the most streams takes so many times the seconds of another phase at most.
-SEARCH = 10
+SEARCH = 15
 #: What can be profiled: the coordinator, or a real agent, under one kind of load.
 PROFILES = ("requests", "streams", "agent-requests", "agent-streams")
 #: Streams of the coordinator's profile, enough to keep it busy.
