@@ -33,13 +33,14 @@ LOW_RATE, LOW_CONNECTIONS = 20.0, 16
 STREAMS = 60
 #: Open streams whose memory is measured, each slow enough to cost nothing.
 OPEN, OPEN_PACE, OPEN_OPENING_S = (1, 100, 1000), 1.0, 40.0
-#: A number of streams is sustained when nearly all of their tokens came, and nearly none a second late.
-SUSTAINED, SUSTAINED_LATE_US = 0.97, 1_000_000
+#: A number of streams is sustained when nearly all of their tokens came, and nearly none a tenth of a second late:
+#: more, and tokens of a stream come together, which is cheaper.
+SUSTAINED, SUSTAINED_LATE_US = 0.97, 100_000
 #: How much of its core a gateway is given to do at first, and brought to; from one number of streams to the next, at
 #: least and at most.
 START, FULL, LEAST_STEP, MOST_STEP = 0.6, 0.97, 1.08, 1.6
-#: A number of streams is tried again when others used the core: the gateway used less of it than BUSY, and waited for
-#: it for more than DISTURBED of the time.
+#: A number of streams that are too many while the gateway used less than BUSY of its core, or that are not but had it
+#: wait for DISTURBED of the time, is tried again: others were in the way.
 BUSY, DISTURBED, TRIES = 0.9, 0.2, 3
 
 
@@ -103,26 +104,31 @@ class Capacity(NamedTuple):
 
 
 def capacity(measure: Callable[[int], Load], cost_us: float, most: int, *, within_s: float) -> Capacity:
-    """Open more and more streams, beginning where a token's cost lets expect no trouble, until they are too many.
+    """Look for the most streams that are sustained, from where a token's cost lets expect no trouble.
 
     A search that takes longer than ``within_s`` ends with what was found.
     """
     ends = time.monotonic() + within_s
     count = min(most, max(1, int(START * 1e6 / PACE / cost_us))) if cost_us > 0 else 1
-    best = Capacity(0, None)
+    best, too_many = Capacity(0, None), most + 1
     while time.monotonic() < ends:
         load = sustained(measure, count)
         if load is not None:
             best = Capacity(count, load)
-            if count == most:
-                break
             step = FULL / load.busy() if load.busy() else MOST_STEP
-            count = min(most, math.ceil(count * min(MOST_STEP, max(LEAST_STEP, step))))
-        elif best.load is not None or count == 1:
-            break
+            count = math.ceil(count * min(MOST_STEP, max(LEAST_STEP, step)))
         else:
-            count //= 2
+            too_many = count
+        if count >= too_many:
+            count = _between(best.streams, too_many)
+        if count <= best.streams:
+            break
     return best
+
+
+def _between(good: int, bad: int) -> int:
+    """Return a number of streams between one that was sustained and one that was not, or none when they are close."""
+    return good if bad <= max(good + 1, good * LEAST_STEP) else max(good + 1, math.isqrt(max(1, good) * bad))
 
 
 def sustained(measure: Callable[[int], Load], count: int) -> Load | None:
@@ -133,7 +139,7 @@ def sustained(measure: Callable[[int], Load], count: int) -> Load | None:
         late = load.p99_us >= SUSTAINED_LATE_US or load.per_s < SUSTAINED * count * PACE
         if not late and not load.failed and load.begun == count:
             best = load
-        if load.busy() > BUSY or load.waited() < DISTURBED:
+        if load.busy() > BUSY or (best is load and load.waited() < DISTURBED):
             break
     return best
 

@@ -161,6 +161,7 @@ def test_the_most_streams_that_a_gateway_sustains_are_found_whatever_was_expecte
     assert found.streams <= min(limit, most)
     # One step below what is too much, or all there are.
     assert found.streams == most or found.streams >= min(limit, most) / _phases.LEAST_STEP - 1
+    assert len(asked) < 20
     assert max(asked) <= most
     assert found.load is not None
 
