@@ -258,6 +258,17 @@ class CoordinatorSettings(Settings, frozen=True, kw_only=True):
     max_result_bytes: Annotated[int, Meta(ge=1024, description="Largest answer of an asynchronous task.")] = (
         256 * 1024 * 1024
     )
+    bytes_per_month: Annotated[
+        int,
+        Meta(ge=0, description="Bytes of requests and answers that may leave it a month (UTC); 0 is any number."),
+    ] = 0
+    worker_bytes_per_month: Annotated[
+        int, Meta(ge=0, description="Bytes of requests to and answers of one worker a month; 0 is any number.")
+    ] = 0
+    webhook_networks: Annotated[
+        list[str], Meta(description="Networks that webhooks may go to although they are not public.")
+    ] = []
+    webhook_http: Annotated[bool, Meta(description="Webhooks may go over plain http.")] = False
     kept_tasks: Annotated[
         int, Meta(ge=1, le=1_000_000, description="Finished asynchronous tasks that are kept; the oldest go first.")
     ] = 10_000

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from rma_coordinator.domain.traffic import POOL
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -30,6 +32,8 @@ def stats(pool: Pool) -> dict[str, Any]:
             "failed": dispatcher.failed,
         },
         "services": services(pool),
+        "traffic": pool.traffic.show(POOL, pool.settings.bytes_per_month),
+        "webhooks": {"waiting": pool.webhooks.waiting},
         "uptime_s": pool.uptime_s,
         "tier_policy": pool.settings.tier_policy,
         "signed_catalog": False,

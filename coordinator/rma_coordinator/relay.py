@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -47,11 +48,15 @@ class Head(NamedTuple):
 
 
 class Relay:
-    """One task's answer on its way: fed by the current attempt, read by the client, at most a window between."""
+    """One task's answer on its way: fed by the current attempt, read by the client, at most a window between.
 
-    def __init__(self, task: Task, body: Body) -> None:
+    ``clock`` is the dispatcher's.
+    """
+
+    def __init__(self, task: Task, body: Body, clock: Callable[[], float] = time.monotonic) -> None:
         self.task = task
         self.body = body
+        self._clock = clock
         self.head: Head | None = None
         #: Whether all of the answer has come.
         self.complete = False
@@ -86,6 +91,8 @@ class Relay:
         if head.status < LEAST_STATUS:
             raise Overrun(f"an answer's status is not {head.status}")
         self.head = head
+        if self.task.holder is not None:
+            self.task.holder.first_byte_at = self._clock()
         self._changed.set()
 
     def put(self, data: bytes) -> None:
@@ -120,8 +127,14 @@ class Relay:
         self.task.answer_bytes = self._received
         self._changed.set()
 
+    def tally(self) -> None:
+        """Note how much has come of the attempt that feeds; once, when it ends."""
+        if self._source is not None:
+            self._source[0].answer_bytes += self._received
+
     def restart(self) -> None:
         """Forget what a lost attempt sent; nothing of it has reached the client."""
+        self.tally()
         self.head, self.complete, self._source, self._taken = None, False, None, None
         self._chunks.clear()
         self._buffered = self._received = 0

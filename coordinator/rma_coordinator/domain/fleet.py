@@ -58,6 +58,7 @@ class Worker:
         "brief",
         "completed",
         "containers",
+        "could",
         "counted",
         "current_load",
         "draining",
@@ -90,6 +91,8 @@ class Worker:
         self.containers: tuple[ContainerStatus, ...] = ()
         #: The hash of ``containers`` as its heartbeats by HTTP write them; 0 while that is not known.
         self.written = 0
+        #: The services that it could run if it ran nothing else; ``None`` until that is known.
+        self.could: frozenset[str] | None = None
         #: Which of the pool's needs its services were last chosen for; -1 for none.
         self.placed = -1
         #: The slots it offers, and the containers and the assignment from which they were counted.
@@ -137,6 +140,11 @@ class Worker:
             self.slots = _within(_count(healthy), assignment, self.containers)
             self.slots_of, self.slots_within = self.containers, assignment
         return self.slots
+
+    def state_of(self, service: str, model: str) -> str:
+        """Return what it last said of a model: loaded, loading or cold; empty for one that it has not."""
+        models = (one for container in self.containers if container.service == service for one in container.models)
+        return next((one.state for one in models if one.name == model), "")
 
     @property
     def models(self) -> Mapping[str, frozenset[str]]:
@@ -249,6 +257,7 @@ class Fleet:
             worker = self.workers[record.worker_id] = Worker(record, now=self._clock())
             self._pace()
         worker.record = record
+        worker.could = None
         worker.ip_address = same(ip_address)
         worker.draining = False
         worker.said = ("healthy", "")

@@ -32,13 +32,16 @@ class Attempt:
     """The n-th try of a task, on one worker, under one lease."""
 
     __slots__ = (
+        "answer_bytes",
         "beside",
         "broken_at",
         "delivered",
         "ended_at",
+        "first_byte_at",
         "lease_id",
         "lease_s",
         "lease_until",
+        "model_state",
         "number",
         "offered_at",
         "reason",
@@ -58,7 +61,12 @@ class Attempt:
         #: How many others its worker had of its service when it was given.
         self.beside = 0
         self.started_at: float | None = None
+        #: When its answer began, and how many bytes of one have come.
+        self.first_byte_at: float | None = None
+        self.answer_bytes = 0
         self.ended_at: float | None = None
+        #: What its worker said of the task's model when it began: loaded, loading or cold; empty where it has none.
+        self.model_state = ""
         #: When the stream of its answer broke; the worker has a moment to say why.
         self.broken_at: float | None = None
         #: How long its claim lasts without progress, as its worker is told.
@@ -120,6 +128,7 @@ class Task:
         "service",
         "state",
         "usage",
+        "webhook",
     )
 
     def __init__(
@@ -140,6 +149,7 @@ class Task:
         first_byte_s: float | None = None,
         gap_s: float = LEASE_S,
         priority: Priority = "normal",
+        webhook: str = "",
     ) -> None:
         self.id = task_id or new_task_id()
         self.service = service
@@ -153,6 +163,8 @@ class Task:
         self.body_bytes = body_bytes
         self.key_id = key_id
         self.priority: Priority = priority
+        #: Where its end is to be told, where that is wanted.
+        self.webhook = webhook
         #: Beginnings of its conversation, the longest first, where it is one.
         self.prefixes: tuple[Prefix, ...] = ()
         self.created_at = now
@@ -193,6 +205,11 @@ class Task:
     def final(self) -> bool:
         """Whether it has ended."""
         return self.state in ("succeeded", "failed", "cancelled")
+
+    @property
+    def late(self) -> bool:
+        """Whether its time has run out before it ended."""
+        return self.ended_at is not None and self.ended_at >= self.deadline
 
     @property
     def undecided(self) -> bool:
