@@ -639,18 +639,19 @@ class Pool:
         """Raise TryLater, with the reason, unless a worker offers the service or is about to."""
         if self.dispatcher.can_serve(service):
             return
-        coming = [
+        theirs = [
             w
             for w in self.fleet.workers.values()
             if w.present and not w.draining and any(a.service == service for a in w.brief.assignment)
         ]
+        coming = [w for w in theirs if not self.traffic.full_for(w.id)]
         states = [c for w in coming for c in w.containers if c.service == service]
         if any(c.state in ("pending", "pulling", "starting", "healthy", "backoff") for c in states) or (
             coming and not states
         ):
             return
         reasons = {f"{c.state}: {c.reason}" if c.reason else c.state for c in states}
-        if any(c.state == "healthy" for c in states) and any(self.traffic.full_for(w.id) for w in coming):
+        if len(coming) < len(theirs):
             reasons.add("its workers have used up their bytes of this month")
         why = "; ".join(sorted(reasons)) or "no worker offers it"
         raise TryLater(

@@ -19,8 +19,8 @@ MINUTE_S = 60.0
 MOST_KEYS = 50_000
 #: Of them, how many are looked at when there is no room for another.
 FORGOTTEN_AT_ONCE = 64
-#: Seconds that a float may be wrong by: a minute's worth is a minute's worth, however it is divided.
-ROUNDING_S = 1e-6
+#: Seconds that floats may be wrong by after years: a minute's worth is a minute's worth, however it is divided.
+ROUNDING_S = 1e-3
 #: An answer that was longer than its reservation holds up its key for this long at most: a stranger has counted it.
 MOST_DEBT_S = 600.0
 #: Characters of a token, until an engine has counted; what a picture or a recording is taken for.
