@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -199,8 +199,8 @@ async def test_a_key_that_has_used_up_its_bytes_is_refused_and_another_is_not(tm
         assert (await other).status_code == 200
 
 
-async def _keys(pool: Running) -> list[dict[str, object]]:
-    found: list[dict[str, object]] = (await pool.client.get("/api/admin/keys")).json()["keys"]
+async def _keys(pool: Running) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = (await pool.client.get("/api/admin/keys")).json()["keys"]
     return found
 
 
