@@ -601,7 +601,12 @@ class Pool:
         self.books.accepted(attempt)
 
     def _closing(self, task: Task) -> None:
+        self._tally(task)
         self.books.closing(task)
+
+    def _tally(self, task: Task) -> None:
+        if (relay := self.hub.relays.get(task.id)) is not None:
+            relay.tally()
 
     def check_store(self) -> None:
         """Refuse new work while nothing can be written: its end could not be kept. Raises StoreFailed, OutOfSpace."""
@@ -672,8 +677,8 @@ class Pool:
         return relay
 
     def _finished(self, task: Task) -> None:
-        if (relay := self.hub.relays.get(task.id)) is not None:
-            relay.tally()
+        if not task.durable:
+            self._tally(task)
         self.traffic.task(task)
         if self.reserved and (reservation := self.reserved.pop(task.id, None)) is not None:
             tokens = counted(task.usage)
