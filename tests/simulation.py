@@ -7,6 +7,7 @@ drawn from one generator.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import secrets
 from collections import deque
@@ -15,14 +16,16 @@ from unittest import mock
 
 import msgspec
 
+from rma_coordinator import outbound
 from rma_coordinator.app import create_app, pool_of
 from rma_coordinator.domain import tasks as domain_tasks
+from rma_coordinator.domain import webhooks as domain_webhooks
 from rma_coordinator.store.base import CLOSED, OK, StoreFailed, StoreState, encoded
 from rma_core.host import Plugins
 from tests.coordinator_fixtures import CATALOG, settings
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+    from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
     from pathlib import Path
 
     from quart import Quart
@@ -339,6 +342,7 @@ class Life:
             catalog=CATALOG,
         )
         self.pool: Pool = pool_of(self.app)
+        self.pool.webhooks.send = world.deliver
         self.connections: dict[Connection, None] = {}
         self.up = False
         # Cut in the order in which they came: a set of tasks has none that a seed could replay.
@@ -385,6 +389,9 @@ class World:
         self.crashes: list[float] = []
         #: What handlers of the coordinator died of: always a bug.
         self.errors: list[BaseException] = []
+        #: Whoever is told of the ends of tasks, and whether that may fail.
+        self.hearing: list[Callable[[Disk, dict[str, str], bytes], None]] = []
+        self.unreliable = True
 
     def wall(self) -> float:
         return WALL + self.loop.time() + self.wall_ahead_s
@@ -400,6 +407,19 @@ class World:
             return offer(attempt)
 
         pool.hub.offer = watched  # type: ignore[method-assign]
+
+    async def deliver(self, url: str, headers: dict[str, str], body: bytes) -> outbound.Reply:
+        """Stand in for the way to a receiver and back: what is sent is lost, or refused, or taken and nobody told."""
+        await self.pause(0.001, 0.5)
+        luck = self.random.random() if self.unreliable else 1.0
+        if luck < 0.1:
+            raise outbound.Unreachable(f"{url} is not there")
+        for hear in self.hearing:
+            hear(self.disk, headers, body)
+        if luck < 0.2:
+            await asyncio.sleep(outbound.WHOLE_S)
+            raise outbound.Unreachable("it did not answer")
+        return outbound.Reply(503 if luck < 0.3 else 204)
 
     async def start(self) -> None:
         """Start the coordinator, again and again while its disk does not let it."""
@@ -514,7 +534,16 @@ class _Seeded:
         return self._chance.choice(letters)
 
 
-def seeded(seed: int) -> Any:
+#: Webhooks are tried more often here than in earnest, and longer than any trouble lasts.
+HOOK_WAITS_S = (1.0, 2.0, 5.0, 10.0, *[20.0] * 100)
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
     """Make what the coordinator draws by itself come from the seed: names of tasks and leases, and jitter."""
     random.seed(seed)
-    return mock.patch.object(domain_tasks, "secrets", _Seeded(random.Random(seed + 1)))
+    with (
+        mock.patch.object(domain_tasks, "secrets", _Seeded(random.Random(seed + 1))),
+        mock.patch.object(domain_webhooks, "WAITS_S", HOOK_WAITS_S),
+    ):
+        yield

@@ -24,6 +24,7 @@ from rma_coordinator.domain.webhooks import (
     WAITS_S,
     WebhookRecord,
     WebhookSecrets,
+    left_s,
     signed,
     wait_s,
 )
@@ -76,6 +77,18 @@ def test_waits_grow_differ_and_end() -> None:
     assert wait_s(1, part=0.5, asked_s=100) == 100
     assert wait_s(1, part=0.5, asked_s=10**9) == MOST_ASKED_S
     assert (wait_s(7, part=0.5, asked_s=1) or 0) > 30_000, "who asks for less does not get it"
+
+
+@pytest.mark.parametrize(
+    ("tries", "at", "least", "most"),
+    [
+        (0, 0.0, 0, 0), (0, 10 * DAY_S, 0, 0), (1, 103.0, 3, 3), (1, 100.0 + DAY_S, 6, 6), (2, 0.0, 0, 0),
+        (7, 100.0 + 30_000, 30_000, 30_000), (7, 100.0 + 365 * DAY_S, 43_200, 43_200), (90, 1e12, 43_200, 43_200),
+    ],
+)  # fmt: skip
+def test_a_clock_that_was_set_back_delays_nothing(tries: int, at: float, least: float, most: float) -> None:
+    record = WebhookRecord(task_id="task-1", key_id="key:1", url="", body=b"", tries=tries, at=at)
+    assert least - 1e-6 <= left_s(record, 100.0) <= most + 1e-6
 
 
 def test_the_former_secret_signs_for_a_day_and_one_before_it_no_longer() -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from rma_coordinator import outbound
-from rma_coordinator.domain.webhooks import MOST_REASON, WAITS_S, WebhookRecord, signed, wait_s
+from rma_coordinator.domain.webhooks import MOST_REASON, WebhookRecord, left_s, signed, wait_s
 from rma_coordinator.outbound import Unreachable
 from rma_coordinator.store import Delete, Put
 from rma_core.backoff import Backoff
@@ -93,8 +93,8 @@ class Webhooks:
         gone: list[Change] = []
         for one in await self._store.load(WebhookRecord):
             if one.state == "waiting":
-                left_s = min(max(0.0, one.at - self._wall()), WAITS_S[-1])
-                self._schedule(one, left_s + SPREAD_S * random.random())  # noqa: S311 - when, is no secret
+                spread_s = SPREAD_S * random.random()  # noqa: S311 - when, is no secret
+                self._schedule(one, left_s(one, self._wall()) + spread_s)
                 if one.task_id not in kept:
                     self._outlived.add(one.task_id)
             elif one.task_id not in kept:
@@ -189,14 +189,14 @@ class Webhooks:
             await self._over(msgspec.structs.replace(tried, state="delivered", at=self._wall(), reason=""))
             return
         asked_s = reply.retry_after_s if reply is not None else None
-        left_s = wait_s(tried.tries, part=random.random(), asked_s=asked_s)  # noqa: S311 - when, is no secret
-        if left_s is None or (reply is not None and reply.status == GONE):
+        next_s = wait_s(tried.tries, part=random.random(), asked_s=asked_s)  # noqa: S311 - when, is no secret
+        if next_s is None or (reply is not None and reply.status == GONE):
             await self._over(msgspec.structs.replace(tried, state="given_up", at=self._wall()))
             return
         # How often it was tried is worth a try to write, and no waiting: the worst of it is one try more.
         with contextlib.suppress(RMAError):
-            await self._store.commit([Put(due.task_id, msgspec.structs.replace(tried, at=self._wall() + left_s))])
-        self._schedule(tried, left_s)
+            await self._store.commit([Put(due.task_id, msgspec.structs.replace(tried, at=self._wall() + next_s))])
+        self._schedule(tried, next_s)
 
     async def _sent(self, record: WebhookRecord) -> tuple[Reply | None, str]:
         """Make the call; return the answer, and what was wrong with it."""

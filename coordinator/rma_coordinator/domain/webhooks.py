@@ -132,6 +132,12 @@ def wait_s(tries: int, *, part: float, asked_s: float | None = None) -> float | 
     return max(usual_s, min(MOST_ASKED_S, asked_s or 0.0))
 
 
+def left_s(record: WebhookRecord, now: float) -> float:
+    """Return how long what waited when the coordinator ended waits still; a clock that was set back delays nothing."""
+    usual_s = WAITS_S[min(record.tries, len(WAITS_S)) - 1] * (1 + JITTER) if record.tries else 0.0
+    return min(usual_s, max(0.0, record.at - now))
+
+
 def refusal(url: str, *, plain_http: bool = False) -> str:
     """Say why nothing is ever sent to an address, whatever its name leads to; an empty string when something may be."""
     try:
