@@ -44,6 +44,10 @@ class Receiver:
     def named(self, one: ssl.SSLObject | ssl.SSLSocket, name: str | None, _: ssl.SSLContext) -> None:
         self._names[one] = name
 
+    def verdict(self, arrival: Arrival) -> int | str:
+        """Return what becomes of a request that has just come."""
+        return self.script[min(len(self.arrivals), len(self.script)) - 1]
+
     def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
         one = asyncio.get_running_loop().create_task(self._serve(reader, writer))
@@ -55,7 +59,7 @@ class Receiver:
             with contextlib.suppress(OSError, asyncio.IncompleteReadError, ssl.SSLError):
                 arrival = await self._read(reader, writer)
                 self.arrivals.append(arrival)
-                await self._answer(writer, self.script[min(len(self.arrivals), len(self.script)) - 1])
+                await self._answer(writer, self.verdict(arrival))
                 # Whoever asked closes it.
                 await reader.read(-1)
         finally:
@@ -118,12 +122,21 @@ async def receiving(
 ) -> AsyncIterator[Receiver]:
     """A receiver that listens."""
     made = Receiver(*script, where=where)
+    async with listening(made, host=host, port=port, tls=tls):
+        yield made
+
+
+@contextlib.asynccontextmanager
+async def listening(
+    made: Receiver, *, host: str = "127.0.0.1", port: int = 0, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[None]:
+    """Let a receiver listen."""
     if tls is not None:
         tls.sni_callback = made.named
     server = await asyncio.start_server(made.accept, host, port, ssl=tls)
     made.port = server.sockets[0].getsockname()[1]
     try:
-        yield made
+        yield
     finally:
         server.close()
         await made.close()
