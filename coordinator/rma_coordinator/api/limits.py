@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 #: Where the scope of a call has what is limited of its key.
 METERED = "rma.metered"
-TOO_MANY, NOT_NOW = 429, 503
 SECOND_MS = 1000
 
 
@@ -74,12 +73,16 @@ class Metered:
 def admit(pool: Pool, call: Call, principal: Principal, data: bytes | None = None) -> None:
     """Let a request in that runs something, and reserve the tokens of ``data``, where it is given. Raises OverLimit."""
     if pool.traffic.full:
-        raise _month_over(pool, "this pool has passed on all bytes", NOT_NOW, "pool_quota")
+        until, wait_s = _month_ends(pool)
+        message = f"this pool has passed on all bytes of this month; more may pass from {until} on"
+        raise OverLimit(503, message, code="pool_quota", retry_after_s=wait_s, again=False)
     if principal.limits is None:
         return
     most = principal.limits.bytes_per_month
     if most is not None and pool.traffic.of(principal.id).total >= most:
-        raise _month_over(pool, "this key has used up the bytes", TOO_MANY, "insufficient_quota")
+        until, wait_s = _month_ends(pool)
+        message = f"this key has used up the bytes of this month; it has more from {until} on"
+        raise OverLimit(429, message, code="insufficient_quota", retry_after_s=wait_s, again=False)
     know(pool, call, principal)
     call.scope[METERED].take(data)
 
@@ -92,11 +95,10 @@ def take(pool: Pool, key: str, limits: Limits, *, tokens: int, requests: int = 1
     return found
 
 
-def _month_over(pool: Pool, who: str, status: int, code: str) -> OverLimit:
+def _month_ends(pool: Pool) -> tuple[str, float]:
+    """Return when the month ends, in words, and in how many seconds."""
     ends_at = pool.traffic.ends_at
-    until = datetime.fromtimestamp(ends_at, UTC).strftime("%Y-%m-%d %H:%M UTC")
-    message = f"{who} of this month; more may pass from {until} on"
-    return OverLimit(status, message, code=code, retry_after_s=max(1.0, ends_at - pool.wall()), again=False)
+    return datetime.fromtimestamp(ends_at, UTC).strftime("%Y-%m-%d %H:%M UTC"), max(1.0, ends_at - pool.wall())
 
 
 def _over(found: Over) -> OverLimit:
@@ -111,7 +113,7 @@ def _over(found: Over) -> OverLimit:
         message = f"this key may use {found.limit} tokens a minute; too few are left for the {found.wanted} of this one"
     again = found.retry_after_s is not None
     after_s = math.ceil(found.retry_after_s) if found.retry_after_s is not None else None
-    return OverLimit(TOO_MANY, message, code="rate_limit_exceeded", retry_after_s=after_s, again=again)
+    return OverLimit(429, message, code="rate_limit_exceeded", retry_after_s=after_s, again=again)
 
 
 # -- under /api/inference ----------------------------------------------------------------------------------------------

@@ -143,8 +143,13 @@ class Worker:
 
     def state_of(self, service: str, model: str) -> str:
         """Return what it last said of a model: loaded, loading or cold; empty for one that it has not."""
-        models = (one for container in self.containers if container.service == service for one in container.models)
-        return next((one.state for one in models if one.name == model), "")
+        # Asked for each attempt: plain loops cost a quarter of a generator.
+        for container in self.containers:
+            if container.service == service:
+                for one in container.models:
+                    if one.name == model:
+                        return one.state
+        return ""
 
     @property
     def models(self) -> Mapping[str, frozenset[str]]:
