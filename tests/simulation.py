@@ -16,7 +16,6 @@ from unittest import mock
 
 import msgspec
 
-from rma_coordinator import outbound
 from rma_coordinator.app import create_app, pool_of
 from rma_coordinator.domain import tasks as domain_tasks
 from rma_coordinator.domain import webhooks as domain_webhooks
@@ -408,18 +407,18 @@ class World:
 
         pool.hub.offer = watched  # type: ignore[method-assign]
 
-    async def deliver(self, url: str, headers: dict[str, str], body: bytes) -> outbound.Reply:
+    async def deliver(self, url: str, headers: dict[str, str], body: bytes) -> domain_webhooks.Reply:
         """Stand in for the way to a receiver and back: what is sent is lost, or refused, or taken and nobody told."""
         await self.pause(0.001, 0.5)
         luck = self.random.random() if self.unreliable else 1.0
         if luck < 0.1:
-            raise outbound.Unreachable(f"{url} is not there")
+            raise domain_webhooks.Unreachable(f"{url} is not there")
         for hear in self.hearing:
             hear(self.disk, headers, body)
         if luck < 0.2:
-            await asyncio.sleep(outbound.WHOLE_S)
-            raise outbound.Unreachable("it did not answer")
-        return outbound.Reply(503 if luck < 0.3 else 204)
+            await asyncio.sleep(HOOK_HANGS_S)
+            raise domain_webhooks.Unreachable("it did not answer")
+        return domain_webhooks.Reply(503 if luck < 0.3 else 204)
 
     async def start(self) -> None:
         """Start the coordinator, again and again while its disk does not let it."""
@@ -534,6 +533,8 @@ class _Seeded:
         return self._chance.choice(letters)
 
 
+#: Seconds after which nobody waits for a receiver any more.
+HOOK_HANGS_S = 15.0
 #: Webhooks are tried more often here than in earnest, and longer than any trouble lasts.
 HOOK_WAITS_S = (1.0, 2.0, 5.0, 10.0, *[20.0] * 100)
 

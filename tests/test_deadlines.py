@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from rma_coordinator.domain.placement import could_run
 from rma_coordinator.domain.worker_records import WorkerRecord
 from rma_core import Capabilities, Needs
+from rma_core.commands import run
 from rma_core.commands.tasks import life
 from rma_core.models import channel as frames
 from rma_core.models.hardware import HardwareReport
@@ -130,6 +131,33 @@ async def test_a_model_has_the_deadline_as_well_and_sdks_are_told_not_to_try_aga
         assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
         assert answer.headers["x-should-retry"] == "false"
         assert "within 15 s" in answer.json()["error"]["message"]
+
+
+async def test_from_a_shell_a_request_has_a_deadline_and_a_webhook_too(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async with running(tmp_path, webhook_http=True) as pool:
+        made = (await pool.client.post("/api/admin/keys", json={"scopes": ["infer:*"]})).json()
+        admin = ("--coordinator", pool.url, "--key", pool.key)
+        code = await asyncio.to_thread(run, ["keys", "webhook-secret", made["key_id"], *admin])
+        assert (code, capfd.readouterr().out[:6]) == (0, "whsec_")
+        words = ["infer", "notes", "text", "--coordinator", pool.url, "--key", made["key"], "--timeout", "7.5"]
+        assert await asyncio.to_thread(run, [*words, "--webhook", "http://hooks.example/"]) == 2
+        assert "--webhook goes with --detach" in capfd.readouterr().err
+        assert await asyncio.to_thread(run, [*words, "--detach", "--webhook", "http://hooks.example/"]) == 0
+        task = pool.pool.dispatcher.tasks[capfd.readouterr().out.strip()]
+        assert task.deadline - task.created_at == pytest.approx(7.5)
+        assert task.webhook == "http://hooks.example/"
+        assert await asyncio.to_thread(run, [*words[:-1], "0"]) == 2
+        pool.pool.dispatcher.cancel(task, "enough")
+        listed = ("keys", *admin)
+        limits = ("--client", "--requests-per-minute", "5", "--bytes-per-month", "2GB")
+        assert await asyncio.to_thread(run, ["keys", "create", *limits, *admin]) == 0
+        assert await asyncio.to_thread(run, [*listed]) == 0
+        assert "5 requests" in (told := capfd.readouterr().out)
+        assert "0 bytes of 2 GB" in told
+        for wrong in ("0", "-1", "much", "2 apples"):
+            assert await asyncio.to_thread(run, ["keys", "create", "--bytes-per-month", wrong, *admin]) == 2
 
 
 # -- answers that explain themselves -----------------------------------------------------------------------------------

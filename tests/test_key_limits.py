@@ -363,6 +363,7 @@ async def test_a_key_may_make_so_many_requests_and_every_answer_says_what_is_lef
             await one.pool.client.get("/v1/models/none", headers=one.headers),
             await one.pool.client.post(CHAT, content=b"{", headers=one.headers),
             await one.pool.client.get("/v1/models/tiny", headers=one.headers),
+            await one.pool.client.post(CHAT, content=b"{}", headers={**one.headers, "RMA-Timeout": "x"}),
         ):
             assert left(answer)["limit-requests"] == "2", "whatever the answer is"
         one.pool.turn(31)
@@ -417,7 +418,9 @@ async def test_a_stream_is_settled_by_its_usage_and_one_without_by_what_was_deli
             before = _remaining(one)
             asked = one.chat(stream=True)
             await one.line.serve(*parts, headers=SSE)
-            assert (await asked).text.endswith("data: [DONE]\n\n")
+            answer = await asked
+            assert answer.text.endswith("data: [DONE]\n\n")
+            assert left(answer)["limit-tokens"] == "1000"
             assert abs(before - _remaining(one) - used) <= 10
 
 

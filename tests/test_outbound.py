@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from rma_coordinator import outbound
 from rma_coordinator.domain.addresses import SPECIAL_V4, is_public, network, unwrapped
-from rma_coordinator.domain.webhooks import refusal
-from rma_coordinator.outbound import Unreachable, post
+from rma_coordinator.domain.webhooks import Unreachable, refusal
+from rma_coordinator.outbound import post
 from rma_core.http import tls_context
 from tests.receivers import DIE, FLOOD, HANG, REDIRECT, Authority, receiving
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from rma_coordinator.outbound import Reply
+    from rma_coordinator.domain.webhooks import Reply
 
 #: What these tests may call: a part of loopback, where the receivers are that a client may have.
 ALLOWED = (network("127.7.0.0/16"),)

@@ -394,7 +394,7 @@ class Books:
         body = message(record, base_url=self._settings.public_url.rstrip("/"))
         return WebhookRecord(
             task_id=record.task_id, key_id=record.key_id, url=record.webhook, body=body, at=self._wall()
-        )  # fmt: skip
+        )
 
     async def _insist(self, changes: list[Change]) -> None:
         """Commit what must not be lost, however long that takes."""

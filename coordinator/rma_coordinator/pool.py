@@ -29,7 +29,6 @@ from rma_coordinator.spool import Spools
 from rma_coordinator.store import Delete, Put, StoreFailed
 from rma_coordinator.webhooks import Webhooks
 from rma_core.errors import NotFound, RMAError, SettingProblem, TryLater
-from rma_core.http import tls_context
 from rma_core.interfaces import PolicyInput, TierDecision
 from rma_core.models.worker import HeartbeatAnswer
 
@@ -130,15 +129,11 @@ class Pool:
             disk_bytes=settings.spool_bytes,
         )
         self.seen_models = Models(wall=wall)
-        self.webhooks = Webhooks(
-            store=store, clock=clock, wall=wall, trusts=tls_context, allowed=_networks(settings.webhook_networks)
-        )
+        self.webhooks = Webhooks(store=store, clock=clock, wall=wall, allowed=_networks(settings.webhook_networks))
         self.limiter = Limiter()
         #: Tokens that were reserved for tasks which have not ended.
         self.reserved: dict[str, Reservation] = {}
-        self.traffic = Traffic(
-            most=settings.bytes_per_month, most_worker=settings.worker_bytes_per_month, now=wall()
-        )  # fmt: skip
+        self.traffic = Traffic(most=settings.bytes_per_month, most_worker=settings.worker_bytes_per_month, now=wall())
         self.books = Books(
             store=store,
             spools=self.spools,

@@ -16,9 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from rma_coordinator import outbound
-from rma_coordinator.domain.webhooks import MOST_REASON, WebhookRecord, left_s, signed, wait_s
-from rma_coordinator.outbound import Unreachable
+from rma_coordinator.domain.webhooks import MOST_REASON, Unreachable, WebhookRecord, left_s, signed, wait_s
 from rma_coordinator.store import Delete, Put
 from rma_core.backoff import Backoff
 from rma_core.errors import RMAError, TryLater
@@ -29,7 +27,7 @@ if TYPE_CHECKING:
 
     from rma_coordinator.domain.addresses import Network
     from rma_coordinator.domain.keyring import Keyring
-    from rma_coordinator.outbound import Reply
+    from rma_coordinator.domain.webhooks import Reply
     from rma_coordinator.store import Change, Store
 
     Send = Callable[[str, dict[str, str], bytes], Awaitable[Reply]]
@@ -67,11 +65,10 @@ class Webhooks:
         store: Store,
         clock: Callable[[], float],
         wall: Callable[[], float],
-        trusts: Callable[[], ssl.SSLContext],
         allowed: Sequence[Network] = (),
     ) -> None:
         self._store, self._clock, self._wall = store, clock, wall
-        self._trusts, self._allowed = trusts, allowed
+        self._allowed = allowed
         self._context: ssl.SSLContext | None = None
         self._keyring: Keyring | None = None
         self._heap: list[Due] = []
@@ -211,7 +208,9 @@ class Webhooks:
 
     async def _post(self, url: str, headers: dict[str, str], body: bytes) -> Reply:
         if self._context is None:
-            self._context = await asyncio.to_thread(self._trusts)
+            self._context = await asyncio.to_thread(_trusted)
+        from rma_coordinator import outbound
+
         return await outbound.post(url, headers=headers, body=body, context=self._context, allowed=self._allowed)
 
     async def _loaded(self, task_id: str) -> WebhookRecord | None:
@@ -240,6 +239,14 @@ class Webhooks:
                 break
         self._waiting.discard(record.task_id)
         self._outlived.discard(record.task_id)
+
+
+def _trusted() -> ssl.SSLContext:
+    """Return whom this machine trusts. In a thread: the client library is imported here, which takes a while."""
+    from rma_coordinator import outbound  # noqa: F401 - the first call needs it
+    from rma_core.http import tls_context
+
+    return tls_context()
 
 
 def _log(record: WebhookRecord) -> None:

@@ -79,7 +79,8 @@ def _worker(out: Any, one: dict[str, Any]) -> None:
     speeds = [(s["lane"], f"{s['service_s']:.3g} s", f"{s['failure_s']:.3g} s") for s in one.get("speeds", ())]
     if speeds:
         common.table(("work", "takes", "failures cost"), speeds, empty="")(out)
-    out.print(common.safe(f"  passed this month: {_passed(one['traffic'])}"))
+    if "traffic" in one:
+        out.print(common.safe(f"  passed this month: {_passed(one['traffic'])}"))
     plugins = [(p["name"], p["kind"], p["state"], p["reason"]) for p in one["plugins"] if p["state"] != "active"]
     if plugins:
         common.table(("plugin", "kind", "state", "why"), plugins, empty="")(out)

@@ -128,9 +128,9 @@ def _principal(pool: Pool, call: Call) -> Principal:
     secret = next((call.raw[name] for name in KEY_HEADERS if name in call.raw), b"").decode("latin-1").strip()
     if not secret or call.raw.get(b"authorization"):
         secret = _bearer(call)
-    principal = pool.keyring.principal(secret)
+    principal = limits.know(pool, call, pool.keyring.principal(secret))
     principal.need(SCOPE)
-    return limits.know(pool, call, principal)
+    return principal
 
 
 def _bearer(call: Call) -> str:

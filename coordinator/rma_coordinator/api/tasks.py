@@ -212,9 +212,7 @@ async def answer(pool: Pool, call: Call, record: TaskRecord, *, extra: dict[str,
     headers = {**(extra or {}), **trace(record), **said}
     if result is None:
         reasons = list(record.reasons)
-        raise failure(
-            record.service, record.task_id, reasons, record.fault, too_late=record.late, headers=headers
-        )  # fmt: skip
+        raise failure(record.service, record.task_id, reasons, record.fault, too_late=record.late, headers=headers)
     kept = {name.lower(): value for name, value in result.headers if name.lower() in ANSWER_HEADERS}
     pieces = pool.books.answer_pieces(result)
     pool.traffic.answer(record.key_id, result.size)

@@ -6,7 +6,7 @@ import base64
 import hashlib
 import hmac
 import secrets
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 import msgspec
@@ -14,6 +14,7 @@ from msgspec import Meta
 
 from rma_coordinator.domain.credentials import KeyId
 from rma_coordinator.domain.fleet import iso
+from rma_core.errors import RMAError
 from rma_core.models.strict import encode
 
 if TYPE_CHECKING:
@@ -36,6 +37,20 @@ MOST_URL = 2048
 MOST_REASON = 300
 #: A final status from here on says that the service could not do it.
 LEAST_ERROR = 400
+
+
+class Unreachable(RMAError):
+    """A call came to nothing; the sentence is for whoever named the address."""
+
+    code = "unreachable_webhook"
+
+
+class Reply(NamedTuple):
+    """The head of an answer: its status, and how long it asks to be left alone."""
+
+    status: int
+    retry_after_s: float | None = None
+
 
 State = Literal["waiting", "delivered", "given_up"]
 
