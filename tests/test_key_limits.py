@@ -8,6 +8,7 @@ import json
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,7 +32,7 @@ from rma_coordinator.domain.limits import (
 )
 from rma_core.models import channel as frames
 from rma_core.models.worker import ATTACHED, ContainerStatus, Heartbeat, ModelStatus
-from tests.coordinator_fixtures import running, until
+from tests.coordinator_fixtures import entry, running, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -477,6 +478,39 @@ async def test_of_many_requests_at_once_exactly_as_many_pass_as_may(tmp_path: Pa
         codes = [(await task).status_code for task in tasks]
         serving.cancel()
         assert (codes.count(200), codes.count(429)) == (30, 70)
+
+
+async def test_a_service_of_models_is_metered_by_what_its_worker_counted(tmp_path: Path) -> None:
+    async with limited(tmp_path, tokens_per_minute=1000) as one:
+        one.pool.pool.catalog["llm"] = entry("llm")
+        path, body = "/api/inference/llm", json.dumps({"prompt": "hello", "max_tokens": 600})
+        for more in ({}, {"Prefer": "respond-async"}):
+            headers = {**one.headers, **more}
+            asked = asyncio.create_task(one.pool.client.post(path, content=body, headers=headers))
+            task = await one.line.task()
+            refused = await one.pool.client.post(path, content=body, headers=headers)
+            assert (refused.status_code, refused.json()["code"]) == (429, "rate_limit_exceeded")
+            await one.line.say(frames.Head(stream=task.stream, status=200))
+            usage = {"prompt_tokens": 2.0, "completion_tokens": 10.0}
+            await one.line.say(frames.End(stream=task.stream, usage=usage))
+            assert (await asked).status_code in (200, 202)
+            await until(lambda: not one.pool.pool.dispatcher.tasks)
+            assert _remaining(one) > 950
+            assert one.pool.pool.reserved == {}
+        one.pool.pool.settings = msgspec.structs.replace(one.pool.pool.settings, memory_body_bytes=10)
+        large = await one.pool.client.post(path, content="x" * 5000, headers=one.headers)
+        assert "about 1506 tokens" in large.json()["detail"]
+
+
+async def test_a_full_queue_gives_back_what_was_reserved(tmp_path: Path) -> None:
+    async with limited(tmp_path, tokens_per_minute=1000) as one:
+        one.pool.pool.catalog["llm"] = entry("llm")
+        one.pool.pool.dispatcher._max_queued = 0
+        for more in ({}, {"Prefer": "respond-async"}):
+            headers = {**one.headers, **more}
+            answer = await one.pool.client.post("/api/inference/llm", content="{}", headers=headers)
+            assert answer.json()["code"] == "queue_full"
+            assert (_remaining(one), one.pool.pool.reserved) == (1000, {})
 
 
 async def _serve_all(line: Line) -> None:

@@ -477,6 +477,26 @@ async def test_a_receiver_that_hangs_holds_up_nobody_elses(
         await until(lambda: len(one.receiver.arrivals) >= 12)
 
 
+async def test_a_call_that_fails_in_a_way_nobody_foresaw_is_made_again(
+    tmp_path: Path, authority: Authority, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with hooked(tmp_path, authority) as one:
+        pool = one.pool.pool
+        real = pool.webhooks.send
+
+        async def broken(url: str, headers: dict[str, str], body: bytes) -> Any:
+            raise ZeroDivisionError
+
+        pool.webhooks.send = broken
+        task_id = await one.cancelled()
+        await until(lambda: pool.webhooks._heap)
+        assert (await one.view(task_id))["reason"] == "the coordinator could not make the call"
+        pool.webhooks.send = real
+        one.later(WAITS_S[0] * 2)
+        await arrived(one.receiver)
+    assert "could not be sent" in caplog.text
+
+
 async def test_only_so_many_webhooks_may_wait(
     tmp_path: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -671,6 +671,11 @@ class Pool:
             raise
         return relay
 
+    def unreserve(self, task_id: str) -> None:
+        """Give back the tokens that were reserved for a task which does not come to be."""
+        if (reservation := self.reserved.pop(task_id, None)) is not None:
+            reservation.settle(0, self.clock())
+
     def _finished(self, task: Task) -> None:
         if not task.durable:
             self._tally(task)

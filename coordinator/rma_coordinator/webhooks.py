@@ -71,6 +71,7 @@ class Webhooks:
         self._allowed = allowed
         self._context: ssl.SSLContext | None = None
         self._keyring: Keyring | None = None
+        self._closed = False
         self._heap: list[Due] = []
         self._blocked: dict[str, deque[Due]] = {}
         self._sending: set[asyncio.Task[None]] = set()
@@ -101,6 +102,7 @@ class Webhooks:
 
     async def close(self) -> None:
         """Stop sending; what was not taken is sent after the next start."""
+        self._closed = True
         for one in list(self._sending):
             one.cancel()
         for one in list(self._sending):
@@ -138,7 +140,7 @@ class Webhooks:
     def tick(self) -> None:
         """Send what is due. Call it about twice a second."""
         now = self._clock()
-        while self._heap and self._heap[0].at <= now and len(self._sending) < AT_ONCE:
+        while not self._closed and self._heap and self._heap[0].at <= now and len(self._sending) < AT_ONCE:
             due = heapq.heappop(self._heap)
             if self._of_key[due.key_id] >= AT_ONCE_PER_KEY:
                 self._blocked.setdefault(due.key_id, deque()).append(due)
@@ -204,6 +206,10 @@ class Webhooks:
             reply = await self.send(record.url, headers, record.body)
         except Unreachable as error:
             return None, error.message
+        except Exception:
+            # A bug, or a library's new way to fail; the traceback says which, and the next try may go well.
+            logger.exception("the webhook of %s could not be sent", record.task_id)
+            return None, "the coordinator could not make the call"
         return reply, f"it answered {reply.status}"
 
     async def _post(self, url: str, headers: dict[str, str], body: bytes) -> Reply:

@@ -57,12 +57,13 @@ async def infer(pool: Pool, call: Call) -> None:
     call.check_body(_most_bytes(pool, entry))
     if why := pool.impossible(entry):
         raise HTTPProblem(501, f"no machine of this pool could ever run {service}: {why}", code="impossible")
+    pool.check_store()
+    if not key and not detached:
+        pool.check_served(service)
     limits.admit(pool, call, principal)
     if key or detached:
         await _durable(pool, call, ask, key=key, detached=detached)
         return
-    pool.check_store()
-    pool.check_served(service)
     body = pool.spools.make()
     try:
         async for chunk in call.chunks(_most_bytes(pool, entry)):
@@ -174,7 +175,6 @@ def _webhook(pool: Pool, call: Call, principal: Principal, *, detached: bool) ->
 async def _durable(pool: Pool, call: Call, ask: Ask, *, key: str, detached: bool) -> None:
     """Keep the request as a durable task, or find the one that it is a repetition of; then answer as was asked."""
     scope = idempotency_key(key_id=ask.principal.id, method=call.method, path=ask.path, key=key) if key else ""
-    pool.check_store()
     body = pool.books.make_body(new_task_id())
     digest = hashlib.sha256(call.headers.get("content-type", "").encode() + b"\0")
     if ask.webhook:
@@ -192,8 +192,7 @@ async def _durable(pool: Pool, call: Call, ask: Ask, *, key: str, detached: bool
             await pool.books.submit(task, body, key=scope, fingerprint=digest.hexdigest())
     except BaseException:
         await body.close()
-        if (reserved := pool.reserved.pop(body.name, None)) is not None:
-            reserved.settle(0, pool.clock())
+        pool.unreserve(body.name)
         raise
     if known is not None:
         await body.close()
@@ -270,8 +269,7 @@ async def _run(pool: Pool, call: Call, ask: Ask, task: Task, body: Body) -> None
     try:
         relay = pool.submit(task, body)
     except TryLater as error:
-        if (reserved := pool.reserved.pop(task.id, None)) is not None:
-            reserved.settle(0, pool.clock())
+        pool.unreserve(task.id)
         raise HTTPProblem(429, error.message, code="queue_full", retry_after_s=error.retry_after_s) from None
     try:
         await _relay(call, task, relay)
