@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import ipaddress
 import socket
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 import pytest
@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rma_coordinator import outbound
-from rma_coordinator.domain.addresses import SPECIAL_V4, is_public, network, unwrapped
+from rma_coordinator.domain.addresses import SPECIAL_V4, attached, is_public, network, unwrapped
 from rma_coordinator.domain.webhooks import Unreachable, refusal
 from rma_coordinator.outbound import post
 from rma_core.http import tls_context
@@ -81,13 +81,18 @@ def test_what_python_calls_private_is_never_public(address: ipaddress.IPv4Addres
     assert not (is_public(str(address)) and address.is_private)
 
 
-def test_a_network_that_is_allowed_is_and_this_machines_own_addresses_are_nobody_elses() -> None:
+def test_a_network_that_is_allowed_is_and_those_this_machine_is_attached_to_are_not() -> None:
     assert is_public("10.1.2.3", allowed=(network("10.0.0.0/8"),))
     assert is_public("::ffff:10.1.2.3", allowed=(network("10.0.0.0/8"),))
-    assert not is_public("11.0.0.1", own=["11.0.0.1"])
-    assert not is_public("::ffff:11.0.0.1", own=["11.0.0.1"])
-    assert not is_public("2a00::1", own=["2a00::1%eth0"])
-    assert is_public("11.0.0.1", own=["11.0.0.1"], allowed=(network("11.0.0.1"),))
+    lan, home = attached("11.0.0.1", "255.255.255.0"), attached("2a00:1:2:3::7%eth0", "ffff:ffff:ffff:ffff::")
+    for near in ("11.0.0.1", "11.0.0.200", "::ffff:11.0.0.9", "2a00:1:2:3:ffff::1"):
+        assert is_public(near)
+        assert not is_public(near, own=[lan, home])
+        assert is_public(near, own=[lan, home], allowed=(network(str(unwrapped(near))),))
+    for far in ("11.0.1.1", "2a00:1:2:4::1"):
+        assert is_public(far, own=[lan, home])
+    for mask in (None, "255.255.255.255", "0.0.0.0"):
+        assert attached("11.0.0.1", mask) == network("11.0.0.1/32")
     for odd in ("", "x", "1.2.3", "0x7f.1", "2130706433", "1.2.3.4.5", "::g"):
         with pytest.raises(ValueError, match="does not appear to be"):
             is_public(odd)
@@ -247,8 +252,16 @@ async def test_no_spelling_of_this_machine_is_called(host: str) -> None:
         assert receiver.connections == 0
 
 
-async def test_this_machines_own_public_addresses_are_not_called(names: Names, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = {"eth9": [type("A", (), {"family": socket.AF_INET, "address": "11.22.33.44"})()]}
+class Interface(NamedTuple):
+    """What psutil says of one address."""
+
+    address: str
+    netmask: str | None
+    family: int = socket.AF_INET
+
+
+async def test_nobody_on_this_machines_own_networks_is_called(names: Names, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"eth9": [Interface("11.22.33.1", "255.255.255.0")]}
     monkeypatch.setattr(psutil, "net_if_addrs", lambda: found)
     names.lead("hooks.example", ["11.22.33.44"])
     with refused():

@@ -299,15 +299,15 @@ async def test_what_was_not_told_is_told_after_a_restart_with_the_same_id(tmp_pa
     assert len({arrival.headers["webhook-id"] for arrival in receiver.arrivals}) == 1
 
 
-async def test_a_coordinator_that_is_killed_while_it_tells_tells_it_again(tmp_path: Path) -> None:
-    told = {"webhook_http": "1", "webhook_networks": "127.0.0.0/8"}
-    async with receiving(HANG, 200) as receiver:
+async def test_a_coordinator_that_is_killed_while_it_tells_tells_it_again(tmp_path: Path, authority: Authority) -> None:
+    told = {"webhook_networks": "127.7.0.0/16"}
+    async with receiving(HANG, 200, host=HERE, tls=authority.context(HERE)) as receiver:
         with starting(tmp_path / "home", **told) as made:
             made.ready()
             async with made.client() as client:
                 key_id = (await client.get("/api/admin/keys")).json()["keys"][0]["key_id"]
                 secret = (await client.post(f"/api/admin/keys/{key_id}/webhook-secret")).json()["secret"]
-                url = f"http://127.0.0.1:{receiver.port}/"
+                url = f"https://{HERE}:{receiver.port}/"
                 answer = await client.post("/api/inference/notes", content=b"x", headers={**ASYNC, "RMA-Webhook": url})
                 assert answer.status_code == 202, answer.text
                 assert (await client.delete(answer.headers["location"])).json()["status"] == "cancelled"

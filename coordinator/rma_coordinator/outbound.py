@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import httpcore2
 import psutil
 
-from rma_coordinator.domain.addresses import is_public
+from rma_coordinator.domain.addresses import attached, is_public
 from rma_coordinator.domain.webhooks import Reply, Unreachable
 from rma_core.http import retry_after_s
 
@@ -80,7 +80,7 @@ class Guarded(httpcore2.AsyncNetworkBackend):
 
         Whoever named it is not told which were found: names of the coordinator's own network are none of its business.
         """
-        own = [one.address for found in psutil.net_if_addrs().values() for one in found if one.family in FAMILIES]
+        own = own_networks()
         wrong = [one for one in addresses if not is_public(one, allowed=self._allowed, own=own)]
         if wrong or not addresses:
             found = f"{', '.join(wrong)} is not public" if wrong else "there is no such name"
@@ -89,6 +89,12 @@ class Guarded(httpcore2.AsyncNetworkBackend):
 
 
 FAMILIES = (socket.AF_INET, socket.AF_INET6)
+
+
+def own_networks() -> list[Network]:
+    """Return every network that this machine is attached to now."""
+    interfaces = [one for found in psutil.net_if_addrs().values() for one in found if one.family in FAMILIES]
+    return [attached(one.address, one.netmask) for one in interfaces]
 
 
 async def _look_up(host: str, port: int) -> list[str]:

@@ -59,15 +59,26 @@ def network(text: str) -> Network:
     return ipaddress.ip_network(text.strip(), strict=False)
 
 
-def is_public(text: str, *, allowed: Sequence[Network] = (), own: Iterable[str] = ()) -> bool:
+def attached(text: str, netmask: str | None) -> Network:
+    """Return the network that an interface with this address is attached to; its address alone without a netmask.
+
+    Raises ValueError.
+    """
+    address = ipaddress.ip_address(text.partition("%")[0])
+    bits = address.max_prefixlen if netmask is None else int(ipaddress.ip_address(netmask)).bit_count()
+    return ipaddress.ip_network((int(address), bits), strict=False) if bits else network(str(address))
+
+
+def is_public(text: str, *, allowed: Sequence[Network] = (), own: Iterable[Network] = ()) -> bool:
     """Say whether a host of the internet has this address, or one of the ``allowed`` networks has.
 
-    ``own`` are the addresses of this machine, which are nobody else's. Raises ValueError for what is no address.
+    ``own`` are the networks that this machine is attached to, whose addresses may be public ones: a home's IPv6 is.
+    Raises ValueError for what is no address.
     """
     address = unwrapped(text)
-    if any(address.version == one.version and address in one for one in allowed):
+    if any(address in one for one in allowed):
         return True
-    if address in {unwrapped(one) for one in own}:
+    if any(address in one for one in own):
         return False
     if isinstance(address, ipaddress.IPv4Address):
         return not any(address in one for one in SPECIAL_V4)
