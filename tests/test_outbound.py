@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import ipaddress
 import socket
+import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
@@ -134,17 +135,20 @@ class Names:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.known: dict[str, list[list[str]]] = {}
         self.looked_up: list[str] = []
-        loop = asyncio.get_running_loop()
-        self._real = loop.getaddrinfo
-        monkeypatch.setattr(loop, "getaddrinfo", self._look_up)
+        #: Names with this in them are answered once it is set.
+        self.answers = threading.Event()
+        self._real = socket.getaddrinfo
+        monkeypatch.setattr(socket, "getaddrinfo", self._look_up)
 
     def lead(self, name: str, *answers: list[str]) -> None:
         self.known[name] = list(answers)
 
-    async def _look_up(self, host: Any, port: Any, **more: Any) -> list[Any]:
+    def _look_up(self, host: Any, port: Any, *given: Any, **more: Any) -> list[Any]:
         self.looked_up.append(host)
+        if host.startswith("slow."):
+            self.answers.wait(20)
         if host not in self.known:
-            return await self._real(host, port, **more)
+            return self._real(host, port, *given, **more)
         answers = self.known[host]
         found = answers.pop(0) if len(answers) > 1 else answers[0]
         if not found:
@@ -322,6 +326,32 @@ async def test_a_handshake_that_never_ends_costs_its_time_and_no_more(names: Nam
         with refused("no connection|did not answer"):
             await call(f"https://hooks.example:{receiver.port}/")
         assert (receiver.connections, receiver.arrivals) == (1, [])
+
+
+@pytest.mark.usefixtures("hurried")
+async def test_a_name_that_is_never_answered_holds_up_neither_others_nor_files_nor_more_threads(
+    names: Names, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbound, "_looking", threading.BoundedSemaphore(2))
+    names.lead("slow.example", [GOOD])
+    names.lead("hooks.example", [GOOD])
+    async with receiving(host=GOOD) as receiver:
+        good, slow = (f"http://{name}.example:{receiver.port}/" for name in ("hooks", "slow"))
+        with refused("did not answer"):
+            await call(slow)
+        assert (await call(good)).status == 200
+        assert await asyncio.to_thread(lambda: "a file") == "a file"
+        with refused("did not answer"):
+            await call(slow)
+        before = threading.active_count()
+        for _ in range(5):
+            with refused("too many names"):
+                await call(good)
+        assert threading.active_count() == before
+        names.answers.set()
+        while outbound._looking._value < 2:  # noqa: ASYNC110 - threads tell nobody
+            await asyncio.sleep(0.01)
+        assert (await call(slow)).status == 200
 
 
 async def test_nobody_there_is_no_connection(names: Names) -> None:

@@ -9,8 +9,10 @@ may never call anyone does not.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
+import threading
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -33,6 +35,12 @@ logger = logging.getLogger(__name__)
 CONNECT_S, WHOLE_S = 5.0, 15.0
 #: Addresses of one name that are tried.
 MOST_TRIED = 4
+#: Names that are looked up at once, those included for which nobody waits any more.
+MOST_LOOKUPS = 64
+#: Of addresses that can be called.
+FAMILIES = (socket.AF_INET, socket.AF_INET6)
+
+_looking = threading.BoundedSemaphore(MOST_LOOKUPS)
 
 
 class Guarded(httpcore2.AsyncNetworkBackend):
@@ -88,9 +96,6 @@ class Guarded(httpcore2.AsyncNetworkBackend):
             raise Unreachable("its name leads to no public address")
 
 
-FAMILIES = (socket.AF_INET, socket.AF_INET6)
-
-
 def own_networks() -> list[Network]:
     """Return every network that this machine is attached to now."""
     interfaces = [one for found in psutil.net_if_addrs().values() for one in found if one.family in FAMILIES]
@@ -98,12 +103,37 @@ def own_networks() -> list[Network]:
 
 
 async def _look_up(host: str, port: int) -> list[str]:
-    """Return the addresses of a host, each once; none where it has none."""
+    """Return the addresses of a host, each once; none where it has none. Raises Unreachable while too many are asked.
+
+    In a thread of its own: a resolver may take half a minute whatever anyone wants, and neither files, which have the
+    usual threads, nor the coordinator's end may wait for a name that a stranger has chosen.
+    """
+    if not _looking.acquire(blocking=False):
+        raise Unreachable("too many names are being looked up")
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[list[str]] = loop.create_future()
+    threading.Thread(target=_ask, args=(host, port, loop, done), name="rma-name", daemon=True).start()
+    return await done
+
+
+def _ask(host: str, port: int, loop: asyncio.AbstractEventLoop, done: asyncio.Future[list[str]]) -> None:
+    found: list[str] = []
     try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError):
-        return []
-    return list(dict.fromkeys(str(address[0]) for family, _, _, _, address in found if family in FAMILIES))
+        answers = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        found = list(dict.fromkeys(str(address[0]) for family, _, _, _, address in answers if family in FAMILIES))
+    except (OSError, ValueError):
+        # No such name, or nothing that could be one.
+        pass
+    finally:
+        _looking.release()
+    # A loop that is closed has nobody who waits.
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(_tell, done, found)
+
+
+def _tell(done: asyncio.Future[list[str]], found: list[str]) -> None:
+    if not done.done():
+        done.set_result(found)
 
 
 async def post(
