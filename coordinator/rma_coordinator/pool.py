@@ -19,6 +19,7 @@ from rma_coordinator.domain.fleet import ATTACHABLE, SWEEP_S, Fleet, Worker, Wor
 from rma_coordinator.domain.keyring import Keyring
 from rma_coordinator.domain.models import ModelRecord, Models
 from rma_coordinator.domain.placement import place
+from rma_coordinator.domain.tasks import NO_LANES
 from rma_coordinator.hub import Hub
 from rma_coordinator.relay import Relay
 from rma_coordinator.spool import Spools
@@ -241,9 +242,9 @@ class Pool:
         """Look for workers that fell silent: their attempts are lost, and they are given nothing new."""
         for worker in self.fleet.sweep():
             self._gone(worker, worker.reason, blame=True)
-        for seat in self.dispatcher.seats.values():
+        for seat in list(self.dispatcher.seats.values()):
             found = self.fleet.workers.get(seat.worker_id)
-            seat.usable = found is not None and found.usable
+            self.dispatcher.set_usable(seat, usable=found is not None and found.usable)
 
     async def flush(self) -> None:
         """Write the records that changed; what cannot be written now is tried again the next time."""
@@ -488,12 +489,16 @@ class Pool:
         Only services that it was assigned count: nobody draws other requests to a machine by claiming to serve them.
         """
         offered, models, usable = worker.offered(slots), worker.models, worker.usable
+        cold = worker.cold if models else NO_LANES
         seat = self.dispatcher.seats.get(worker.id)
         # Most heartbeats change nothing, and what waits is looked at every TICK_S anyway.
-        if seat is None or seat.slots is not offered or seat.models is not models or seat.usable != usable:
+        same = seat is not None and seat.slots is offered and seat.models is models and seat.cold is cold
+        if seat is None or not same or seat.usable != usable:
             if models:
                 self.seen_models.note(worker.containers)
-            self.dispatcher.offers(worker.id, offered, models=models, usable=usable)
+            self.dispatcher.offers(worker.id, offered, models=models, cold=cold, usable=usable)
+            seat = self.dispatcher.seats[worker.id]
+        seat.load = worker.current_load
 
     def models(self) -> dict[str, ModelView]:
         """Return the pool's models by name: what can be asked for now, then what was there before."""

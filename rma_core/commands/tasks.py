@@ -66,6 +66,8 @@ def life(task: dict[str, Any]) -> Iterator[str]:
     what = f"{task['service']} {task['model']}" if task["model"] else task["service"]
     yield f"{task['task_id']}  {what}, {task['priority']} priority, of {task['key']}: {task['status']}"
     events = [Event(0.0, f"came at {task['created_at']}, {task['body_bytes']} bytes"), *_attempts(task)]
+    if task.get("waits_for"):
+        events.append(Event(0.0, f"waits for {task['waits_for']}, which is busy and will have it done soonest"))
     if task["ended_s"] is not None:
         events.append(Event(task["ended_s"], _end(task)))
     # An end that comes with the last attempt's stands behind it.
@@ -76,11 +78,20 @@ def life(task: dict[str, Any]) -> Iterator[str]:
 def _attempts(task: dict[str, Any]) -> Iterator[Event]:
     for one in task["attempts"]:
         name = f"attempt {one['attempt']}"
-        yield Event(one["offered_s"], f"{name} was offered to {one['worker_id']}")
+        yield Event(one["offered_s"], f"{name} was offered to {one['worker_id']}{_expected(one.get('expected'))}")
         if one["started_s"] is not None:
             yield Event(one["started_s"], f"{name} began")
         if one["ended_s"] is not None:
             yield Event(one["ended_s"], f"{name} {one['status']}" + (f": {one['reason']}" if one["reason"] else ""))
+
+
+def _expected(parts: dict[str, Any] | None) -> str:
+    """Return why a worker was chosen: what the task was expected to take there, and of what that is the sum."""
+    if parts is None or not parts["known"]:
+        return ""
+    shown = {name.removesuffix("_s"): value for name, value in parts.items() if name.endswith("_s") and value}
+    total = sum(shown.values()) - 2 * shown.get("saved", 0.0)
+    return f" (expected {total:.3g} s: {', '.join(f'{name} {value:.3g}' for name, value in shown.items())})"
 
 
 def _end(task: dict[str, Any]) -> str:

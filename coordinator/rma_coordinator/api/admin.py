@@ -143,7 +143,12 @@ async def task(pool: Pool, web: Web) -> object:
         return None if moment is None else round(moment - found.created_at, 4)
 
     times = [
-        {"offered_s": since(a.offered_at), "started_s": since(a.started_at), "ended_s": since(a.ended_at)}
+        {
+            "offered_s": since(a.offered_at),
+            "started_s": since(a.started_at),
+            "ended_s": since(a.ended_at),
+            "expected": None if a.expected is None else overview.parts(a.expected),
+        }
         for a in found.attempts
     ]
     shown = _task(pool, found)
@@ -152,6 +157,7 @@ async def task(pool: Pool, web: Web) -> object:
         "body_bytes": found.body_bytes,
         "answer_bytes": found.answer_bytes,
         "deadline_s": since(found.deadline),
+        "waits_for": found.promise.worker_id if found.promise is not None else None,
         "ended_s": since(found.ended_at),
         "attempts": [{**one, **when} for one, when in zip(shown["attempts"], times, strict=True)],
     }

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import secrets
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal, cast, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast, get_args
 
+from rma_coordinator.domain.speeds import Work
 from rma_core.models.channel import ACCEPT_WITHIN_S
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from rma_coordinator.domain.affinity import Prefix
+    from rma_coordinator.domain.affinity import Favourite, Prefix
+    from rma_coordinator.domain.speeds import Expected
     from rma_core.models.worker import Fault
 
 #: What the id of a task is made of.
@@ -28,6 +30,13 @@ AttemptState = Literal["offered", "running", "succeeded", "failed", "returned", 
 BLAMED: frozenset[str] = frozenset({"worker", "service"})
 
 
+class Promise(NamedTuple):
+    """A task's place at a busy worker that will have it done sooner than any that is free."""
+
+    worker_id: str
+    until: float
+
+
 class Attempt:
     """The n-th try of a task, on one worker, under one lease."""
 
@@ -36,6 +45,8 @@ class Attempt:
         "broken_at",
         "delivered",
         "ended_at",
+        "expected",
+        "first_byte_s",
         "lease_id",
         "lease_s",
         "lease_until",
@@ -55,8 +66,11 @@ class Attempt:
         self.worker_id = worker_id
         self.lease_id = lease_id or secrets.token_hex(16)
         self.offered_at = now
-        #: How many others its worker had of its service when it was given.
+        #: How many others its worker had of its service when it was given, and what it was expected to take there.
         self.beside = 0
+        self.expected: Expected | None = None
+        #: How long the service may take to its first byte here; ``None``: all the time there is.
+        self.first_byte_s: float | None = task.first_byte_s
         self.started_at: float | None = None
         self.ended_at: float | None = None
         #: When the stream of its answer broke; the worker has a moment to say why.
@@ -103,6 +117,7 @@ class Task:
         "ended_at",
         "excluded",
         "fault",
+        "favourite",
         "first_byte_s",
         "gap_s",
         "headers",
@@ -113,13 +128,19 @@ class Task:
         "lane",
         "method",
         "model",
+        "owner",
+        "passed_over",
         "path",
+        "patience",
         "prefixes",
         "priority",
+        "promise",
         "reasons",
         "service",
         "state",
+        "streamed",
         "usage",
+        "work",
     )
 
     def __init__(
@@ -155,6 +176,19 @@ class Task:
         self.priority: Priority = priority
         #: Beginnings of its conversation, the longest first, where it is one.
         self.prefixes: tuple[Prefix, ...] = ()
+        #: The worker that has such a beginning in its cache, looked up when the task came.
+        self.favourite: Favourite | None = None
+        #: What it is likely to be; nothing where it has no such measure.
+        self.work = Work()
+        #: Whether its answer begins before it is whole, so that its first byte comes early.
+        self.streamed = False
+        #: Whose machine it would rather run on, and be first there; empty: anyone's.
+        self.owner = ""
+        #: How often a worker that came free took a later one of the same key.
+        self.passed_over = 0
+        #: The busy worker that it waits for although others are free, if any, and how often it may do so.
+        self.promise: Promise | None = None
+        self.patience = 1
         self.created_at = now
         self.deadline = now + timeout_s
         self.durable = durable
@@ -212,24 +246,33 @@ def new_task_id() -> str:
 
 #: What a worker's quota is until it fails: shared, for there are many workers, and so never changed in place.
 NO_QUOTA: Mapping[str, int] = MappingProxyType({})
-#: What a worker runs that was never given anything.
+#: What a worker runs that was never given anything, and how much of each service that is.
 NO_ATTEMPTS: Mapping[str, Attempt] = MappingProxyType({})
-#: What a worker's models are that has none.
+NO_COUNTS: Mapping[str, int] = MappingProxyType({})
+#: What a worker's models are that has none, and which of them are not loaded.
 NO_MODELS: Mapping[str, frozenset[str]] = MappingProxyType({})
+NO_LANES: frozenset[str] = frozenset()
 
 
 class Seat:
     """A worker as dispatch sees it: slots per service, what it runs, and whether it can be reached."""
 
     __slots__ = (
+        "cold",
+        "counts",
         "full_until",
         "gone_at",
         "last_given",
+        "listed",
+        "load",
         "models",
+        "owner",
+        "promised",
         "quota",
         "reachable",
         "running",
         "slots",
+        "unlisted",
         "usable",
         "worker_id",
     )
@@ -237,48 +280,65 @@ class Seat:
     def __init__(self, worker_id: str) -> None:
         self.worker_id = worker_id
         self.slots: dict[str, int] = {}
-        #: The models of each service that has any.
+        #: The models of each service that has any, and the lanes whose models must be loaded first.
         self.models = NO_MODELS
+        self.cold = NO_LANES
         #: Slots it is given at most; halved by each failure, doubled by each success, never below one.
         self.quota = NO_QUOTA
-        #: Its open attempts by lease, changed by `begin` and `end` only.
+        #: Its open attempts by lease, and how many of each service, changed by `begin` and `end` only.
         self.running = NO_ATTEMPTS
+        self.counts = NO_COUNTS
+        #: Tasks that wait for it although others are free; made when there is one.
+        self.promised: dict[str, Task] | None = None
         self.reachable = False
         self.usable = False
         self.gone_at: float | None = None
         #: It had no room for what it was given, and is given nothing until then.
         self.full_until = 0.0
         self.last_given = 0.0
+        #: How busy it says it is, with whatever it does beside, 0..1.
+        self.load = 0.0
+        #: Whose machine it is, where somebody's tasks come first on it.
+        self.owner = ""
+        #: The lanes in whose lists of free workers it stands, which may be outdated: see `Lanes`.
+        self.listed = NO_LANES
+        #: It may stand in fewer of them than it has room for.
+        self.unlisted = True
 
     def begin(self, attempt: Attempt) -> None:
         """Give it an attempt."""
         if self.running is NO_ATTEMPTS:
-            self.running = {}
-        cast("dict[str, Attempt]", self.running)[attempt.lease_id] = attempt
+            self.running, self.counts = {}, {}
+        running, counts = cast("dict[str, Attempt]", self.running), cast("dict[str, int]", self.counts)
+        if attempt.lease_id not in running:
+            service = attempt.task.service
+            counts[service] = counts.get(service, 0) + 1
+        running[attempt.lease_id] = attempt
 
     def end(self, attempt: Attempt) -> None:
         """Take an attempt away, if it has it."""
         if attempt.lease_id in self.running:
             del cast("dict[str, Attempt]", self.running)[attempt.lease_id]
+            cast("dict[str, int]", self.counts)[attempt.task.service] -= 1
 
     def offers(self, service: str, model: str) -> bool:
         """Say whether it has slots for a service, with a model where one is named."""
         return self.slots.get(service, 0) > 0 and (not model or model in self.models.get(service, ()))
 
-    def lanes(self) -> frozenset[str]:
-        """Return everything that it could be given: services with slots, and each with its models."""
-        services = [service for service, slots in self.slots.items() if slots > 0]
-        models = [f"{service} {model}" for service in services for model in self.models.get(service, ())]
+    def lanes(self, service: str = "") -> frozenset[str]:
+        """Return all lanes, or those of one service: each service with slots, and it with each of its models."""
+        services = [name for name, slots in self.slots.items() if slots > 0 and service in ("", name)]
+        models = [f"{name} {model}" for name in services for model in self.models.get(name, ())]
         return frozenset((*services, *models))
 
     def room(self, service: str) -> int:
         """Return how many more attempts of a service it may be given now."""
         slots = self.slots.get(service, 0)
-        return min(slots, self.quota.get(service, slots)) - self.busy(service)
+        return min(slots, self.quota.get(service, slots)) - self.counts.get(service, 0)
 
     def busy(self, service: str) -> int:
         """Return how many attempts of a service it has."""
-        return sum(1 for attempt in self.running.values() if attempt.task.service == service)
+        return self.counts.get(service, 0)
 
     def halve(self, service: str) -> None:
         """Give it less of a service for now."""
