@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from collections import Counter
 from datetime import UTC, datetime
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -52,7 +53,7 @@ TICK_S = 0.5
 KEPT_BACKUPS = 7
 #: Below this share of `max_channels` nobody is parked.
 CHANNELS_LOW = 0.9
-#: Workers with room that each service keeps reachable while others are parked.
+#: Workers with room that each lane keeps reachable while others are parked.
 SPARE_SEATS = 8
 #: Models that a client is told of when it names another.
 SHOWN_MODELS = 20
@@ -140,7 +141,7 @@ class Pool:
         self._started = False
         self._need = 0
         self._channels = 0
-        self._spare: dict[str, int] = {}
+        self._spare: Counter[str] = Counter()
 
     @property
     def unwell(self) -> str:
@@ -469,16 +470,18 @@ class Pool:
         has = seat.reachable
         if has and self._channels <= self.settings.max_channels:
             return True
-        wanted = any(self._spare.get(service, 0) < SPARE_SEATS for service, slots in seat.slots.items() if slots)
+        lanes = seat.lanes()
+        # Those beside it count, not it itself.
+        wanted = any(self._spare[lane] - has < SPARE_SEATS for lane in lanes)
         if has != wanted:
             step = 1 if wanted else -1
             self._channels += step
-            for service in seat.slots:
-                self._spare[service] = self._spare.get(service, 0) + step
+            for lane in lanes:
+                self._spare[lane] += step
         return wanted
 
     def _count_channels(self) -> None:
-        """Look how many channels are open, and for how many seats on them each service has room."""
+        """Look how many channels are open, and how many workers on them have room for each lane."""
         self._channels = self.hub.channels
         if self._channels > self.settings.max_channels * CHANNELS_LOW:
             self._spare = self.dispatcher.spare()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING, Protocol
 
 from rma_coordinator.domain.affinity import Affinity
@@ -269,15 +269,16 @@ class Dispatcher:
         seats = self._lanes.offering(f"{service} {model}" if model else service)
         return any(seat.usable and seat.worker_id not in besides for seat in seats)
 
-    def spare(self) -> dict[str, int]:
-        """Return for each service how many reachable workers have room for it; none while its tasks wait."""
-        counts: dict[str, int] = {}
+    def spare(self) -> Counter[str]:
+        """Return for each lane how many reachable workers have room for it; none while its service's tasks wait."""
+        counts: Counter[str] = Counter()
+        waiting = self._matcher.services()
         for seat in self.seats.values():
             if seat.usable and seat.reachable:
-                for service in seat.slots:
-                    counts[service] = counts.get(service, 0) + (seat.room(service) > 0)
-        waiting = self._matcher.services()
-        return {service: 0 if service in waiting else count for service, count in counts.items()}
+                for service in seat.slots.keys() - waiting:
+                    if seat.room(service) > 0:
+                        counts.update(seat.lanes(service))
+        return counts
 
     # -- attempts ----------------------------------------------------------------------------------------------
 

@@ -152,7 +152,7 @@ class Line:
 
 
 def _suits_best(group: deque[Task], worker_id: str) -> tuple[int, int]:
-    """Return the place of the task that suits a worker best, and how well; whom others overtook often enough is next."""
+    """Return the place of the task that suits a worker best, and how well; whom many overtook is next."""
     best, place = _ANOTHERS + 1, 0
     most = LOOKED_AHEAD if group[0].passed_over < MOST_PASSED_OVER else 1
     for at, task in enumerate(islice(group, most)):
