@@ -12,7 +12,7 @@ import os
 import tomllib
 import typing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypedDict, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -219,6 +219,10 @@ class CoordinatorSettings(Settings, frozen=True, kw_only=True):
     port: Annotated[int, Meta(ge=0, le=65_535, description="Port to listen on; 0 takes a free one.")] = 8080
     tls_cert: Annotated[str, Meta(description="Certificate file (PEM); with it the coordinator speaks https.")] = ""
     tls_key: Annotated[str, Meta(description="Private key file (PEM) of the certificate.")] = ""
+    server: Annotated[
+        Literal["hypercorn", "uvicorn"],
+        Meta(description="What serves HTTP: `uvicorn` for large pools (`pip install 'rma-coordinator[uvicorn]'`)."),
+    ] = "hypercorn"
     public_url: Annotated[str, Meta(description="Address by which others reach the coordinator.")] = ""
     store: Annotated[
         str, Meta(description="Where state is kept: `sqlite` (in the state folder), `sqlite:PATH` or `memory`.")

@@ -126,7 +126,7 @@ class Up:
         """Run until Ctrl-C."""
         common.say("Starting the coordinator …")
         app = make_app(self.settings, pin=self.pin)
-        config = make_config(self.plain, self.secure)
+        config = make_config(self.plain, self.secure, server=self.settings.server)
         local: list[asyncio.Task[None]] = []
 
         async def ready() -> None:

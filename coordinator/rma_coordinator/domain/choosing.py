@@ -137,14 +137,15 @@ class Chooser:
 
     def _pick(self, task: Task, found: list[Choice]) -> Choice:
         """Return the best of some workers; now and then one of which little is known."""
-        if len(found) > 1:
-            unknown = [one for one in found if not one.expected.known]
-            explores = task.priority != "high" and self.chance.random() < EXPLORED
-            if explores and unknown and len(unknown) < len(found):
-                found = unknown
-            else:
-                limit = AS_GOOD * min(one.expected.total for one in found)
-                found = [one for one in found if one.expected.total <= limit]
+        if len(found) == 1:
+            return found[0]
+        unknown = [one for one in found if not one.expected.known]
+        if unknown and len(unknown) < len(found) and task.priority != "high" and self.chance.random() < EXPLORED:
+            found = unknown
+        else:
+            totals = [one.expected.total for one in found]
+            limit = AS_GOOD * min(totals)
+            found = [one for one, total in zip(found, totals, strict=True) if total <= limit]
         known = task.favourite.worker_id if task.favourite is not None else ""
         return max(found, key=lambda one: (one.seat.worker_id == known, *_freest(one.seat, task.service)))
 

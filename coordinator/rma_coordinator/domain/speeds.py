@@ -22,6 +22,8 @@ MOST_PAIRS = 20_000
 FIRST_PART, LATER_PART, FIRST_TASKS = 0.3, 0.1, 5
 #: What is known is worth half as much for each of these seconds without a word of it.
 HALF_LIFE_S = 1800.0
+#: What is known fades in steps of this.
+AGED_EVERY_S = 1.0
 #: Below this it is as good as unknown, and worth a try.
 LEAST_KNOWN = 0.5
 #: How much one task more at the same time slows each of a worker's down.
@@ -40,6 +42,15 @@ READING = 0.5
 ANSWER_TOKENS = 256.0
 #: Seconds a token at most: what engines say beyond it is nonsense.
 MOST_A_TOKEN_S = 60.0
+
+
+def _odds(share: float) -> float:
+    share = min(0.95, share)
+    return share / (1 - share)
+
+
+_USUAL = FAILURES_BEFORE / TASKS_BEFORE
+_USUAL_ODDS = _odds(_USUAL)
 
 
 class Work(NamedTuple):
@@ -84,6 +95,10 @@ class Expected(NamedTuple):
         return self.load + self.prefill + self.service - self.saved
 
 
+#: A task of which nothing is known, and what it takes a worker of which nothing is known.
+NO_WORK, UNKNOWN = Work(), Expected(0.0, 0.0, 0.0, known=False)
+
+
 class Pair:
     """What is known of one worker at one thing."""
 
@@ -106,7 +121,8 @@ class Pair:
     @property
     def odds(self) -> float:
         """How many failures come on one success, beyond those that are expected of anyone."""
-        return max(0.0, _odds(self.failed / self.done) - _odds(FAILURES_BEFORE / TASKS_BEFORE))
+        share = self.failed / self.done
+        return _odds(share) - _USUAL_ODDS if share > _USUAL else 0.0
 
 
 class Lane:
@@ -116,11 +132,6 @@ class Lane:
 
     def __init__(self) -> None:
         self.seconds = self.size = self.per_prompt = self.per_answer = self.load = 0.0
-
-
-def _odds(share: float) -> float:
-    share = min(0.95, share)
-    return share / (1 - share)
 
 
 def _mixed(known: float, new: float, part: float) -> float:
@@ -194,7 +205,7 @@ class Speeds:
         *,
         beside: int,
         saves: float = 0.0,
-        work: Work = Work(),  # noqa: B008 - it cannot be changed
+        work: Work = NO_WORK,
         loaded: bool = True,
     ) -> Expected:
         """Return what the next task would take there, with so many ``beside`` it.
@@ -203,24 +214,30 @@ class Speeds:
         """
         mean = self._lanes.get(lane)
         if mean is None:
-            return Expected(0.0, 0.0, 0.0, known=False)
+            return UNKNOWN
         pair = self._pairs.get((worker_id, lane))
-        known = False
-        if pair is not None:
-            pair.age(self._clock())
-            known = pair.tasks >= LEAST_KNOWN
-        own = pair if known else None
-        slow = 1.0 if known else self._slowness.get(worker_id, 1.0)
-        crowd = 1 + CROWDING * beside
+        if pair is None:
+            odds, known = 0.0, False
+        else:
+            now = self._clock()
+            if now - pair.at > AGED_EVERY_S:
+                pair.age(now)
+            odds, known = pair.odds, pair.tasks >= LEAST_KNOWN
+        crowd = 1 + CROWDING * beside if beside else 1.0
+        slow = crowd if known else crowd * self._slowness.get(worker_id, 1.0)
+        own = pair if known and pair is not None else mean
+        saved = prefill = load = 0.0
         if work.answer and mean.per_answer:
-            prefill = work.prompt * ((own and own.per_prompt) or mean.per_prompt * slow) * crowd
-            service = work.answer * ((own and own.per_answer) or mean.per_answer * slow) * crowd
+            # A model of which the whole is known and no token yet has the average's tokens.
+            prefill = work.prompt * (own.per_prompt or mean.per_prompt) * slow
+            service = work.answer * (own.per_answer or mean.per_answer) * slow
             saved = prefill * saves
         else:
-            prefill, service = 0.0, (own.seconds if own else mean.seconds * slow) * crowd
+            service = own.seconds * slow
             saved = READING * saves * service
-        load = 0.0 if loaded else (pair and pair.load) or mean.load or LOAD_S
-        failure = pair.odds * ((prefill + service) / 2 + NOTICED_S) if pair is not None else 0.0
+        if not loaded:
+            load = (pair.load if pair is not None else 0.0) or mean.load or LOAD_S
+        failure = odds * ((prefill + service) / 2 + NOTICED_S) if odds else 0.0
         return Expected(service, failure, saved, known, prefill, load)
 
     def known(self, worker_id: str) -> dict[str, Expected]:

@@ -6,7 +6,8 @@ import secrets
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast, get_args
 
-from rma_coordinator.domain.speeds import Work
+from rma_coordinator.domain import unguessable
+from rma_coordinator.domain.speeds import NO_WORK
 from rma_core.models.channel import ACCEPT_WITHIN_S
 
 if TYPE_CHECKING:
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
     from rma_coordinator.domain.speeds import Expected
     from rma_core.models.worker import Fault
 
-#: What the id of a task is made of.
-ID_DIGITS, ID_LENGTH = "0123456789abcdefghijklmnopqrstuvwxyz", 20
+#: Digits of a task's id.
+ID_LENGTH = 20
 #: A lease lasts this long and is renewed by progress.
 LEASE_S = 60.0
 
@@ -64,7 +65,7 @@ class Attempt:
         self.task = task
         self.number = number
         self.worker_id = worker_id
-        self.lease_id = lease_id or secrets.token_hex(16)
+        self.lease_id = lease_id or unguessable.source.hex(16)
         self.offered_at = now
         #: How many others its worker had of its service when it was given, and what it was expected to take there.
         self.beside = 0
@@ -179,7 +180,7 @@ class Task:
         #: The worker that has such a beginning in its cache, looked up when the task came.
         self.favourite: Favourite | None = None
         #: What it is likely to be; nothing where it has no such measure.
-        self.work = Work()
+        self.work = NO_WORK
         #: Whether its answer begins before it is whole, so that its first byte comes early.
         self.streamed = False
         #: Whose machine it would rather run on, and be first there; empty: anyone's.
@@ -236,12 +237,7 @@ class Task:
 
 def new_task_id() -> str:
     """Return an id that nobody can guess."""
-    # One draw of all digits: twenty of one digit each cost a small task more than anything else that dispatch does.
-    number, digits = secrets.randbelow(len(ID_DIGITS) ** ID_LENGTH), ""
-    for _ in range(ID_LENGTH):
-        number, digit = divmod(number, len(ID_DIGITS))
-        digits += ID_DIGITS[digit]
-    return f"task-{digits}"
+    return f"task-{unguessable.source.digits(ID_LENGTH)}"
 
 
 #: What a worker's quota is until it fails: shared, for there are many workers, and so never changed in place.
