@@ -81,7 +81,8 @@ class Chooser:
         free = self._free(task, now, seats)
         if not free:
             return None
-        choice = self._pick(task, [Choice(seat, self.expected(task, seat)) for seat in free])
+        seat = free[0] if len(free) == 1 else self._pick(task, free)
+        choice = Choice(seat, self.expected(task, seat))
         roomy = not waiting and len(free) >= LEAST_FREE * min(LOOKED_AT, len(self._lanes.offering(task.lane)))
         slow = choice.expected.known and choice.expected.takes > LEAST_TAKES_S
         return (roomy and slow and task.patience and self._busier(task, choice, now, seats)) or choice
@@ -135,19 +136,28 @@ class Chooser:
         offers = seat.usable and seat.reachable and seat.offers(task.service, task.model)
         return offers and self.may(task, seat, now)
 
-    def _pick(self, task: Task, found: list[Choice]) -> Choice:
+    def _pick(self, task: Task, seats: list[Seat]) -> Seat:
         """Return the best of some workers; now and then one of which little is known."""
-        if len(found) == 1:
-            return found[0]
-        unknown = [one for one in found if not one.expected.known]
-        if unknown and len(unknown) < len(found) and task.priority != "high" and self.chance.random() < EXPLORED:
-            found = unknown
+        service, lane, known = task.service, task.lane, task.favourite
+        favourite, score = known.worker_id if known is not None else "", self._speeds.score
+        found: list[tuple[float, Seat]] = []
+        unknown: list[Seat] = []
+        for seat in seats:
+            saves = known.saves(seat.slots[service]) if known is not None and seat.worker_id == favourite else 0.0
+            total, is_known = score(
+                seat.worker_id, lane, seat.counts.get(service, 0), saves, task.work, loaded=lane not in seat.cold
+            )
+            found.append((total, seat))
+            if not is_known:
+                unknown.append(seat)
+        if unknown and len(unknown) < len(seats) and task.priority != "high" and self.chance.random() < EXPLORED:
+            good = unknown
         else:
-            totals = [one.expected.total for one in found]
-            limit = AS_GOOD * min(totals)
-            found = [one for one, total in zip(found, totals, strict=True) if total <= limit]
-        known = task.favourite.worker_id if task.favourite is not None else ""
-        return max(found, key=lambda one: (one.seat.worker_id == known, *_freest(one.seat, task.service)))
+            limit = AS_GOOD * min(total for total, _ in found)
+            good = [seat for total, seat in found if total <= limit]
+        if len(good) == 1:
+            return good[0]
+        return max(good, key=lambda seat: (seat.worker_id == favourite, *_freest(seat, service)))
 
     def _busier(self, task: Task, best: Choice, now: float, seats: dict[str, Seat]) -> Choice | None:
         """Return a busy worker that is worth waiting for."""
@@ -198,4 +208,4 @@ def promises(seat: Seat) -> int:
 
 
 def _freest(seat: Seat, service: str) -> tuple[float, float, float, str]:
-    return seat.room(service), -seat.load, -seat.last_given, seat.worker_id
+    return seat.rooms.get(service, 0), -seat.load, -seat.last_given, seat.worker_id

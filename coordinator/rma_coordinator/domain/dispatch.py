@@ -239,7 +239,7 @@ class Dispatcher:
         self._lanes.offer(seat, slots, models)
         seat.cold = cold
         if seat.quota:
-            seat.quota = {name: quota for name, quota in seat.quota.items() if name in slots}
+            seat.limit({name: quota for name, quota in seat.quota.items() if name in slots})
         self.set_usable(seat, usable=usable)
         if usable:
             self._matcher.freed(seat)
@@ -610,6 +610,9 @@ def _log_lost(attempt: Attempt) -> None:
 
 def _log(task: Task) -> None:
     """Write the one line of a task: how it ended, where, and all that stood in its way."""
+    level = logging.WARNING if task.state == "failed" else logging.INFO
+    if not logger.isEnabledFor(level):
+        return
     attempt = task.attempt
     seconds = (task.ended_at or 0) - task.created_at
     about: dict[str, object] = {"action": f"task_{task.state}", "task": task.id, "service": task.service}
@@ -618,7 +621,7 @@ def _log(task: Task) -> None:
     if attempt:
         about |= {"attempt": attempt.number, "worker": attempt.worker_id}
     logger.log(
-        logging.WARNING if task.state == "failed" else logging.INFO,
+        level,
         "%s %s %s in %.2f s%s%s",
         task.id,
         task.lane,

@@ -13,7 +13,7 @@ from rma_coordinator.domain.tasks import NO_LANES
 
 if TYPE_CHECKING:
     import random
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Collection, Mapping
 
     from rma_coordinator.domain.tasks import Seat
 
@@ -40,8 +40,7 @@ class Lanes:
         if seat.slots == slots and seat.models == models:
             return
         before = seat.lanes()
-        # Not copied: workers with the same services share them.
-        seat.slots, seat.models = slots, models
+        seat.offer(slots, models)
         after = seat.lanes()
         for lane in before - after:
             _remove(self._offering, lane, seat)
@@ -66,15 +65,17 @@ class Lanes:
                 self._free.setdefault(lane, []).append(seat)
                 seat.listed = _same(seat.listed | {lane})
 
-    def free(self, lane: str, service: str) -> Iterator[Seat]:
-        """Yield everyone who has room."""
-        listed = self._free.get(lane, [])
-        for place in range(len(listed) - 1, -1, -1):
-            seat = listed[place]
-            if _has_room(seat, service):
-                yield seat
-            else:
-                _take_out(listed, place, lane)
+    def free(self, lane: str, service: str) -> list[Seat]:
+        """Return everyone who has room."""
+        listed = self._free.get(lane)
+        if not listed:
+            return []
+        found = [seat for seat in listed if _has_room(seat, service)]
+        if len(found) < len(listed):
+            for place in range(len(listed) - 1, -1, -1):
+                if not _has_room(listed[place], service):
+                    _take_out(listed, place, lane)
+        return found
 
     def some_free(self, lane: str, service: str, most: int, chance: random.Random) -> list[Seat]:
         """Return up to ``most`` who have room, at random where there are more."""
@@ -84,7 +85,7 @@ class Lanes:
         found: dict[str, Seat] = {}
         for _ in range(2 * most):
             if len(listed) <= most:
-                return list(self.free(lane, service))
+                return self.free(lane, service)
             if len(found) >= most:
                 break
             place = chance.randrange(len(listed))
@@ -101,7 +102,7 @@ class Lanes:
 
 
 def _has_room(seat: Seat, service: str) -> bool:
-    return seat.usable and seat.reachable and seat.room(service) > 0
+    return seat.rooms.get(service, 0) > 0 and seat.usable and seat.reachable
 
 
 def _take_out(listed: list[Seat], place: int, lane: str) -> None:

@@ -118,12 +118,6 @@ class Pair:
             self.tasks *= 0.5 ** ((now - self.at) / HALF_LIFE_S)
             self.at = now
 
-    @property
-    def odds(self) -> float:
-        """How many failures come on one success, beyond those that are expected of anyone."""
-        share = self.failed / self.done
-        return _odds(share) - _USUAL_ODDS if share > _USUAL else 0.0
-
 
 class Lane:
     """What is known of one thing, whoever does it: means over all tasks."""
@@ -155,14 +149,16 @@ class Speeds:
 
     def learn(self, worker_id: str, lane: str, seconds: float, *, beside: int, answer_bytes: int = 0) -> None:
         """A task took so many seconds, with so many others ``beside`` it when it began; a long answer takes longer."""
-        mean = self._lane(lane)
-        alone = max(0.0, seconds) / (1 + CROWDING * beside)
-        if answer_bytes and mean.size:
-            alone /= min(MOST_LONGER, max(1 / MOST_LONGER, answer_bytes / mean.size))
         pair = self._pair(worker_id, lane)
+        mean = self._lanes[lane]
+        alone = (seconds if seconds > 0 else 0.0) / (1 + CROWDING * beside)
+        if answer_bytes and mean.size:
+            longer = answer_bytes / mean.size
+            alone /= min(MOST_LONGER, max(1 / MOST_LONGER, longer))
         part = FIRST_PART if pair.tasks < FIRST_TASKS else LATER_PART
         pair.seconds = alone if pair.tasks < LEAST_KNOWN else pair.seconds + part * (alone - pair.seconds)
-        pair.tasks = min(pair.tasks + 1, 2 * FIRST_TASKS)
+        if pair.tasks < 2 * FIRST_TASKS:
+            pair.tasks = min(pair.tasks + 1, 2 * FIRST_TASKS)
         pair.failed, pair.done = pair.failed * FADING, pair.done * FADING + 1
         mean.seconds = _mixed(mean.seconds, alone, LATER_PART)
         mean.size = _mixed(mean.size, float(answer_bytes), LATER_PART)
@@ -213,19 +209,44 @@ class Speeds:
         Its cache ``saves`` a part (0..1) of what is to be read; a model that is not ``loaded`` must be.
         """
         mean = self._lanes.get(lane)
+        return UNKNOWN if mean is None else Expected(*self._parts(mean, worker_id, lane, beside, saves, work, loaded))
+
+    def score(
+        self, worker_id: str, lane: str, beside: int, saves: float, work: Work, *, loaded: bool
+    ) -> tuple[float, bool]:
+        """Return the sum of `expected`, and whether it is known: for looking at many workers."""
+        mean = self._lanes.get(lane)
         if mean is None:
-            return UNKNOWN
+            return 0.0, False
+        service, failure, saved, known, prefill, load = self._parts(mean, worker_id, lane, beside, saves, work, loaded)
+        return load + prefill + service + failure - saved, known
+
+    def _parts(  # noqa: PLR0917 - names would cost the hottest call of all as much as its work
+        self,
+        mean: Lane,
+        worker_id: str,
+        lane: str,
+        beside: int,
+        saves: float,
+        work: Work,
+        loaded: bool,  # noqa: FBT001 - the same
+    ) -> tuple[float, float, float, bool, float, float]:
         pair = self._pairs.get((worker_id, lane))
-        if pair is None:
-            odds, known = 0.0, False
-        else:
+        odds, known = 0.0, False
+        if pair is not None:
             now = self._clock()
             if now - pair.at > AGED_EVERY_S:
                 pair.age(now)
-            odds, known = pair.odds, pair.tasks >= LEAST_KNOWN
-        crowd = 1 + CROWDING * beside if beside else 1.0
-        slow = crowd if known else crowd * self._slowness.get(worker_id, 1.0)
-        own = pair if known and pair is not None else mean
+            share = pair.failed / pair.done
+            if share > _USUAL:
+                odds = _odds(share) - _USUAL_ODDS
+            known = pair.tasks >= LEAST_KNOWN
+        slow = 1 + CROWDING * beside
+        own: Pair | Lane = mean
+        if known and pair is not None:
+            own = pair
+        elif self._slowness:
+            slow *= self._slowness.get(worker_id, 1.0)
         saved = prefill = load = 0.0
         if work.answer and mean.per_answer:
             # A model of which the whole is known and no token yet has the average's tokens.
@@ -238,7 +259,7 @@ class Speeds:
         if not loaded:
             load = (pair.load if pair is not None else 0.0) or mean.load or LOAD_S
         failure = odds * ((prefill + service) / 2 + NOTICED_S) if odds else 0.0
-        return Expected(service, failure, saved, known, prefill, load)
+        return service, failure, saved, known, prefill, load
 
     def known(self, worker_id: str) -> dict[str, Expected]:
         """Return what a worker's next task of each lane would take, had the worker nothing else to do."""

@@ -266,6 +266,7 @@ class Seat:
         "promised",
         "quota",
         "reachable",
+        "rooms",
         "running",
         "slots",
         "unlisted",
@@ -284,6 +285,8 @@ class Seat:
         #: Its open attempts by lease, and how many of each service, changed by `begin` and `end` only.
         self.running = NO_ATTEMPTS
         self.counts = NO_COUNTS
+        #: How many more of each service it may be given now: its slots themselves while it has nothing.
+        self.rooms: Mapping[str, int] = self.slots
         #: Tasks that wait for it although others are free; made when there is one.
         self.promised: dict[str, Task] | None = None
         self.reachable = False
@@ -309,13 +312,41 @@ class Seat:
         if attempt.lease_id not in running:
             service = attempt.task.service
             counts[service] = counts.get(service, 0) + 1
+            self._more(service, -1)
         running[attempt.lease_id] = attempt
 
     def end(self, attempt: Attempt) -> None:
         """Take an attempt away, if it has it."""
-        if attempt.lease_id in self.running:
-            del cast("dict[str, Attempt]", self.running)[attempt.lease_id]
-            cast("dict[str, int]", self.counts)[attempt.task.service] -= 1
+        if cast("dict[str, Attempt]", self.running).pop(attempt.lease_id, None) if self.running else None:
+            service = attempt.task.service
+            cast("dict[str, int]", self.counts)[service] -= 1
+            self._more(service, 1)
+
+    def _more(self, service: str, change: int) -> None:
+        if self.rooms is self.slots:
+            self.rooms = dict(self.slots)
+        rooms = cast("dict[str, int]", self.rooms)
+        rooms[service] = rooms.get(service, 0) + change
+
+    def offer(self, slots: dict[str, int], models: Mapping[str, frozenset[str]]) -> None:
+        """Note what it offers; not copied, for workers with the same services share it."""
+        self.slots, self.models = slots, models
+        self._count_rooms()
+
+    def limit(self, quota: Mapping[str, int]) -> None:
+        """Give it no more of some services than so many at once."""
+        self.quota = quota
+        self._count_rooms()
+
+    def _count_rooms(self) -> None:
+        if not self.quota and not self.running:
+            self.rooms = self.slots
+            return
+        names = self.slots.keys() | self.counts.keys()
+        self.rooms = {
+            name: min(self.slots.get(name, 0), self.quota.get(name, self.slots.get(name, 0))) - self.counts.get(name, 0)
+            for name in names
+        }
 
     def offers(self, service: str, model: str) -> bool:
         """Say whether it has slots for a service, with a model where one is named."""
@@ -329,8 +360,7 @@ class Seat:
 
     def room(self, service: str) -> int:
         """Return how many more attempts of a service it may be given now."""
-        slots = self.slots.get(service, 0)
-        return min(slots, self.quota.get(service, slots)) - self.counts.get(service, 0)
+        return self.rooms.get(service, 0)
 
     def busy(self, service: str) -> int:
         """Return how many attempts of a service it has."""
@@ -339,10 +369,10 @@ class Seat:
     def halve(self, service: str) -> None:
         """Give it less of a service for now."""
         quota = max(1, self.quota.get(service, self.slots.get(service, 1)) // 2)
-        self.quota = {**self.quota, service: quota}
+        self.limit({**self.quota, service: quota})
 
     def double(self, service: str) -> None:
         """Give it more of a service again, up to its slots."""
         slots = self.slots.get(service, 1)
         if (quota := self.quota.get(service)) is not None:
-            self.quota = {**self.quota, service: max(1, min(slots, quota * 2))}
+            self.limit({**self.quota, service: max(1, min(slots, quota * 2))})
