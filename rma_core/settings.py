@@ -210,6 +210,9 @@ class AgentSettings(Settings, frozen=True, kw_only=True):
     attach: Annotated[
         list[str], Meta(description="Model servers that already run on this machine and are shared, by URL.")
     ] = []
+    find_model_servers: Annotated[
+        bool, Meta(description="Look at the usual ports of this machine for model servers that could be attached.")
+    ] = True
 
 
 class CoordinatorSettings(Settings, frozen=True, kw_only=True):
