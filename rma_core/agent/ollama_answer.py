@@ -151,9 +151,9 @@ class Lines:
 
     def feed(self, data: bytes) -> Iterator[_Line]:
         """Yield each line that is whole now. Raises Broken."""
+        too_much = len(data) > self._left
+        data = data[: self._left]
         self._left -= len(data)
-        if self._left < 0:
-            raise Broken("its answer is longer than any answer")
         # Only what is new is searched: bytes that drip in one by one must not cost their square.
         known = len(self._rest)
         self._rest += data
@@ -162,22 +162,27 @@ class Lines:
             whole = bytes(self._rest[:end])
             del self._rest[: end + 1]
             for line in whole.split(b"\n"):
-                if line.strip():
-                    yield self.read(line)
+                yield from self._one(line)
         if len(self._rest) > MAX_LINE_BYTES:
             raise Broken(f"a line of its answer is longer than {MAX_LINE_BYTES} bytes")
+        if too_much:
+            raise Broken("its answer is longer than any answer")
 
     def last(self) -> Iterator[_Line]:
         """Yield what came without the end of its line, where that is anything. Raises Broken."""
         line = bytes(self._rest)
         self._rest.clear()
+        yield from self._one(line)
+
+    def _one(self, line: bytes) -> Iterator[_Line]:
+        if len(line) > MAX_LINE_BYTES:
+            raise Broken(f"a line of its answer is longer than {MAX_LINE_BYTES} bytes")
         if line.strip():
             yield self.read(line)
 
-    def read(self, line: bytes) -> _Line:
+    @staticmethod
+    def read(line: bytes) -> _Line:
         """Return a line as a record. Raises Broken for an error, and for what is none."""
-        if len(line) > MAX_LINE_BYTES:
-            raise Broken(f"a line of its answer is longer than {MAX_LINE_BYTES} bytes")
         try:
             found = _line(line)
         except NONSENSE:
@@ -449,7 +454,7 @@ def error_body(message: str, *, param: str | None = None, api_code: str | None =
 
 def goes_on(data: bytes, expected: str) -> bool:
     """Say whether the answer to a probe goes on from its beginning. Raises Broken."""
-    found = Lines(MAX_LINE_BYTES).read(data)
+    found = Lines.read(data)
     if not found.done or found.message is None:
         raise Broken("its answer is not what Ollama sends")
     return (found.message.content or "").startswith(expected)
