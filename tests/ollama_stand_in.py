@@ -212,8 +212,12 @@ class OllamaStandIn:
 
     def __init__(self, behaviour: Behaviour = HELLO) -> None:
         self.behaviour = behaviour
-        #: Whether a model goes on from the beginning of an answer; a probe is answered so.
+        #: Whether a model goes on from the beginning of an answer: a probe is answered so, unless by ``probe``.
         self.goes_on = True
+        self.probe: Behaviour | None = None
+        #: What is asked here is never answered.
+        self.mute = ""
+        self.connections: list[object] = []
         self.version = "0.14.2"
         self.parameters = ""
         self.capabilities = ["completion"]
@@ -252,6 +256,7 @@ class OllamaStandIn:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
+        self.connections.append(writer)
         try:
             while not writer.transport.is_closing():
                 await self._one(reader, writer)
@@ -269,6 +274,9 @@ class OllamaStandIn:
         self.asked.append((path, body))
         exchange = Exchange(path, body, reader, writer)
         small = self._small(path)
+        if path == self.mute:
+            await exchange.left()
+            return
         if small is not None:
             await exchange.whole(200, small)
         elif path in ("/api/chat", "/api/generate", "/api/embed"):
@@ -311,6 +319,9 @@ class OllamaStandIn:
 
     async def _probed(self, exchange: Exchange) -> None:
         """Answer the one request that is not streamed: whether the model goes on from "1, 2, 3,"."""
+        if self.probe is not None:
+            await self.probe(self, exchange)
+            return
         text = " 4, 5, 6" if self.goes_on else "1, 2, 3, 4"
         await exchange.whole(200, said("/api/chat", text, done=True, done_reason="length", **STATS))
 
