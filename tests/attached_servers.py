@@ -132,7 +132,9 @@ class Server:
         self.answers, self.unknown = dict(answers), unknown
         self.url = ""
         self.asked: list[str] = []
-        self.hangs = self.drips = False
+        self.hangs = False
+        #: What is asked here is never answered.
+        self.mute = ""
         self.raw: bytes | None = None
         self._server: asyncio.Server | None = None
         self._port = 0
@@ -170,7 +172,7 @@ class Server:
     async def _one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         method, path, *_ = (await reader.readuntil(b"\r\n\r\n")).decode().split()
         self.asked.append(f"{method} {path}")
-        if self.hangs:
+        if self.hangs or path == self.mute:
             await asyncio.Event().wait()
         if self.raw is not None:
             writer.write(self.raw)

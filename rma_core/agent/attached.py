@@ -239,7 +239,8 @@ class AttachedServer:
         if found.ollama is not None:
             self._ollama.heard(found.ollama)
         before = (self.found and self.found._replace(ollama=None), self.state, self._told_slots)
-        self.found, self.state, self._told_slots = found, "healthy", self.slots
+        self.found, self.state = found, "healthy"
+        self._told_slots = self.slots
         described = _described(found, min(self._most_slots, self._all_slots))
         taken = self.others.taken
         self.reason = f"{described}; {taken} in use by others" if taken else described
