@@ -17,7 +17,7 @@ import msgspec
 from rma_core.addresses import is_loopback
 from rma_core.agent.endpoint import Endpoint
 from rma_core.agent.incoming import EndpointError
-from rma_core.agent.model_server import KOBOLD_CPP, LLAMA_CPP, LM_STUDIO, OLLAMA, PLAIN, QUOTED, look
+from rma_core.agent.model_server import PLAIN, QUOTED, look
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -30,25 +30,24 @@ IPV6 = 6
 
 
 class Usual(NamedTuple):
-    """A port, who listens there when nobody has said otherwise, and how such a server is asked first."""
+    """A port, and who listens there when nobody has said otherwise."""
 
     port: int
     server: str
-    way: str
 
 
 #: None of them lies where systems take ports for those who do not mind which, as RMA's own services do.
 USUAL = (
-    Usual(11434, "Ollama", OLLAMA),
-    Usual(1234, "LM Studio", LM_STUDIO),
-    Usual(8080, "llama.cpp, llamafile, LocalAI or MLX", LLAMA_CPP),
-    Usual(9931, "llama.cpp", LLAMA_CPP),
-    Usual(8000, "vLLM", PLAIN),
-    Usual(30000, "SGLang", PLAIN),
-    Usual(5000, "text-generation-webui or TabbyAPI", PLAIN),
-    Usual(5001, "KoboldCpp", KOBOLD_CPP),
-    Usual(1337, "Jan", PLAIN),
-    Usual(4891, "GPT4All", PLAIN),
+    Usual(11434, "Ollama"),
+    Usual(1234, "LM Studio"),
+    Usual(8080, "llama.cpp, llamafile, LocalAI or MLX"),
+    Usual(9931, "llama.cpp"),
+    Usual(8000, "vLLM"),
+    Usual(30000, "SGLang"),
+    Usual(5000, "text-generation-webui or TabbyAPI"),
+    Usual(5001, "KoboldCpp"),
+    Usual(1337, "Jan"),
+    Usual(4891, "GPT4All"),
 )
 
 
@@ -98,7 +97,7 @@ async def _ask(usual: Usual) -> Nearby | None:
     url = f"http://127.0.0.1:{usual.port}"
     endpoint = Endpoint(url)
     try:
-        found = await look(endpoint, usual.way, within_s=WITHIN_S)
+        found = await look(endpoint, within_s=WITHIN_S)
     except (EndpointError, TimeoutError):
         # Nobody is there, or no model server, or one that is not for everybody.
         return None
