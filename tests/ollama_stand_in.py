@@ -166,21 +166,26 @@ async def silent(server: OllamaStandIn, exchange: Exchange) -> None:
 
 
 class Fronting:
-    """Answer with what a real llama.cpp says, piece by piece, as Ollama would say it."""
+    """Answer with what a real llama.cpp says, as Ollama says it; its engine dies behind ``fails_behind`` pieces."""
 
-    def __init__(self, server: ModelServer) -> None:
-        self._server = server
+    def __init__(self, server: ModelServer, *, fails_behind: int | None = None) -> None:
+        self._server, self._fails_behind = server, fails_behind
 
     async def __call__(self, stand_in: OllamaStandIn, exchange: Exchange) -> None:
         events = await asyncio.to_thread(self._events, exchange.path, exchange.body)
         usage: dict[str, Any] = {}
-        finish = "stop"
+        finish, pieces = "stop", 0
         for event in events:
             usage = event.get("usage") or usage
             for choice in event["choices"]:
                 finish = choice.get("finish_reason") or finish
                 text = choice["delta"].get("content") if "delta" in choice else choice.get("text")
+                if text and pieces == self._fails_behind:
+                    await exchange.line({"error": "an error was encountered while running the model: signal: killed"})
+                    await exchange.end()
+                    return
                 if text:
+                    pieces += 1
                     await exchange.line(said(exchange.path, text))
         told = {**STATS, "prompt_eval_count": usage["prompt_tokens"], "eval_count": usage["completion_tokens"]}
         await exchange.line(said(exchange.path, "", done=True, done_reason=finish, **told))
