@@ -71,7 +71,10 @@ async def ask(one: AttachedServer, llama: ModelServer) -> int:
         slot.release()
 
 
-async def test_slots_that_others_use_are_not_offered_and_come_back(llama: ModelServer) -> None:
+async def test_slots_that_others_use_are_not_offered_and_come_back(
+    llama: ModelServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attached_module, "SLOTS_FRESH_S", 0.0)
     changes: list[int] = []
 
     def changed() -> None:
@@ -121,13 +124,23 @@ async def test_one_answer_right_after_another_is_not_taken_for_somebody_else(
 SLOTS: list[dict[str, Any]] = [{"id": 0, "is_processing": True}, {"id": 1, "is_processing": False}]
 
 
-@pytest.mark.parametrize("slots", [None, b"no", {"error": "disabled"}, [{"id": 0}], b"[" * 100_000])
+#: As old ones gave it: with every prompt.
+LONG = [{"id": 0, "is_processing": True, "prompt": "a" * 2**20}]
+
+
+@pytest.mark.parametrize(
+    "slots", [None, b"no", {"error": "disabled"}, [{"id": 0}], b"[" * 100_000, LONG],
+    ids=["none", "no", "disabled", "half", "deep", "long"],
+)  # fmt: skip
 async def test_a_server_that_does_not_say_what_its_slots_do_is_believed_to_be_free(slots: object) -> None:
     answers = {**LLAMA_CPP, CHAT: {"choices": []}, **({} if slots is None else {"/slots": slots})}
     async with running(answers) as server, attached(server.url) as one:
         await one.look()
         await asked(one)
         assert (one.slots, server.asked[-2:]) == (4, ["GET /slots", f"POST {CHAT}"])
+        # Not every task asks again.
+        await asked(one)
+        assert server.asked.count("GET /slots") == 1
 
 
 async def asked(one: AttachedServer) -> None:

@@ -66,6 +66,7 @@ def test_options_keep_their_meaning_under_ollamas_names(given_: dict[str, Any], 
 
 def test_what_a_client_leaves_out_is_left_to_the_models_own_defaults() -> None:
     assert "options" not in chat(temperature=None, stop=[], max_tokens=None)
+    assert "options" not in chat(max_tokens=-1)
 
 
 def test_the_context_is_the_one_it_is_loaded_with_and_no_client_changes_it() -> None:

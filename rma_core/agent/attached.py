@@ -38,9 +38,10 @@ LOOK_EVERY_S, LOADING_EVERY_S, OTHERS_EVERY_S = 10.0, 2.0, 2.0
 AWAY_BASE_S, AWAY_CAP_S = 1.0, 30.0
 #: Seconds between a task's failure to reach a server and the look that it brings about.
 NUDGED_AFTER_S = 0.25
-#: Seconds for which it is known how many slots of a llama.cpp are at work; how often it is asked again before a task is
-#: given back, and the seconds between: it lets go of a slot a moment after it has answered.
-SLOTS_FRESH_S, SLOTS_TRIES, SLOTS_AGAIN_S = 1.0, 3, 0.1
+#: Seconds for which it is known how many slots of a llama.cpp are at work, and for which one that did not say is not
+#: asked again; how often it is asked before a task is given back, and the seconds between: it lets go of a slot a
+#: moment after it has answered.
+SLOTS_FRESH_S, SLOTS_BLIND_S, SLOTS_TRIES, SLOTS_AGAIN_S = 1.0, 60.0, 3, 0.1
 
 
 class AttachedServer:
@@ -77,7 +78,7 @@ class AttachedServer:
         self._nudged = asyncio.Event()
         self._way = self._logged = ""
         self._shown: dict[str, Shown] = {}
-        self._slots_at = -SLOTS_FRESH_S
+        self._slots_until = clock()
         self._told_slots = 0
 
     @property
@@ -180,7 +181,7 @@ class AttachedServer:
         """See what others use, where that can be seen without waking up what sleeps."""
         if found.ollama is not None:
             self._seen_loaded(found.ollama.loaded)
-        elif found.way == LLAMA_CPP and (self.busy or self.others.taken):
+        elif found.way == LLAMA_CPP and (self.busy or self.others.taken) and self._clock() >= self._slots_until:
             before = self.busy
             self._seen_at_work(await model_server.at_work(self._probe), max(before, self.busy))
 
@@ -188,7 +189,7 @@ class AttachedServer:
         self.others.expiries_seen({name: one.expires for name, one in loaded.items()}, self.busy)
 
     def _seen_at_work(self, at_work: int | None, ours: int) -> None:
-        self._slots_at = self._clock()
+        self._slots_until = self._clock() + (SLOTS_BLIND_S if at_work is None else SLOTS_FRESH_S)
         self.others.slots_seen(at_work or 0, ours)
 
     async def _full(self) -> str:
@@ -199,7 +200,7 @@ class AttachedServer:
         if self.found is None or self.found.way != LLAMA_CPP:
             return ""
         for left in reversed(range(SLOTS_TRIES)):
-            if self._clock() - self._slots_at >= SLOTS_FRESH_S or self._is_full:
+            if self._clock() >= self._slots_until or self._is_full:
                 try:
                     async with asyncio.timeout(LOOK_TIMEOUT_S):
                         # The task that asks has a slot of ours, and is not at work yet.

@@ -73,10 +73,10 @@ class Guarded:
             raise UsageProblem(f"{method} {path[:200]!r} is not open on a model server that its owner attached")
         whole = await _whole(body)
         model = self._check(whole)
-        if reason := await self._full():
-            raise AttemptFailed("owner", reason)
         kept = [(name, value) for name, value in headers if name.lower() in PASSED_ON]
         try:
+            if reason := await self._full():
+                raise AttemptFailed("owner", reason)
             if (asked := self._asked()) is not None:
                 return await asked(self._endpoint, path, whole, model, answer_s)
             return await self._endpoint.request(

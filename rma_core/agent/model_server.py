@@ -123,16 +123,15 @@ async def look(
 
 
 async def at_work(endpoint: Client) -> int | None:
-    """Return how many slots of a llama.cpp are at work, nothing where it does not say. Raises EndpointError.
+    """Return how many slots of a llama.cpp are at work, nothing where it does not say.
 
     To it this is work: it wakes a server that sleeps, and keeps one awake that would go to sleep.
     """
-    status, body = await get(endpoint, "/slots")
-    if status != OK:
-        return None
     try:
-        return sum(slot.is_processing for slot in _slots(body))
-    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        status, body = await get(endpoint, "/slots")
+        return sum(slot.is_processing for slot in _slots(body)) if status == OK else None
+    except (EndpointError, msgspec.MsgspecError, UnicodeError, RecursionError):
+        # Old ones repeat every prompt here, which can be too much. One that is away says so to what is asked next.
         return None
 
 

@@ -46,6 +46,8 @@ EFFORTS = {"minimal": "low", "low": "low", "medium": "medium", "high": "high", "
 PROBE_BEGIN, PROBE_GOES_ON = "1, 2, 3,", " 4"
 PROBE_ASKS = "Count from 1 to 9. Write nothing but the numbers, with a comma and a space between them."
 PROBE_TOKENS = 8
+#: How some engines' clients say that an answer may be as long as it likes.
+NO_LIMIT = -1
 BAD_REQUEST = 400
 
 
@@ -396,7 +398,7 @@ def _options(asked: _Asked) -> dict[str, Any]:
     for name, theirs in OPTIONS.items():
         if (value := getattr(asked, name)) is not None:
             options[theirs] = _sane(name, value)
-    if (limit := asked.limit) is not None:
+    if (limit := asked.limit) not in (None, NO_LIMIT):
         if limit < 1:
             raise NotForOllama("an answer has one token at least", param="max_tokens")
         options["num_predict"] = _sane("max_tokens", limit)
