@@ -13,16 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rma_core.agent import ollama_answer
-from rma_core.agent.ollama_answer import (
-    DONE,
-    MAX_LINE_BYTES,
-    Broken,
-    Translation,
-    error_body,
-    goes_on,
-    refusal,
-    translation,
-)
+from rma_core.agent.ollama_answer import DONE, Translation, translation
+from rma_core.agent.ollama_lines import MAX_LINE_BYTES, Broken, error_body, goes_on, refusal
 from rma_core.agent.ollama_request import Wanted
 from tests.ollama_stand_in import STATS, said
 
@@ -332,7 +324,10 @@ def test_a_line_without_its_end_is_a_line() -> None:
 
 def test_behind_its_end_nothing_counts() -> None:
     assert run(CHAT, ndjson(*PLAIN, said("/api/chat", "more"), b"nonsense")) == run(CHAT, ndjson(*PLAIN))
-    assert run(WHOLE, ndjson(*PLAIN), ndjson(PLAIN[0])) == run(WHOLE, ndjson(*PLAIN))
+    for more in (PLAIN[0], b"nonsense", {"error": "no"}):
+        for wanted in (CHAT, WHOLE):
+            assert run(wanted, ndjson(*PLAIN), ndjson(more)) == run(wanted, ndjson(*PLAIN, more))
+            assert run(wanted, ndjson(*PLAIN), ndjson(more)) == run(wanted, ndjson(*PLAIN))
 
 
 def test_numbers_beyond_reason_are_cut() -> None:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from rma_core.agent.asking import whole
 from rma_core.agent.endpoint import EndpointError
 from rma_core.agent.execute import AttemptFailed
-from rma_core.agent.ollama_answer import Broken, error_body, goes_on, refusal, translation
+from rma_core.agent.ollama_answer import translation
+from rma_core.agent.ollama_lines import Broken, error_body, goes_on, refusal
 from rma_core.agent.ollama_look import running
 from rma_core.agent.ollama_request import PROBE_GOES_ON, Facts, NotForOllama, native, probe
 

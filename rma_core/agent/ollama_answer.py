@@ -1,8 +1,7 @@
 """What Ollama answers, made an answer of OpenAI's API. Pure: bytes in, bytes out, however they are cut.
 
-Ollama writes one JSON object a line. An error comes as a further line behind a good status, and an answer can simply
-stop: only the line that says ``done`` makes it whole. Everything else is `Broken`, and nothing that looks like an end
-is ever made of it. A server is a stranger's program: what it sends is limited and checked line by line.
+Ollama writes one JSON object a line, and can simply stop in the middle of an answer: only the line that says ``done``
+makes it whole. Everything else is `Broken`, and nothing that looks like an end is ever made of it.
 """
 
 from __future__ import annotations
@@ -13,50 +12,36 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import msgspec
 
-from rma_core.errors import RMAError
+from rma_core.agent.ollama_lines import NONSENSE, Broken, Lines, Message, words
 from rma_core.models.strict import encode
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from rma_core.agent.ollama_lines import Call, Line, Probability
     from rma_core.agent.ollama_request import Wanted
 
-#: A line longer than this is no piece of an answer.
-MAX_LINE_BYTES = 1024 * 1024
 #: Bytes of one streamed answer, and of one that is given whole.
 MAX_STREAM_BYTES, MAX_WHOLE_BYTES = 1024 * 1024 * 1024, 32 * 1024 * 1024
 #: Calls of tools in one answer, and numbers in one answer of embeddings.
 MAX_CALLS, MAX_NUMBERS = 1024, 1_000_000
 #: No number of tokens is larger.
 MAX_TOKENS = 2**53
-#: Characters of what Ollama says that go on.
-MAX_MESSAGE = 500
 NS_PER_MS = 1_000_000
 #: The end of a whole stream.
 DONE = b"data: [DONE]\n\n"
 #: Why Ollama ends an answer, as OpenAI says it; an old one says nothing. Loading and unloading are no answers.
 FINISHES = {None: "stop", "": "stop", "stop": "stop", "length": "length"}
-#: Statuses that say something about the request: they go to the client.
-ABOUT_THE_REQUEST = frozenset({400, 413, 422})
-#: Statuses of an Ollama that has no room or no such model (any more): its owner's doing, and nobody's failure.
-OF_THE_OWNER = frozenset({404, 429, 503})
-#: What says that a status of 400 is not about the request after all: its engine has ended.
-ENGINE_WORDS = ("model runner", "unexpected eof", "connection re", "out of memory")
 
 
-class Broken(RMAError):
-    """No whole answer can come of this any more."""
+class _Embedded(msgspec.Struct):
+    embeddings: list[msgspec.Raw]
+    prompt_eval_count: int | None = None
 
-    code = "broken_answer"
 
-
-class Refusal(NamedTuple):
-    """What Ollama said instead of an answer: for the client where ``status`` is one, else whose ``fault`` it was."""
-
-    message: str
-    status: int = 0
-    body: bytes = b""
-    owner: bool = False
+_embedded = msgspec.json.Decoder(_Embedded).decode
+_numbers = msgspec.json.Decoder(list[float]).decode
+_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
 class Translation(Protocol):
@@ -77,62 +62,6 @@ class Translation(Protocol):
         """Return what the client gets at the end, where it is whole."""
 
 
-class _Function(msgspec.Struct):
-    name: str
-    arguments: msgspec.Raw = msgspec.Raw()
-
-
-class _Call(msgspec.Struct):
-    function: _Function
-    id: str | None = None
-
-
-class _Message(msgspec.Struct):
-    content: str | None = None
-    thinking: str | None = None
-    tool_calls: list[_Call] | None = None
-
-
-class _TopProbability(msgspec.Struct):
-    token: str = ""
-    logprob: float = 0.0
-    bytes: list[int] | None = None
-
-
-class _Probability(_TopProbability):
-    top_logprobs: list[_TopProbability] | None = None
-
-
-class _Line(msgspec.Struct):
-    message: _Message | None = None
-    response: str | None = None
-    thinking: str | None = None
-    done: bool = False
-    done_reason: str | None = None
-    error: Any = None
-    load_duration: int | None = None
-    prompt_eval_count: int | None = None
-    prompt_eval_duration: int | None = None
-    eval_count: int | None = None
-    eval_duration: int | None = None
-    logprobs: list[_Probability] | None = None
-
-
-class _Embedded(msgspec.Struct):
-    embeddings: list[msgspec.Raw]
-    prompt_eval_count: int | None = None
-
-
-_line = msgspec.json.Decoder(_Line).decode
-_embedded = msgspec.json.Decoder(_Embedded).decode
-_numbers = msgspec.json.Decoder(list[float]).decode
-_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-_said = msgspec.json.Decoder(dict[str, Any]).decode
-
-#: What msgspec raises at anything that is not what it should be.
-NONSENSE = (msgspec.MsgspecError, UnicodeError, RecursionError)
-
-
 def translation(wanted: Wanted, *, answer_id: str, created: int) -> Translation:
     """Return what makes the answer; ``answer_id`` is its own part of the ids, ``created`` seconds since 1970."""
     if wanted.kind == "embedding":
@@ -142,63 +71,13 @@ def translation(wanted: Wanted, *, answer_id: str, created: int) -> Translation:
     return Stream(wanted, head) if wanted.stream else Whole(wanted, head)
 
 
-class Lines:
-    """Cuts a stream into lines, and each line into a record."""
-
-    def __init__(self, most_bytes: int) -> None:
-        self._rest = bytearray()
-        self._left = most_bytes
-
-    def feed(self, data: bytes) -> Iterator[_Line]:
-        """Yield each line that is whole now. Raises Broken."""
-        too_much = len(data) > self._left
-        data = data[: self._left]
-        self._left -= len(data)
-        # Only what is new is searched: bytes that drip in one by one must not cost their square.
-        known = len(self._rest)
-        self._rest += data
-        end = self._rest.rfind(b"\n", known)
-        if end >= 0:
-            whole = bytes(self._rest[:end])
-            del self._rest[: end + 1]
-            for line in whole.split(b"\n"):
-                yield from self._one(line)
-        if len(self._rest) > MAX_LINE_BYTES:
-            raise Broken(f"a line of its answer is longer than {MAX_LINE_BYTES} bytes")
-        if too_much:
-            raise Broken("its answer is longer than any answer")
-
-    def last(self) -> Iterator[_Line]:
-        """Yield what came without the end of its line, where that is anything. Raises Broken."""
-        line = bytes(self._rest)
-        self._rest.clear()
-        yield from self._one(line)
-
-    def _one(self, line: bytes) -> Iterator[_Line]:
-        if len(line) > MAX_LINE_BYTES:
-            raise Broken(f"a line of its answer is longer than {MAX_LINE_BYTES} bytes")
-        if line.strip():
-            yield self.read(line)
-
-    @staticmethod
-    def read(line: bytes) -> _Line:
-        """Return a line as a record. Raises Broken for an error, and for what is none."""
-        try:
-            found = _line(line)
-        except NONSENSE:
-            raise Broken("a line of its answer is not what Ollama sends") from None
-        if found.error:
-            raise Broken(words(found.error))
-        return found
-
-
 class Piece(NamedTuple):
     """What one line says: text, thoughts, calls of tools, probabilities of tokens."""
 
     text: str
     thought: str
     calls: list[dict[str, Any]]
-    probabilities: list[_Probability]
+    probabilities: list[Probability]
 
 
 class _Answer:
@@ -221,27 +100,28 @@ class _Answer:
 
     def _pieces(self, data: bytes | None) -> Iterator[Piece]:
         """Yield what has come, up to the end or to what breaks it; ``None`` for the end of all bytes."""
+        if self.done or self.broken:
+            return
         try:
             for line in self._lines.last() if data is None else self._lines.feed(data):
-                # Behind its end an answer has nothing more.
-                if self.done or self.broken:
-                    return
                 yield self._piece(line)
                 if line.done:
+                    # Behind its end an answer has nothing more: what comes there is not even read.
                     self._ended(line)
-            if data is None and not self.done:
+                    return
+            if data is None:
                 raise Broken("it stopped in the middle of its answer")
         except Broken as error:
             self.broken = self.broken or error
 
-    def _piece(self, line: _Line) -> Piece:
-        said = line.message or _Message()
+    def _piece(self, line: Line) -> Piece:
+        said = line.message or Message()
         text = (said.content if self.chat else line.response) or ""
         thought = (said.thinking or "") if self.chat else ""
         calls = [self._call(call) for call in said.tool_calls or ()] if self.chat else []
         return Piece(text, thought, calls, line.logprobs or [])
 
-    def _call(self, call: _Call) -> dict[str, Any]:
+    def _call(self, call: Call) -> dict[str, Any]:
         """Return a call of a tool: Ollama gives its arguments as an object, and often no id."""
         if self._calls >= MAX_CALLS:
             raise Broken(f"its answer calls more than {MAX_CALLS} tools")
@@ -255,7 +135,7 @@ class _Answer:
         function = {"name": call.function.name, "arguments": encode(given).decode()}
         return {"index": index, "id": name, "type": "function", "function": function}
 
-    def _ended(self, line: _Line) -> None:
+    def _ended(self, line: Line) -> None:
         finish = FINISHES.get(line.done_reason)
         if finish is None:
             raise Broken(f"it ended its answer for no reason that an answer has: {words(line.done_reason)}")
@@ -344,7 +224,7 @@ class Whole(_Answer):
         self._texts: list[str] = []
         self._thoughts: list[str] = []
         self._made: list[dict[str, Any]] = []
-        self._probabilities: list[_Probability] = []
+        self._probabilities: list[Probability] = []
 
     def feed(self, data: bytes) -> bytes:
         """Keep what has come."""
@@ -431,51 +311,15 @@ class Embeddings:
         return base64.b64encode(struct.pack(f"<{len(numbers)}f", *numbers)).decode() if self._wanted.base64 else raw
 
 
-def refusal(status: int, data: bytes) -> Refusal:
-    """Return what to make of a status that is no success; ``data`` is the body that came with it."""
-    try:
-        told = _said(data)
-    except NONSENSE:
-        told = {"error": data.decode("utf-8", "replace")}
-    message = words(told.get("error") or "without a reason")
-    low = message.lower()
-    if status in ABOUT_THE_REQUEST and not any(mark in low for mark in ENGINE_WORDS):
-        too_long = "context" in low and ("exceed" in low or "longer than" in low)
-        return Refusal(message, status, error_body(message, api_code="context_length_exceeded" if too_long else None))
-    return Refusal(f"Ollama answered {status}: {message}", owner=status in OF_THE_OWNER)
-
-
-def error_body(message: str, *, param: str | None = None, api_code: str | None = None) -> bytes:
-    """Return an error as OpenAI's API says it, about the request."""
-    return encode({
-        "error": {"message": message, "type": "invalid_request_error", "param": param, "code": api_code}
-    })  # fmt: skip
-
-
-def goes_on(data: bytes, expected: str) -> bool:
-    """Say whether the answer to a probe goes on from its beginning. Raises Broken."""
-    found = Lines.read(data)
-    if not found.done or found.message is None:
-        raise Broken("its answer is not what Ollama sends")
-    return (found.message.content or "").startswith(expected)
-
-
-def words(said: object) -> str:
-    """Return what a stranger's program says as a sentence that a log can show."""
-    inner = said.get("message", said) if isinstance(said, dict) else said
-    text = inner if isinstance(inner, str) else encode(inner).decode()
-    return "".join(c if c.isprintable() else " " for c in text[:MAX_MESSAGE]).strip() or "without a reason"
-
-
-def _chat_probabilities(found: list[_Probability]) -> dict[str, Any]:
+def _chat_probabilities(found: list[Probability]) -> dict[str, Any]:
     return {"content": [{**msgspec.to_builtins(one), "top_logprobs": _tops(one)} for one in found]}
 
 
-def _tops(one: _Probability) -> list[Any]:
+def _tops(one: Probability) -> list[Any]:
     return [msgspec.to_builtins(top) for top in one.top_logprobs or ()]
 
 
-def _completion_probabilities(found: list[_Probability], place: int) -> dict[str, Any]:
+def _completion_probabilities(found: list[Probability], place: int) -> dict[str, Any]:
     """Return probabilities as the older API gives them, in columns; ``place`` is where their text begins."""
     offsets = []
     for one in found:

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
+from rma_core.agent.openai_records import Asked, Call, Chat, Completion, Embedding, Form, Message, Named, Part
 from rma_core.errors import RMAError, ValidationProblem
 from rma_core.models.strict import decode, encode
 
@@ -91,123 +92,6 @@ class Native(NamedTuple):
     continues: bool = False
 
 
-class _StreamOptions(msgspec.Struct):
-    include_usage: bool | None = None
-
-
-class _TemplateOptions(msgspec.Struct):
-    enable_thinking: Any = None
-
-
-class _Schema(msgspec.Struct):
-    schema: msgspec.Raw = msgspec.Raw()
-
-
-class _Form(msgspec.Struct):
-    type: str = "text"
-    json_schema: _Schema | None = None
-    #: Where llama.cpp takes a schema.
-    schema: msgspec.Raw = msgspec.Raw()
-
-
-class _URL(msgspec.Struct):
-    url: str
-
-
-class _Audio(msgspec.Struct):
-    data: str
-
-
-class _Part(msgspec.Struct):
-    type: str
-    text: str = ""
-    image_url: _URL | str | None = None
-    input_audio: _Audio | None = None
-
-
-class _CalledFunction(msgspec.Struct):
-    name: str
-    arguments: str | None = None
-
-
-class _Call(msgspec.Struct):
-    function: _CalledFunction
-    id: str | None = None
-
-
-class _Message(msgspec.Struct):
-    role: str
-    content: str | list[_Part] | None = None
-    name: str | None = None
-    reasoning_content: str | None = None
-    tool_calls: list[_Call] | None = None
-    tool_call_id: str | None = None
-
-
-class _NamedFunction(msgspec.Struct):
-    name: str
-
-
-class _Named(msgspec.Struct):
-    function: _NamedFunction
-
-
-class _Asked(msgspec.Struct):
-    """What both kinds of completions may say."""
-
-    model: str
-    stream: bool | None = None
-    stream_options: _StreamOptions | None = None
-    max_tokens: int | None = None
-    stop: str | list[str] | None = None
-    seed: int | None = None
-    top_k: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repeat_penalty: float | None = None
-    repetition_penalty: float | None = None
-
-    @property
-    def limit(self) -> int | None:
-        """Tokens of the answer at most, if it is limited."""
-        return self.max_tokens
-
-
-class _Chat(_Asked):
-    messages: list[_Message] = []
-    max_completion_tokens: int | None = None
-    response_format: _Form | None = None
-    tools: list[msgspec.Raw] | None = None
-    tool_choice: str | _Named | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
-    reasoning_effort: str | None = None
-    chat_template_kwargs: _TemplateOptions | None = None
-    continue_final_message: bool | None = None
-    add_generation_prompt: bool | None = None
-
-    @property
-    def limit(self) -> int | None:
-        """Tokens of the answer at most, if it is limited."""
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-
-
-class _Completion(_Asked):
-    prompt: str | list[Any] = ""
-    suffix: str | None = None
-    logprobs: int | None = None
-
-
-class _Embedding(msgspec.Struct):
-    model: str
-    input: str | list[Any] = ""
-    dimensions: int | None = None
-    encoding_format: str | None = None
-
-
 def native(path: str, body: bytes, facts: Facts) -> Native:
     """Return what to ask Ollama for a request to one of PATHS. Raises NotForOllama."""
     if sum(body.count(mark) for mark in (b",", b"[", b"{")) > MOST_VALUES:
@@ -215,10 +99,10 @@ def native(path: str, body: bytes, facts: Facts) -> Native:
     _refuse_unsupported(body)
     try:
         if path == "/v1/chat/completions":
-            return _chat(decode(body, _Chat, subject="request"), facts)
+            return _chat(decode(body, Chat, subject="request"), facts)
         if path == "/v1/completions":
-            return _completion(decode(body, _Completion, subject="request"), facts)
-        return _embedding(decode(body, _Embedding, subject="request"), facts)
+            return _completion(decode(body, Completion, subject="request"), facts)
+        return _embedding(decode(body, Embedding, subject="request"), facts)
     except ValidationProblem as error:
         param = error.problems[0].where.removeprefix("$").removeprefix(".") if error.problems else ""
         raise NotForOllama(error.message, param=param or None) from None
@@ -257,7 +141,7 @@ def _refuse_unsupported(body: bytes) -> None:
 # -- chats -------------------------------------------------------------------------------------------------------
 
 
-def _chat(asked: _Chat, facts: Facts) -> Native:
+def _chat(asked: Chat, facts: Facts) -> Native:
     if not asked.messages:
         raise NotForOllama("there are no messages", param="messages")
     continues = _continues(asked)
@@ -282,12 +166,12 @@ def _chat(asked: _Chat, facts: Facts) -> Native:
     return Native("/api/chat", encode(told | _common(facts, _options(asked))), _wanted("chat", asked), continues)
 
 
-def _wanted(kind: Literal["chat", "completion"], asked: _Asked) -> Wanted:
+def _wanted(kind: Literal["chat", "completion"], asked: Asked) -> Wanted:
     usage = asked.stream_options is not None and asked.stream_options.include_usage is True
     return Wanted(kind, asked.model, stream=asked.stream is True, usage=usage)
 
 
-def _continues(asked: _Chat) -> bool:
+def _continues(asked: Chat) -> bool:
     if asked.continue_final_message is not True:
         return False
     last = asked.messages[-1]
@@ -298,7 +182,7 @@ def _continues(asked: _Chat) -> bool:
     return True
 
 
-def _message(one: _Message, calls: dict[str, str]) -> dict[str, Any]:
+def _message(one: Message, calls: dict[str, str]) -> dict[str, Any]:
     role = ROLES.get(one.role.lower())
     if role is None:
         raise NotForOllama(f"Ollama knows no role {one.role[:60]!r}", param="messages")
@@ -318,13 +202,13 @@ def _message(one: _Message, calls: dict[str, str]) -> dict[str, Any]:
     return told
 
 
-def _text(content: str | list[_Part] | None) -> str:
+def _text(content: str | list[Part] | None) -> str:
     if isinstance(content, list):
         return "\n".join(part.text for part in content if part.type == "text")
     return content or ""
 
 
-def _image(part: _Part) -> str:
+def _image(part: Part) -> str:
     """Return a picture, or a sound, in base64."""
     if part.type == "input_audio" and part.input_audio is not None:
         return part.input_audio.data
@@ -339,7 +223,7 @@ def _image(part: _Part) -> str:
     return data
 
 
-def _call(call: _Call) -> dict[str, Any]:
+def _call(call: Call) -> dict[str, Any]:
     """Return a call of a tool that was made before: Ollama wants an object where OpenAI has text."""
     text = call.function.arguments or "{}"
     try:
@@ -350,19 +234,19 @@ def _call(call: _Call) -> dict[str, Any]:
     return {"id": call.id, **told} if call.id else told
 
 
-def _tools(asked: _Chat) -> list[msgspec.Raw]:
+def _tools(asked: Chat) -> list[msgspec.Raw]:
     """Return the tools that are offered: of a choice Ollama knows nothing, so the others are left out."""
     tools, choice = asked.tools or [], asked.tool_choice
-    if choice == "none" or not isinstance(choice, _Named):
+    if choice == "none" or not isinstance(choice, Named):
         return [] if choice == "none" else tools
     name = choice.function.name
-    chosen = [tool for tool in tools if decode(bytes(tool), _Named, subject="tool").function.name == name]
+    chosen = [tool for tool in tools if decode(bytes(tool), Named, subject="tool").function.name == name]
     if not chosen:
         raise NotForOllama(f"there is no tool {name[:60]!r}", param="tool_choice")
     return chosen
 
 
-def _form(form: _Form | None) -> Any:  # noqa: ANN401 - a word, or somebody's JSON schema
+def _form(form: Form | None) -> Any:  # noqa: ANN401 - a word, or somebody's JSON schema
     """Return what the answer's form is to be: a JSON schema, JSON of any kind, or nothing."""
     if form is None or form.type == "text":
         return None
@@ -376,7 +260,7 @@ def _form(form: _Form | None) -> Any:  # noqa: ANN401 - a word, or somebody's JS
     raise NotForOllama("there is no schema for the answer's form", param="response_format")
 
 
-def _think(asked: _Chat, facts: Facts) -> bool | str | None:
+def _think(asked: Chat, facts: Facts) -> bool | str | None:
     """Return whether to think, and how much; nothing leaves it to the model."""
     effort, options = asked.reasoning_effort, asked.chat_template_kwargs
     if effort == "none" or (options is not None and options.enable_thinking is False):
@@ -392,7 +276,7 @@ def _probabilities(top: int) -> dict[str, Any]:
     return {"logprobs": True, **({"top_logprobs": top} if top else {})}
 
 
-def _options(asked: _Asked) -> dict[str, Any]:
+def _options(asked: Asked) -> dict[str, Any]:
     """Return the options that a client gives; what it leaves out is for the model's own defaults to say."""
     options: dict[str, Any] = {}
     for name, theirs in OPTIONS.items():
@@ -416,7 +300,7 @@ def _sane(name: str, value: float) -> float:
 # -- completions and embeddings ----------------------------------------------------------------------------------
 
 
-def _completion(asked: _Completion, facts: Facts) -> Native:
+def _completion(asked: Completion, facts: Facts) -> Native:
     prompt = asked.prompt
     if isinstance(prompt, list) and len(prompt) == 1:
         prompt = prompt[0]
@@ -431,7 +315,7 @@ def _completion(asked: _Completion, facts: Facts) -> Native:
     return Native("/api/generate", encode(told | _common(facts, _options(asked))), _wanted("completion", asked))
 
 
-def _embedding(asked: _Embedding, facts: Facts) -> Native:
+def _embedding(asked: Embedding, facts: Facts) -> Native:
     texts = asked.input if isinstance(asked.input, list) else [asked.input]
     if not texts or not all(isinstance(one, str) and one for one in texts):
         raise NotForOllama("the input is text, or a list of texts, none of them empty", param="input")
