@@ -12,7 +12,7 @@ import os
 import tomllib
 import typing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypedDict, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -210,6 +210,9 @@ class AgentSettings(Settings, frozen=True, kw_only=True):
     attach: Annotated[
         list[str], Meta(description="Model servers that already run on this machine and are shared, by URL.")
     ] = []
+    find_model_servers: Annotated[
+        bool, Meta(description="Look at the usual ports of this machine for model servers that could be attached.")
+    ] = True
 
 
 class CoordinatorSettings(Settings, frozen=True, kw_only=True):
@@ -219,6 +222,10 @@ class CoordinatorSettings(Settings, frozen=True, kw_only=True):
     port: Annotated[int, Meta(ge=0, le=65_535, description="Port to listen on; 0 takes a free one.")] = 8080
     tls_cert: Annotated[str, Meta(description="Certificate file (PEM); with it the coordinator speaks https.")] = ""
     tls_key: Annotated[str, Meta(description="Private key file (PEM) of the certificate.")] = ""
+    server: Annotated[
+        Literal["hypercorn", "uvicorn"],
+        Meta(description="What serves HTTP: `uvicorn` for large pools (`pip install 'rma-coordinator[uvicorn]'`)."),
+    ] = "hypercorn"
     public_url: Annotated[str, Meta(description="Address by which others reach the coordinator.")] = ""
     store: Annotated[
         str, Meta(description="Where state is kept: `sqlite` (in the state folder), `sqlite:PATH` or `memory`.")

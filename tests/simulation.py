@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-import secrets
 from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from unittest import mock
@@ -17,7 +16,7 @@ from unittest import mock
 import msgspec
 
 from rma_coordinator.app import create_app, pool_of
-from rma_coordinator.domain import tasks as domain_tasks
+from rma_coordinator.domain import unguessable
 from rma_coordinator.domain import webhooks as domain_webhooks
 from rma_coordinator.store.base import CLOSED, OK, StoreFailed, StoreState, encoded
 from rma_core.host import Plugins
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
 
     from quart import Quart
 
+    from rma_coordinator.domain.tasks import Attempt
     from rma_coordinator.pool import Pool
     from rma_coordinator.store.base import Change, R, Row
     from tests.virtual import VirtualLoop
@@ -401,7 +401,7 @@ class World:
     def watch_offers(self, pool: Pool) -> None:
         offer = pool.hub.offer
 
-        def watched(attempt: domain_tasks.Attempt) -> bool:
+        def watched(attempt: Attempt) -> bool:
             self.offers.append((attempt.task.id, attempt.number, attempt.lease_id, attempt.worker_id))
             return offer(attempt)
 
@@ -512,27 +512,6 @@ def scope_of(kind: str, method: str, path: str, secret: str, headers: dict[str, 
     }
 
 
-class _Seeded:
-    """`secrets` as the domain uses it, from the simulation's generator."""
-
-    compare_digest = staticmethod(secrets.compare_digest)
-
-    def __init__(self, chance: random.Random) -> None:
-        self._chance = chance
-
-    def token_hex(self, count: int) -> str:
-        return self._chance.randbytes(count).hex()
-
-    def token_bytes(self, count: int) -> bytes:
-        return self._chance.randbytes(count)
-
-    def randbelow(self, limit: int) -> int:
-        return self._chance.randrange(limit)
-
-    def choice(self, letters: str) -> str:
-        return self._chance.choice(letters)
-
-
 #: Seconds after which nobody waits for a receiver any more.
 HOOK_HANGS_S = 15.0
 #: Webhooks are tried more often here than in earnest, and longer than any trouble lasts.
@@ -544,7 +523,7 @@ def seeded(seed: int) -> Iterator[None]:
     """Make what the coordinator draws by itself come from the seed: names of tasks and leases, and jitter."""
     random.seed(seed)
     with (
-        mock.patch.object(domain_tasks, "secrets", _Seeded(random.Random(seed + 1))),
+        mock.patch.object(unguessable, "source", unguessable.Source(random.Random(seed + 1).randbytes)),
         mock.patch.object(domain_webhooks, "WAITS_S", HOOK_WAITS_S),
     ):
         yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from collections import Counter
 from datetime import UTC, datetime
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ from rma_coordinator.domain.keyring import Keyring
 from rma_coordinator.domain.limits import Limiter, counted
 from rma_coordinator.domain.models import ModelRecord, Models
 from rma_coordinator.domain.placement import could_run, place
+from rma_coordinator.domain.tasks import NO_LANES
 from rma_coordinator.domain.traffic import Traffic, TrafficRecord
 from rma_coordinator.domain.webhooks import WebhookSecrets
 from rma_coordinator.hub import Hub
@@ -57,7 +59,7 @@ TICK_S = 0.5
 KEPT_BACKUPS = 7
 #: Below this share of `max_channels` nobody is parked.
 CHANNELS_LOW = 0.9
-#: Workers with room that each service keeps reachable while others are parked.
+#: Workers with room that each lane keeps reachable while others are parked.
 SPARE_SEATS = 8
 #: Models that a client is told of when it names another.
 SHOWN_MODELS = 20
@@ -156,7 +158,7 @@ class Pool:
         self._renewing = asyncio.Lock()
         self._need = 0
         self._channels = 0
-        self._spare: dict[str, int] = {}
+        self._spare: Counter[str] = Counter()
 
     @property
     def unwell(self) -> str:
@@ -266,9 +268,9 @@ class Pool:
         """Look for workers that fell silent: their attempts are lost, and they are given nothing new."""
         for worker in self.fleet.sweep():
             self._gone(worker, worker.reason, blame=True)
-        for seat in self.dispatcher.seats.values():
+        for seat in list(self.dispatcher.seats.values()):
             found = self.fleet.workers.get(seat.worker_id)
-            seat.usable = found is not None and self._usable(found)
+            self.dispatcher.set_usable(seat, usable=found is not None and self._usable(found))
 
     async def flush(self) -> None:
         """Write the records that changed; what cannot be written now is tried again the next time."""
@@ -520,16 +522,18 @@ class Pool:
         has = seat.reachable
         if has and self._channels <= self.settings.max_channels:
             return True
-        wanted = any(self._spare.get(service, 0) < SPARE_SEATS for service, slots in seat.slots.items() if slots)
+        lanes = seat.lanes()
+        # Those beside it count, not it itself.
+        wanted = any(self._spare[lane] - has < SPARE_SEATS for lane in lanes)
         if has != wanted:
             step = 1 if wanted else -1
             self._channels += step
-            for service in seat.slots:
-                self._spare[service] = self._spare.get(service, 0) + step
+            for lane in lanes:
+                self._spare[lane] += step
         return wanted
 
     def _count_channels(self) -> None:
-        """Look how many channels are open, and for how many seats on them each service has room."""
+        """Look how many channels are open, and how many workers on them have room for each lane."""
         self._channels = self.hub.channels
         if self._channels > self.settings.max_channels * CHANNELS_LOW:
             self._spare = self.dispatcher.spare()
@@ -540,12 +544,16 @@ class Pool:
         Only services that it was assigned count: nobody draws other requests to a machine by claiming to serve them.
         """
         offered, models, usable = worker.offered(slots), worker.models, self._usable(worker)
+        cold = worker.cold if models else NO_LANES
         seat = self.dispatcher.seats.get(worker.id)
         # Most heartbeats change nothing, and what waits is looked at every TICK_S anyway.
-        if seat is None or seat.slots is not offered or seat.models is not models or seat.usable != usable:
+        same = seat is not None and seat.slots is offered and seat.models is models and seat.cold is cold
+        if seat is None or not same or seat.usable != usable:
             if models:
                 self.seen_models.note(worker.containers)
-            self.dispatcher.offers(worker.id, offered, models=models, usable=usable)
+            self.dispatcher.offers(worker.id, offered, models=models, cold=cold, usable=usable)
+            seat = self.dispatcher.seats[worker.id]
+        seat.load = worker.current_load
 
     def _usable(self, worker: Worker) -> bool:
         """Say whether a worker may be given new work, now and this month."""

@@ -76,9 +76,17 @@ def _worker(out: Any, one: dict[str, Any]) -> None:
     common.table(("service", "state", "runtime", "why"), rows, empty="  No services.")(out)
     ill = [(p["detector"], p["state"], p["reason"]) for p in one["hardware"]["probes"]]
     common.table(("detector", "state", "why"), ill, empty="  No detectors reported.")(out)
-    speeds = [(s["lane"], f"{s['service_s']:.3g} s", f"{s['failure_s']:.3g} s") for s in one.get("speeds", ())]
+    speeds = [
+        (
+            s["lane"],
+            f"{s['prefill_s'] + s['service_s']:.3g} s",
+            f"{s['failure_s']:.3g} s",
+            f"not for {s['shut_s']:.0f} s: it failed again and again" if s["shut_s"] else "",
+        )
+        for s in one.get("speeds", ())
+    ]
     if speeds:
-        common.table(("work", "takes", "failures cost"), speeds, empty="")(out)
+        common.table(("work", "takes", "failures cost", "given"), speeds, empty="")(out)
     if "traffic" in one:
         out.print(common.safe(f"  passed this month: {_passed(one['traffic'])}"))
     plugins = [(p["name"], p["kind"], p["state"], p["reason"]) for p in one["plugins"] if p["state"] != "active"]

@@ -67,6 +67,8 @@ def life(task: dict[str, Any]) -> Iterator[str]:
     yield f"{task['task_id']}  {what}, {task['priority']} priority, of {task['key']}: {task['status']}"
     limit = f", to be done within {task['deadline_s']:g} s"
     events = [Event(0.0, f"came at {task['created_at']}, {task['body_bytes']} bytes{limit}"), *_attempts(task)]
+    if task.get("waits_for"):
+        events.append(Event(0.0, f"waits for {task['waits_for']}, which is busy and will have it done soonest"))
     if task["ended_s"] is not None:
         events.append(Event(task["ended_s"], _end(task)))
     # An end that comes with the last attempt's stands behind it.
@@ -87,7 +89,7 @@ def _webhook(webhook: dict[str, Any]) -> str:
 def _attempts(task: dict[str, Any]) -> Iterator[Event]:
     for one in task["attempts"]:
         name = f"attempt {one['attempt']}"
-        yield Event(one["offered_s"], f"{name} was offered to {one['worker_id']}")
+        yield Event(one["offered_s"], f"{name} was offered to {one['worker_id']}{_expected(one.get('expected'))}")
         if one["started_s"] is not None:
             model = f", its model {one['model_state']}" if one.get("model_state") else ""
             yield Event(one["started_s"], f"{name} began{model}")
@@ -95,6 +97,15 @@ def _attempts(task: dict[str, Any]) -> Iterator[Event]:
             yield Event(one["first_byte_s"], f"{name}: its answer began")
         if one["ended_s"] is not None:
             yield Event(one["ended_s"], f"{name} {one['status']}" + (f": {one['reason']}" if one["reason"] else ""))
+
+
+def _expected(parts: dict[str, Any] | None) -> str:
+    """Return why a worker was chosen: what the task was expected to take there, and of what that is the sum."""
+    if parts is None or not parts["known"]:
+        return ""
+    shown = {name.removesuffix("_s"): value for name, value in parts.items() if name.endswith("_s") and value}
+    total = sum(shown.values()) - 2 * shown.get("saved", 0.0)
+    return f" (expected {total:.3g} s: {', '.join(f'{name} {value:.3g}' for name, value in shown.items())})"
 
 
 def _end(task: dict[str, Any]) -> str:

@@ -145,6 +145,7 @@ async def tasks(pool: Pool, web: Web) -> object:
 async def task(pool: Pool, web: Web) -> object:
     """The whole life of one task; times are seconds since it came. A durable one is known as long as it is kept."""
     task_id = web.parts["task_id"]
+    found: Task | None = None
     try:
         found = pool.dispatcher.find(task_id)
     except NotFound:
@@ -155,7 +156,14 @@ async def task(pool: Pool, web: Web) -> object:
         record = pool.books.written(found, decided=found.final)
     shown = await _life(pool, record)
     shown["seconds"] = round((record.ended_at or pool.wall()) - record.created_at, 4)
-    return shown
+    return shown | _reckoned(found, shown["attempts"]) if found is not None else shown
+
+
+def _reckoned(task: Task, attempts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what dispatch expected of each attempt, beside what is shown of it, and for whom the task waits."""
+    expected = {a.number: overview.parts(a.expected) for a in task.attempts if a.expected is not None}
+    waits = {"waits_for": task.promise.worker_id} if task.promise is not None else {}
+    return {"attempts": [{**one, "expected": expected.get(one["attempt"])} for one in attempts], **waits}
 
 
 async def _life(pool: Pool, record: TaskRecord) -> dict[str, Any]:

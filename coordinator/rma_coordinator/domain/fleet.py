@@ -159,6 +159,11 @@ class Worker:
             return _models(self.containers)
         return NO_MODELS
 
+    @property
+    def cold(self) -> frozenset[str]:
+        """The lanes whose models must be loaded before they answer; ask only where there are models."""
+        return _cold(self.containers)
+
 
 def _within(
     slots: Mapping[str, int], assignment: Iterable[Assignment], containers: Iterable[ContainerStatus]
@@ -177,6 +182,13 @@ def _models(containers: tuple[ContainerStatus, ...]) -> Mapping[str, frozenset[s
         if one.state == "healthy" and one.models:
             found.setdefault(one.service, set()).update(model.name for model in one.models)
     return {service: frozenset(names) for service, names in found.items()}
+
+
+@functools.lru_cache(SHARED)
+def _cold(containers: tuple[ContainerStatus, ...]) -> frozenset[str]:
+    named = [(f"{one.service} {model.name}", model.state) for one in containers for model in one.models]
+    ready = {lane for lane, state in named if state == "loaded"}
+    return frozenset(lane for lane, _ in named if lane not in ready)
 
 
 @functools.lru_cache(SHARED)

@@ -123,10 +123,10 @@ class Keyring:
 
     def principal(self, secret: str) -> Principal:
         """Return who holds an admin or client key. Raises NotAuthenticated, or Forbidden for another kind."""
-        prefix = "rmac_" if secret.startswith("rmac_") else "rmaa_"
-        credentials.check_shape(secret, prefix)
         record = self._keys.get(credentials.fingerprint(secret))
         if record is None:
+            # What has the wrong shape cannot be known; a look at that would cost every request more than all else here.
+            credentials.check_shape(secret, "rmac_" if secret.startswith("rmac_") else "rmaa_")
             message = "this pool does not know that key"
             raise NotAuthenticated(message, hints=("is it another pool's? make one with `rma keys create`",))
         self._check_ended(record.revoked_at, record.expires_at, "key")
