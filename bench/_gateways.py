@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     from bench._common import Server
 
-#: Arguments with which a coordinator runs on uvicorn instead of Hypercorn; empty while it has none.
-ON_UVICORN: tuple[str, ...] = ()
+#: Arguments with which a coordinator runs on uvicorn instead of Hypercorn.
+ON_UVICORN = ("--server", "uvicorn")
 #: Seconds for a peer to start; LiteLLM takes 10 to 20.
 START_S = 90.0
 QUIET = ("--log-level", "warning")
@@ -71,9 +71,7 @@ def rma(place: Place, *, name: str = "rma", arguments: Sequence[str] = ()) -> It
 
 @contextlib.contextmanager
 def uvicorn(place: Place) -> Iterator[Aim]:
-    """Run a coordinator on uvicorn. Raises NoPeerError where it cannot."""
-    if not ON_UVICORN:
-        raise _peers.NoPeerError("this coordinator runs on Hypercorn only")
+    """Run a coordinator on uvicorn."""
     with rma(place, name="uvicorn", arguments=ON_UVICORN) as aim:
         yield aim
 

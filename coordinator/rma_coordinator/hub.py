@@ -66,7 +66,7 @@ def make_offer(attempt: Attempt, relay: Relay, *, inline: bool, now: float) -> T
         body=small if inline else None,
         body_url=f"/api/worker/tasks/{task.id}/body" if small is None else None,
         lease_s=attempt.lease_s,
-        first_byte_s=left if task.first_byte_s is None else min(left, task.first_byte_s),
+        first_byte_s=left if attempt.first_byte_s is None else min(left, attempt.first_byte_s),
         gap_s=task.gap_s,
         total_s=left,
     )

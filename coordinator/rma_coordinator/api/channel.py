@@ -272,10 +272,11 @@ class Session:
         if found is None:
             return
         attempt, relay = found
+        way = relay.way_of(attempt)
         try:
             if len(data) > frames.MAX_DATA_BYTES:
                 raise Overrun(f"a data frame has at most {frames.MAX_DATA_BYTES} bytes")
-            if relay.way_of(attempt) not in (None, self.channel):
+            if way is not self.channel and way is not None:
                 raise Overrun("its answer comes by a request of its own")
             relay.put(data)
             self.pool.dispatcher.accept(attempt)

@@ -5,14 +5,15 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from rma_coordinator.api import bodies
+from rma_coordinator.api import bodies, limits
 from rma_coordinator.api.asgi import bearer
-from rma_coordinator.api.inference import priority
+from rma_coordinator.api.inference import deadline_s, priority
 from rma_coordinator.api.openai_answers import Asked, Job, respond
 from rma_coordinator.api.openai_errors import APIProblem, request_id
 from rma_coordinator.api.sse import Answer
@@ -83,17 +84,27 @@ async def embeddings(pool: Pool, call: Call) -> None:
 
 async def _run(pool: Pool, call: Call, kind: Kind) -> None:
     principal = _principal(pool, call)
-    urgency = priority(call, principal)
+    urgency, asked_s = priority(call, principal), deadline_s(call)
     data = await call.body(min(MAX_BODY_BYTES, pool.settings.max_body_bytes))
     request, data = read(data, kind)
     pool.check_store()
     check_model(pool, request.model)
+    limits.admit(pool, call, principal, data)
     body = pool.spools.make()
 
     known = _prefixes(request, len(data), salt=principal.id) if kind is CHAT else ()
 
     def again(size: int, task_id: str = "") -> Task:
-        task = _task(pool, kind, request.model, key_id=principal.id, body_bytes=size, task_id=task_id, urgency=urgency)
+        task = _task(
+            pool,
+            kind,
+            request.model,
+            key_id=principal.id,
+            body_bytes=size,
+            task_id=task_id,
+            urgency=urgency,
+            asked_s=asked_s,
+        )
         task.prefixes = known
         return task
 
@@ -117,7 +128,7 @@ def _principal(pool: Pool, call: Call) -> Principal:
     secret = next((call.raw[name] for name in KEY_HEADERS if name in call.raw), b"").decode("latin-1").strip()
     if not secret or call.raw.get(b"authorization"):
         secret = _bearer(call)
-    principal = pool.keyring.principal(secret)
+    principal = limits.know(pool, call, pool.keyring.principal(secret))
     principal.need(SCOPE)
     return principal
 
@@ -139,6 +150,7 @@ def _task(
     body_bytes: int,
     task_id: str = "",
     urgency: Priority = "normal",
+    asked_s: float = math.inf,
 ) -> Task:
     # What volunteers attached needs no entry in the catalog.
     entry = pool.catalog.get(ATTACHABLE)
@@ -152,7 +164,7 @@ def _task(
         body_bytes=body_bytes,
         key_id=key_id,
         now=pool.clock(),
-        timeout_s=(entry and entry.timeout_s) or pool.settings.task_timeout_s,
+        timeout_s=min(asked_s, (entry and entry.timeout_s) or pool.settings.task_timeout_s),
         first_byte_s=entry.first_byte_s if entry else None,
         gap_s=entry.gap_s if entry else LEASE_S,
         priority=urgency,
@@ -255,7 +267,7 @@ async def models(pool: Pool, call: Call) -> None:
     """GET /v1/models: what can be asked for, and what could be lately."""
     _principal(pool, call)
     listed = [_model(pool, view) for view in pool.models().values()]
-    await call.json({"object": "list", "data": listed}, headers={"x-request-id": request_id(call)})
+    await call.json({"object": "list", "data": listed}, headers=_about(call))
 
 
 async def model(pool: Pool, call: Call) -> None:
@@ -266,7 +278,11 @@ async def model(pool: Pool, call: Call) -> None:
     if view is None:
         check_model(pool, name)
         raise APIProblem(404, f"this pool has no model {name!r}", param="model", api_code="model_not_found")
-    await call.json(_model(pool, view), headers={"x-request-id": request_id(call)})
+    await call.json(_model(pool, view), headers=_about(call))
+
+
+def _about(call: Call) -> dict[str, str]:
+    return {"x-request-id": request_id(call), **limits.headers(call)}
 
 
 def _model(pool: Pool, view: ModelView) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from rma_coordinator.api import openai_errors, tasks
+from rma_coordinator.api import limits, openai_errors, tasks
 from rma_coordinator.api.asgi import Gone
 from rma_coordinator.api.inference import trace
 from rma_coordinator.api.openai_errors import APIProblem, request_id
@@ -123,7 +123,7 @@ class Job(NamedTuple):
     def headers(self) -> dict[str, str]:
         """Return the headers that say who answered, and how long what took."""
         now, task = self.pool.clock(), self.task
-        found = {"x-request-id": request_id(self.call), **trace(task)}
+        found = {"x-request-id": request_id(self.call), **trace(task), **limits.headers(self.call)}
         found["openai-processing-ms"] = str(_ms(now - task.created_at))
         if task.attempt is not None:
             found["x-rma-queue-ms"] = str(_ms(task.attempt.offered_at - task.created_at))
@@ -202,6 +202,7 @@ async def _whole(job: Job) -> None:
         )
     job.task.committed = True
     job.task.http_status = head.status
+    limits.settle_whole(job.call, body)
     await job.call.answer(200, {**PLAIN, **job.headers()}, body)
 
 
@@ -286,6 +287,7 @@ async def _streamed(job: Job, wire: Wire) -> None:
         if stream.skipped:
             words = "%s: %d events of its model server were no JSON and were left out"
             logger.info(words, job.task.id, stream.skipped, extra={"action": "events_skipped", "task": job.task.id})
+        limits.settle_stream(job.call, stream.usage, stream.delivered.tokens)
         if error is None and _is_whole(job, stream):
             await wire.send(stream.end(), more=False)
         else:

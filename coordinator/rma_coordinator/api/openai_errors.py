@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from rma_coordinator.api import problems
+from rma_coordinator.api import limits, problems
 from rma_coordinator.api.problems import HTTPProblem
 from rma_coordinator.domain.tasks import new_task_id
 from rma_core import errors
@@ -85,7 +85,7 @@ def request_id(call: Call) -> str:
 def problem(error: RMAError, call: Call) -> tuple[int, dict[str, str], bytes]:
     """Return status, headers and body of a failure."""
     status, headers, _ = problems.problem(error)
-    headers |= {"content-type": "application/json", "x-request-id": request_id(call)}
+    headers |= {"content-type": "application/json", "x-request-id": request_id(call), **limits.failed(call)}
     if "retry-after" in headers:
         headers["retry-after"] = str(min(MOST_WAIT_S, max(LEAST_WAIT_S, int(headers["retry-after"]))))
     if status == TOO_LATE or (status < SERVER_ERROR and status not in WORTH_RETRYING):
@@ -106,6 +106,8 @@ def body(error: RMAError, status: int) -> dict[str, Any]:
     param = code = None
     if isinstance(error, APIProblem):
         param, code = error.param, error.api_code
+    elif isinstance(error, limits.OverLimit):
+        code = error.name
     elif isinstance(error, errors.ValidationProblem) and error.problems:
         param = error.problems[0].where.removeprefix("$").removeprefix(".") or None
     return {"message": said, "type": words.type, "param": param, "code": code or words.code}

@@ -140,6 +140,11 @@ class Stream:
         return bool(self._open)
 
     @property
+    def usage(self) -> object:
+        """What its engines have counted; ``None`` where none has."""
+        return self._usage
+
+    @property
     def whole(self) -> bool:
         """Whether every choice that was begun has its end."""
         return self.begun and self._open == self._finished and self.broken is None
