@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from rma_coordinator.domain.continuing import BadChunk, Delivered, Seam
+from rma_coordinator.domain.continuing import Delivered, Seam
+from rma_coordinator.domain.stream_events import BadChunk
 from rma_core.models.strict import encode
 
 if TYPE_CHECKING:
