@@ -20,8 +20,8 @@ from rma_core.settings import AgentSettings
 from tests.coordinator_fixtures import PATIENCE_S, Running, running, soon, until
 from tests.model_servers import SOLID, ModelServer, serving
 from tests.model_servers import until as wait_until
+from tests.openai_kit import JSON, SSE, USAGE, delta, pool_with, states
 from tests.test_agent_lifecycle import detect
-from tests.test_v1 import JSON, SSE, USAGE, delta, pool_with, states
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator

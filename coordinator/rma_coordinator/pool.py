@@ -7,7 +7,7 @@ import logging
 import secrets
 from datetime import UTC, datetime
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -19,6 +19,7 @@ from rma_coordinator.domain.fleet import ATTACHABLE, SWEEP_S, Fleet, Worker, Wor
 from rma_coordinator.domain.keyring import Keyring
 from rma_coordinator.domain.models import ModelRecord, Models
 from rma_coordinator.domain.placement import place
+from rma_coordinator.domain.repeats import Repeats
 from rma_coordinator.hub import Hub
 from rma_coordinator.relay import Relay
 from rma_coordinator.spool import Spools
@@ -129,6 +130,8 @@ class Pool:
             wall=wall,
             on_credited=self._credited,
         )
+        #: Runs under /v1, by what was asked for.
+        self.repeats: Repeats[Any] = Repeats(clock)
         # They end with the process, so no step of the wall clock need cost anyone theirs.
         self.nonces = Nonces(clock)
         #: What the plugin host says of the coordinator's own plugins.

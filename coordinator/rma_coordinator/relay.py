@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -53,6 +54,8 @@ class Relay:
         self.task = task
         self.body = body
         self.head: Head | None = None
+        #: When it came, in seconds of `time.monotonic`.
+        self.head_at: float | None = None
         #: Whether all of the answer has come.
         self.complete = False
         self._chunks: deque[bytes] = deque()
@@ -85,7 +88,7 @@ class Relay:
             raise Overrun("an answer has one head")
         if head.status < LEAST_STATUS:
             raise Overrun(f"an answer's status is not {head.status}")
-        self.head = head
+        self.head, self.head_at = head, time.monotonic()
         self._changed.set()
 
     def put(self, data: bytes) -> None:
@@ -123,6 +126,7 @@ class Relay:
     def restart(self) -> None:
         """Forget what a lost attempt sent; nothing of it has reached the client."""
         self.head, self.complete, self._source, self._taken = None, False, None, None
+        self.head_at = None
         self._chunks.clear()
         self._buffered = self._received = 0
         self.starts += 1

@@ -29,6 +29,11 @@ LOOK_TIMEOUT_S, MAX_ANSWER_BYTES = 10.0, 1024 * 1024
 MAX_MODELS = 64
 #: Tokens of a context at most; more is nonsense.
 MAX_CONTEXT = 2**31
+#: What models can do, in Ollama's words, and what others call that.
+CAPABILITIES = ("completion", "embedding", "vision", "audio", "tools", "thinking")
+ALSO_CALLED = {
+    "embeddings": "embedding", "llm": "completion", "supports_tools": "tools", "tool_use": "tools", "vlm": "vision",
+}  # fmt: skip
 #: Names of models that a sentence of the log quotes, and the characters of each.
 QUOTED, QUOTED_CHARS = 5, 60
 OK, NOT_AUTHENTICATED, FORBIDDEN, UNAVAILABLE = 200, 401, 403, 503
@@ -72,6 +77,8 @@ class _Props(msgspec.Struct):
     n_ctx: Any = None
     default_generation_settings: Any = None
     is_sleeping: Any = False
+    modalities: Any = None
+    chat_template_caps: Any = None
 
 
 class _Listed(msgspec.Struct):
@@ -82,6 +89,8 @@ class _Listed(msgspec.Struct):
 
 class _Models(msgspec.Struct):
     data: list[_Listed]
+    # llama.cpp lists them a second time, as Ollama does.
+    models: Any = None
 
 
 class _Version(msgspec.Struct):
@@ -92,6 +101,7 @@ class _Tag(msgspec.Struct):
     name: str
     remote_host: Any = None
     context_length: Any = None
+    capabilities: Any = None
 
 
 class _Tags(msgspec.Struct):
@@ -103,6 +113,8 @@ class _StudioModel(msgspec.Struct):
     id: str
     state: str
     loaded_context_length: Any = None
+    type: Any = None
+    capabilities: Any = None
 
 
 class _StudioModels(msgspec.Struct):
@@ -139,7 +151,13 @@ async def _llama_cpp(endpoint: Endpoint) -> Found | None:
         raise EndpointError("it is llama.cpp, but GET /v1/models gave no list of models")
     state: typing.Literal["cold", "loaded"] = "cold" if props.is_sleeping is True else "loaded"
     # It serves one model under any name, and often gives a path of this machine as its own.
-    found = [ModelStatus(name=_file_name(one.id), state=state, context=_tokens(context)) for one in listed.data]
+    told = listed.models[0] if isinstance(listed.models, list) and listed.models else None
+    said = told.get("capabilities") if isinstance(told, dict) else None
+    can = _capabilities(said, props.modalities, props.chat_template_caps)
+    found = [
+        ModelStatus(name=_file_name(one.id), state=state, context=_tokens(context), capabilities=can)
+        for one in listed.data
+    ]
     return _found(LLAMA_CPP, LLAMA_CPP, found, slots=max(1, props.total_slots))
 
 
@@ -154,7 +172,12 @@ async def _ollama(endpoint: Endpoint) -> Found | None:
     loaded = {one.name: _tokens(one.context_length) for one in (running.models if running else None) or ()}
     local = [one for one in tags.models or () if not one.remote_host]
     found = [
-        ModelStatus(name=one.name, state="loaded" if one.name in loaded else "cold", context=loaded.get(one.name, 0))
+        ModelStatus(
+            name=one.name,
+            state="loaded" if one.name in loaded else "cold",
+            context=loaded.get(one.name, 0),
+            capabilities=_capabilities(one.capabilities),
+        )
         for one in local
     ]
     # What Ollama only passes on to a computer elsewhere, on its owner's account, is not this machine's to share.
@@ -171,6 +194,7 @@ async def _lm_studio(endpoint: Endpoint) -> Found | None:
             name=one.id,
             state="loaded" if one.state == "loaded" else "cold",
             context=_tokens(one.loaded_context_length),
+            capabilities=_capabilities([one.type], one.capabilities),
         )
         for one in listed.data
     ]
@@ -255,6 +279,18 @@ def _read(body: bytes, kind: type[T]) -> T | None:
 def _tokens(value: object) -> int:
     """Return a context's size, 0 for what is none."""
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_CONTEXT else 0
+
+
+def _capabilities(*said: object) -> tuple[str, ...]:
+    """Return what a model can do, from lists of words and tables of yes and no; what nobody knows is left out."""
+    words = set[object]()
+    for one in said:
+        if isinstance(one, list):
+            words |= {word for word in one if isinstance(word, str)}
+        elif isinstance(one, dict):
+            words |= {name for name, yes in one.items() if yes is True}
+    known = {ALSO_CALLED.get(str(word), word) for word in words}
+    return tuple(word for word in CAPABILITIES if word in known)
 
 
 def _file_name(name: str) -> str:

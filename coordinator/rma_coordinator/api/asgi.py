@@ -175,6 +175,17 @@ class Call(Lingering):
         self.raw: dict[bytes, bytes] = dict(scope["headers"])
         self._proxies = proxies
 
+    def mark(self, extra: list[tuple[bytes, bytes]]) -> None:
+        """Give the answer further headers, whatever it becomes."""
+        send = self._send
+
+        async def marked(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], *extra]}
+            await send(message)
+
+        self._send = marked
+
     @functools.cached_property
     def headers(self) -> dict[str, str]:
         """The headers, their names in lower case; of one that is there twice, the last."""

@@ -22,9 +22,11 @@ LEAST_WAIT_S, MOST_WAIT_S = 1, 60
 MAX_MESSAGE = 4000
 #: Where a request's id stands in its ASGI scope.
 REQUEST_ID = "rma.request_id"
+#: Where headers for a request's answer stand in its ASGI scope.
+NOTED = "rma.headers"
 #: Statuses that SDKs try again by themselves and that may then go well; below 500, that is.
 WORTH_RETRYING = frozenset({408, 429})
-TOO_LATE, BAD_GATEWAY, SERVER_ERROR, CLIENT_ERROR = 504, 502, 500, 400
+TOO_LATE, BAD_GATEWAY, SERVER_ERROR, CLIENT_ERROR, CONFLICT = 504, 502, 500, 400, 409
 
 
 class Words(NamedTuple):
@@ -43,6 +45,7 @@ WORDS: dict[int, Words] = {
     408: Words("invalid_request_error", "request_timeout"),
     413: Words("invalid_request_error", "request_too_large"),
     415: Words("invalid_request_error", "unsupported_encoding"),
+    422: Words("invalid_request_error", None),
     429: Words("rate_limit_error", "rate_limit_exceeded"),
     500: Words("server_error", "internal_error"),
     502: Words("server_error", "worker_failed"),
@@ -82,10 +85,24 @@ def request_id(call: Call) -> str:
     return str(known)
 
 
+def note(call: Call, headers: dict[str, str]) -> None:
+    """Give the answer to a request further headers, whatever it becomes: whole, streamed, or a failure."""
+    call.scope[NOTED] = {**call.scope.get(NOTED, {}), **headers}
+
+
+def noted(call: Call) -> dict[str, str]:
+    """Return the headers that were noted for the answer to a request."""
+    found: dict[str, str] = call.scope.get(NOTED, {})
+    return found
+
+
 def problem(error: RMAError, call: Call) -> tuple[int, dict[str, str], bytes]:
     """Return status, headers and body of a failure."""
     status, headers, _ = problems.problem(error)
-    headers |= {"content-type": "application/json", "x-request-id": request_id(call)}
+    if status == CONFLICT:
+        # SDKs take it for a lock, and try again.
+        status = CLIENT_ERROR
+    headers |= {"content-type": "application/json", "x-request-id": request_id(call), **noted(call)}
     if "retry-after" in headers:
         headers["retry-after"] = str(min(MOST_WAIT_S, max(LEAST_WAIT_S, int(headers["retry-after"]))))
     if status == TOO_LATE or (status < SERVER_ERROR and status not in WORTH_RETRYING):

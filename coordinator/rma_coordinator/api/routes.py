@@ -473,13 +473,18 @@ class Router:
         plain = self._plain.get((method, path))
         if plain is not None:
             return plain, {}, (method,)
-        if path.startswith("/v1/"):
+        openai = path.startswith("/v1/")
+        if openai:
             # Clients of OpenAI's API write its addresses with and without a slash at their end.
             path = path.rstrip("/")
+            # A server sends no body with an answer to HEAD.
+            method = "GET" if method == "HEAD" else method
         allowed: list[str] = []
         for shape, route in self._routes:
             if found := shape.fullmatch(path):
                 if route.method == method:
                     return route, found.groupdict(), (method,)
                 allowed.append(route.method)
+        if openai and allowed:
+            allowed += ["OPTIONS", *(["HEAD"] if "GET" in allowed else [])]
         return None, {}, tuple(allowed)

@@ -251,6 +251,13 @@ class Dispatcher:
         seats = self._offering.get(f"{service} {model}" if model else service, ())
         return any(seat.usable and seat.worker_id not in besides for seat in seats)
 
+    def turn_s(self, service: str, model: str = "") -> float | None:
+        """Return the seconds until one more task of a full lane comes free, where the length of its tasks is known."""
+        lane = f"{service} {model}" if model else service
+        slots = sum(seat.slots.get(service, 0) for seat in self._offering.get(lane, ()) if seat.usable)
+        mean_s = self.speeds.expected("", lane, beside=0).service
+        return mean_s / slots if slots and mean_s else None
+
     def spare(self) -> dict[str, int]:
         """Return for each service how many reachable workers have room for it; none while its tasks wait."""
         counts: dict[str, int] = {}

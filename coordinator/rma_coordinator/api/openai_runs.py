@@ -1,0 +1,285 @@
+"""Runs under /v1: one task, or one after another where an answer goes on, and every client that waits for its answer.
+
+SDKs give up after a while and ask for the same again. Such a repetition joins the run that it was for, as long as that
+lives: one that waits for a whole answer gets it too, one that reads a stream gets all of it so far and then the rest. A
+run whose last client leaves ends at once, unless that client had lost its patience and is about to ask again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+from rma_coordinator.api.asgi import Gone
+from rma_coordinator.api.inference import trace
+from rma_coordinator.api.openai_jobs import EVENT_STREAM, PLAIN
+from rma_coordinator.domain.repeats import MOST_KEPT_BYTES, Kept
+from rma_core.errors import RMAError
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from rma_coordinator.api.openai_clients import Client
+    from rma_coordinator.api.openai_jobs import Job
+    from rma_coordinator.api.openai_requests import Manner
+    from rma_coordinator.api.sse import Stream
+    from rma_coordinator.domain.repeats import Key
+
+logger = logging.getLogger(__name__)
+
+#: Seconds that a run goes on, and its answer is kept, for a client that will ask again: SDKs do within 8.
+REPEATED_WITHIN_S = 10.0
+#: The longest whole answer that is kept for that.
+MOST_WAITING_BYTES = 1024 * 1024
+#: Runs that may go on for nobody; of more, those that are left then end at once.
+MOST_DESERTED = 256
+
+
+class Run:
+    """What runs for a request, and who waits for it. ``name`` is what the client calls its request, if anything."""
+
+    def __init__(self, job: Job, key: Key, *, name: str = "") -> None:
+        #: The task at work, which another one follows where an answer goes on elsewhere.
+        self.job = job
+        self.key = key
+        self.name = name
+        #: By this its clients and the pool's admin know it.
+        self.id = job.task.id
+        #: Who waits, the last to come last; that one sets the pace.
+        self.clients: list[Client] = []
+        #: The answer so far, where it is streamed and has begun.
+        self.stream: Stream | None = None
+        #: Tasks and attempts of those before the one at work.
+        self.attempts_before = 0
+        #: Tokens that the client had when another worker went on.
+        self.continued_at: int | None = None
+        #: Gives a whole answer, or nothing when a stream has gone out.
+        self.work: asyncio.Task[bytes | None]
+        #: Whether the end of the stream is on its way.
+        self._ending = False
+        self._pacing = self._freed = False
+        self._timer: asyncio.TimerHandle | None = None
+        self.began_at, self._began_monotonic = job.task.created_at, time.monotonic()
+        self._queue_ms: int | None = None
+        self._first_byte_ms: int | None = None
+        #: All that was streamed, for who comes back with the name.
+        self._record: list[bytes] | None = [] if name else None
+        self._recorded = 0
+
+    def start(self, work: Coroutine[Any, Any, bytes | None]) -> None:
+        """Begin to work, as a task of its own that outlives its clients."""
+        self.job.pool.repeats.begin(self.key, self)
+        self.work = asyncio.create_task(work, name=f"{self.id} under /v1")
+        self.work.add_done_callback(self._worked)
+
+    @property
+    def pacer(self) -> Client | None:
+        """Who sets the pace."""
+        return self.clients[-1] if self.clients else None
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing more comes."""
+        return self.work.done()
+
+    @property
+    def good(self) -> bool:
+        """Whether it may still come to a good end, or has."""
+        return not self.work.done() or (not self.work.cancelled() and self.work.exception() is None)
+
+    # -- clients -----------------------------------------------------------------------------------------------
+
+    def takes(self, manner: Manner) -> bool:
+        """Say whether a client that asks for the same may have what this run gives."""
+        if not self.good or self.replay() is None:
+            return False
+        if manner.name or self.name:
+            return manner.name == self.name
+        # Who asks for the same twice at once wants two answers: a repetition is of one whose client is not there.
+        return manner.repeats and all(client.gave_up for client in self.clients)
+
+    def replay(self) -> bytes | None:
+        """Return what a client that joins is given first; ``None`` where it is not all kept."""
+        stream = self.stream
+        if stream is None:
+            return b""
+        begun = b"".join(self._record) if self._record else stream.replay()
+        if begun is None or not self.done or self._record:
+            return begun
+        return begun + stream.end()
+
+    def join(self, client: Client) -> None:
+        """Let a client wait for it; those before it hold it up no longer.
+
+        What `replay` gives is to be sent to the client before anything else runs.
+        """
+        self._settled()
+        if self._pacing and (slow := self.pacer) is not None:
+            if not slow.behind:
+                # Whoever does not read what it is sent is cut: what it lacks of that cannot be sent again.
+                slow.drop()
+            self._free()
+        self.clients.append(client)
+        if self.done:
+            client.wake()
+
+    def leave(self, client: Client) -> None:
+        """A client has what it wanted, or has gone; without any, the run ends, now or soon."""
+        if client not in self.clients:
+            return
+        paced = self.pacer is client
+        self.clients.remove(client)
+        if paced:
+            self._free()
+        if not self.clients and not self._ending:
+            self._desert(client)
+
+    def _desert(self, last: Client) -> None:
+        """Go on for a client that will ask again, else end."""
+        waiting = self.job.pool.repeats.waiting
+        # Who names his request may come back however he left.
+        returns = self.good and (bool(self.name) or last.lost_patience)
+        if not returns or len(waiting) >= MOST_DESERTED or self._too_large():
+            self.stop()
+            return
+        waiting.add(self)
+        self._timer = asyncio.get_running_loop().call_later(REPEATED_WITHIN_S, self.stop)
+        words = "%s goes on for a client that will ask again"
+        logger.debug(words, self.id, extra={"action": "run_deserted", "task": self.id})
+
+    def _settled(self) -> None:
+        """It waits for nobody to come back any more."""
+        self.job.pool.repeats.waiting.discard(self)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def stop(self) -> None:
+        """End it: nobody waits for it."""
+        self._settled()
+        if self.work.done():
+            self.job.pool.repeats.end(self.key, self)
+        else:
+            self.work.cancel()
+
+    def _too_large(self) -> bool:
+        body = self.work.result() if self.work.done() and self.good else None
+        return body is not None and len(body) > MOST_WAITING_BYTES
+
+    def _free(self) -> None:
+        """Let the work go on that waits for a client which no longer sets the pace."""
+        if self._pacing:
+            self._freed = True
+            self.work.cancel()
+
+    # -- the work ----------------------------------------------------------------------------------------------
+
+    async def give(self, data: bytes, *, more: bool = True) -> None:
+        """Give whole events to every client, at the pace of the last that came."""
+        self._ending = not more
+        if self._record is not None:
+            self._note(data)
+        if not self.clients:
+            return
+        for other in self.clients[:-1]:
+            other.post(data, more=more)
+        pacer, self._pacing = self.clients[-1], True
+        try:
+            await pacer.give(data, more=more)
+        except Gone:
+            self._pacing = False
+            pacer.drop()
+            self.leave(pacer)
+        except asyncio.CancelledError:
+            work = asyncio.current_task()
+            if not self._freed or work is None or work.uncancel() > 0:
+                raise
+        finally:
+            self._pacing = self._freed = False
+
+    def begins(self, stream: Stream) -> None:
+        """A stream begins to go out: from now on whoever joins is given what there is of it."""
+        self.stream = stream
+        self.answers()
+
+    def goes_on(self, job: Job, *, at: int) -> None:
+        """Another task goes on with the answer, of which the client has ``at`` tokens."""
+        self.attempts_before, self.continued_at = self._attempts, at
+        self.job = job
+
+    def _note(self, data: bytes) -> None:
+        self._recorded += len(data)
+        if self._record is not None and self._recorded <= MOST_KEPT_BYTES:
+            self._record.append(data)
+        else:
+            self._record = None
+
+    def _worked(self, work: asyncio.Task[bytes | None]) -> None:
+        """It has come to its end: everyone who waits is told, and who comes back for it finds it for a while."""
+        for client in self.clients:
+            client.wake()
+        error = None if work.cancelled() else work.exception()
+        if not self.clients and error is not None and not isinstance(error, (RMAError, Gone)):
+            logger.error("%s failed", self.id, exc_info=error, extra={"action": "bug"})
+        if self._timer is None or not self.good or self._too_large():
+            self._settled()
+            self.job.pool.repeats.end(self.key, self)
+        if self.name and self.good and (kept := self._kept()) is not None:
+            self.job.pool.repeats.keep(self.name, self.key, kept)
+
+    def _kept(self) -> Kept | None:
+        """Return the answer as it is kept for who comes back with the name."""
+        if (body := self.work.result()) is not None:
+            return Kept({**PLAIN, **self.headers()}, body)
+        events = self.replay()
+        return Kept({**EVENT_STREAM, **self.headers()}, events) if events else None
+
+    # -- what it tells of itself -------------------------------------------------------------------------------
+
+    def answers(self) -> None:
+        """Its answer begins: how long that took stays as it is, whatever becomes of its worker."""
+        self._queue_ms, self._first_byte_ms = self._waited()
+
+    def _waited(self) -> tuple[int | None, int | None]:
+        """Return milliseconds until a worker was given it, and until that worker's first byte."""
+        if self._first_byte_ms is not None:
+            return self._queue_ms, self._first_byte_ms
+        attempt, head_at = self.job.task.attempt, self.job.relay.head_at
+        queue_ms = None if attempt is None else _ms(attempt.offered_at - self.began_at)
+        return queue_ms, None if head_at is None else _ms(head_at - self._began_monotonic)
+
+    def headers(self) -> dict[str, str]:
+        """Return the headers that say who answered, and how long what took."""
+        job, (queue_ms, first_byte_ms) = self.job, self._waited()
+        found = {"x-request-id": self.id, **trace(job.task)}
+        found["openai-processing-ms"] = str(_ms(job.pool.clock() - self.began_at))
+        told = {
+            "x-rma-worker": job.who(),
+            "x-rma-attempts": self._attempts,
+            "x-rma-queue-ms": queue_ms,
+            "x-rma-first-byte-ms": first_byte_ms,
+            "x-rma-model-state": job.model_state(),
+        }
+        return found | {name: str(value) for name, value in told.items() if value not in (None, "")}
+
+    def facts(self) -> dict[str, Any]:
+        """Return the same for the last event of a stream, whose headers went out before they were known."""
+        job, (queue_ms, first_byte_ms) = self.job, self._waited()
+        found = {
+            "worker": job.who(),
+            "attempts": self._attempts,
+            "queue_ms": queue_ms,
+            "first_byte_ms": first_byte_ms,
+            "total_ms": _ms(job.pool.clock() - self.began_at),
+        }
+        return found if self.continued_at is None else {**found, "continued_at_token": self.continued_at}
+
+    @property
+    def _attempts(self) -> int:
+        return self.attempts_before + len(self.job.task.attempts)
+
+
+def _ms(seconds: float) -> int:
+    return max(0, round(seconds * 1000))

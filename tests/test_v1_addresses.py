@@ -1,0 +1,133 @@
+"""OpenAI's API under /v1: addresses, keys, and what is refused before anything runs."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from rma_coordinator.store import StoreFailed
+from rma_core.models import channel as frames
+from tests.coordinator_fixtures import until
+from tests.openai_kit import CHAT, HELLO, JSON, REPLY, ask, check_error, pool_with, states
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pytest
+
+
+async def test_every_address_answers_with_and_without_a_slash_and_others_are_an_error_object(tmp_path: Path) -> None:
+    async with pool_with(tmp_path, "tiny", "org/name:7b") as (pool, line):
+        for path in ("/v1/models", "/v1/models/"):
+            found = (await pool.client.get(path)).json()
+            assert [model["id"] for model in found["data"]] == ["org/name:7b", "tiny"]
+        for name in ("org/name:7b", "org%2Fname%3A7b", "org/name:7b/"):
+            assert (await pool.client.get(f"/v1/models/{name}")).json()["id"] == "org/name:7b"
+        for path in (CHAT, CHAT + "/"):
+            asked = ask(pool, path=path)
+            task = await line.serve(json.dumps(REPLY).encode(), headers=JSON)
+            assert (task.offer.path, task.offer.model) == (CHAT, "tiny")
+            assert (await asked).status_code == 200
+        for path in ("/v1", "/v1/", "/v1/files", "/v1/chat", "/v1//models", "/v1/%ff", "/v1/chat/completions/x"):
+            check_error(await pool.client.get(path), 404, "not_found")
+        answer = await pool.client.get(CHAT)
+        check_error(answer, 405, "method_not_allowed")
+        assert answer.headers["allow"] == "OPTIONS, POST"
+
+
+async def test_a_key_comes_in_any_of_three_headers_and_a_wrong_one_is_401(tmp_path: Path) -> None:
+    async with pool_with(tmp_path) as (pool, _):
+        key = await pool.make_key("infer:llm")
+        for named in (pool.bearer(key), {"api-key": key}, {"x-api-key": key}):
+            answer = await pool.client.get("/v1/models", headers={"authorization": "", **named})
+            assert answer.status_code == 200
+        for secret in ("", "Bearer", "Basic x", "Bearer sk-123", f"Bearer {key}x", "Bearer \xe4"):
+            headers = [(b"authorization", secret.encode("latin-1"))]
+            answer = await pool.client.get("/v1/models", headers=headers)
+            check_error(answer, 401, "invalid_api_key")
+            assert answer.headers["www-authenticate"].startswith("Bearer")
+            check_error(await pool.client.post(CHAT, headers=headers), 401, "invalid_api_key")
+        other = await pool.make_key("infer:notes")
+        for answer in (
+            await pool.client.get("/v1/models", headers=pool.bearer(other)),
+            await pool.client.post(CHAT, headers=pool.bearer(other), content=b"{}"),
+        ):
+            assert "infer:llm" in check_error(answer, 403, "permission_denied")
+
+
+async def test_a_model_never_seen_is_404_and_one_that_left_is_503_but_still_listed(tmp_path: Path) -> None:
+    async with pool_with(tmp_path) as (pool, line):
+        for answer in (await ask(pool, model="gone", messages=HELLO), await pool.client.get("/v1/models/gone")):
+            assert "tiny" in check_error(answer, 404, "model_not_found", param="model")
+            assert answer.headers["x-should-retry"] == "false"
+        pool.pool.unregister(pool.pool.fleet.get(line.id))
+        answer = await ask(pool)
+        check_error(answer, 503, "no_worker_available", param="model")
+        assert "x-should-retry" not in answer.headers
+        listed = (await pool.client.get("/v1/models")).json()["data"]
+        away = ("tiny", "away", {"workers": 0, "loaded": 0})
+        assert [(model["id"], model["status"], model["x_rma"]) for model in listed] == [away]
+        assert (await pool.client.get("/v1/models/tiny")).status_code == 200
+
+
+async def test_models_are_listed_as_the_sdk_reads_them(tmp_path: Path) -> None:
+    async with pool_with(tmp_path) as (pool, _):
+        answer = await pool.client.get("/v1/models")
+        assert answer.headers["x-request-id"]
+        found = answer.json()
+        (one,) = found["data"]
+        assert (found["object"], one["id"], one["object"], one["owned_by"]) == ("list", "tiny", "model", "rma")
+        assert isinstance(one["created"], int)
+        assert (one["context_length"], one["max_model_len"], one["status"]) == (2048, 2048, "loaded")
+        assert one["x_rma"] == {"workers": 1, "loaded": 1}
+        assert one["capabilities"] == ["completion", "tools"]
+
+
+async def test_a_full_queue_is_429_with_a_time_to_come_back(tmp_path: Path) -> None:
+    async with pool_with(tmp_path, slots=1, max_queued_tasks=1) as (pool, line):
+        first = ask(pool)
+        task = await line.task()
+        second = ask(pool)
+        await until(lambda: len(pool.pool.dispatcher.tasks) == 2)
+        answer = await ask(pool)
+        check_error(answer, 429, "rate_limit_exceeded")
+        assert "x-should-retry" not in answer.headers
+        await line.answer(task.stream, json.dumps(REPLY).encode(), headers=JSON)
+        await line.serve(json.dumps(REPLY).encode(), headers=JSON)
+        assert {(await one).status_code for one in (first, second)} == {200}
+
+
+async def test_a_store_that_takes_nothing_is_503_and_a_bug_is_500(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with pool_with(tmp_path) as (pool, _):
+
+        def broken(model: str) -> None:
+            raise ValueError("a bug in here")
+
+        monkeypatch.setattr(pool.pool, "check_model", broken)
+        assert "bug in here" not in check_error(await ask(pool), 500, "internal_error")
+        monkeypatch.undo()
+
+        def full() -> None:
+            raise StoreFailed("no new work is taken now: the coordinator's disk is full", hints=("try again later",))
+
+        monkeypatch.setattr(pool.pool, "check_store", full)
+        assert "try again later" in check_error(await ask(pool), 503, "service_unavailable")
+
+
+async def test_a_task_that_every_worker_fails_is_502_with_every_reason_and_one_too_late_504(tmp_path: Path) -> None:
+    async with pool_with(tmp_path, task_timeout_s=30.0) as (pool, line):
+        asked = ask(pool)
+        task = await line.task()
+        await line.say(frames.Error(stream=task.stream, fault="worker", reason="the model server crashed"))
+        answer = await asked
+        assert "the model server crashed" in check_error(answer, 502, "worker_failed")
+        assert answer.headers["x-request-id"] in answer.text
+        asked = ask(pool)
+        await line.task()
+        await until(lambda: states(pool) == ["running"])
+        pool.turn(31)
+        answer = await asked
+        check_error(answer, 504, "deadline_exceeded")
+        assert answer.headers["x-should-retry"] == "false", "the same deadline would pass again"
