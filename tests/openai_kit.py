@@ -50,14 +50,23 @@ async def attach(pool: Running, line: Line, *models: str, slots: int = 2, state:
     await until(lambda: pool.pool.dispatcher.seats[line.id].models.get("llm") == frozenset(models))
 
 
-def ask(pool: Running, body: Any = None, path: str = CHAT, **fields: Any) -> asyncio.Task[Response]:
+def ask(
+    pool: Running, body: Any = None, path: str = CHAT, headers: dict[str, str] | None = None, **fields: Any
+) -> asyncio.Task[Response]:
     """Send a request, and let it be answered meanwhile."""
     content = body if isinstance(body, bytes) else json.dumps(body or {"model": "tiny", "messages": HELLO, **fields})
-    return asyncio.create_task(pool.client.post(path, content=content))
+    return asyncio.create_task(pool.client.post(path, content=content, headers=headers))
 
 
 def stream(pool: Running, **fields: Any) -> asyncio.Task[Response]:
-    return ask(pool, model="tiny", messages=HELLO, stream=True, **fields)
+    return ask(pool, stream=True, **fields)
+
+
+def sdk(tries: int = 0, patience_s: float | None = 20.0) -> dict[str, str]:
+    """Headers as OpenAI's SDK for Python sends them."""
+    patience = {} if patience_s is None else {"x-stainless-read-timeout": str(patience_s)}
+    agent = {"user-agent": "AsyncOpenAI/Python 3.54.0"}
+    return {**agent, "x-stainless-retry-count": str(tries), **patience}
 
 
 def states(pool: Running) -> list[str]:
@@ -118,6 +127,15 @@ def events(text: str) -> list[Any]:
 
 def text_of(found: list[Any]) -> str:
     return "".join(c["delta"].get("content") or "" for e in found if e != "[DONE]" for c in e["choices"])
+
+
+async def taken(pool: Running, line: Line) -> frames.Task:
+    """Take the next task, and wait until the coordinator knows it."""
+    task = await line.task()
+    await until(lambda: pool.pool.dispatcher.find(task.offer.task_id).state == "running")
+    (attempt,) = [one for one in pool.pool.dispatcher.find(task.offer.task_id).attempts if one.worker_id == line.id]
+    await until(lambda: attempt.state == "running")
+    return task
 
 
 async def begins(pool: Running, line: Line, *pieces: bytes) -> frames.Task:

@@ -68,6 +68,7 @@ async def embeddings(pool: Pool, call: Call) -> None:
 
 
 async def _serve(pool: Pool, call: Call, kind: Kind) -> None:
+    asked_at = pool.clock()
     principal = principal_of(pool, call)
     _correlate(call)
     how, urgency = manner(call), priority(call, principal)
@@ -82,7 +83,7 @@ async def _serve(pool: Pool, call: Call, kind: Kind) -> None:
         # What the pool's admin knows the request by.
         call.scope[REQUEST_ID] = run.id
         logger.debug("%s was asked for again, and is joined", run.id, extra={"action": "run_joined", "task": run.id})
-        await follow(run, call, how, joined=True)
+        await follow(run, call, how, asked_at=asked_at, joined=True)
         return
     pool.check_store()
     check_model(pool, request.model)
@@ -105,7 +106,7 @@ async def _serve(pool: Pool, call: Call, kind: Kind) -> None:
         raise
     run = Run(Job(pool, task, relay, _asked(pool, kind, request, len(data)), body, again), key, name=how.name)
     run.start(_work(run, body))
-    await follow(run, call, how)
+    await follow(run, call, how, asked_at=asked_at)
 
 
 async def _work(run: Run, body: Body) -> bytes | None:

@@ -34,8 +34,8 @@ BLANK_EVERY_S = 15.0
 BLANK = b"\n"
 
 
-async def follow(run: Run, call: Call, how: Manner, *, joined: bool = False) -> None:
-    """Give a client what a run gives, until it has all of it or leaves.
+async def follow(run: Run, call: Call, how: Manner, *, asked_at: float, joined: bool = False) -> None:
+    """Give a client what a run gives, until it has all of it or leaves; it began to wait at ``asked_at``.
 
     Raises RMAError while a status can still say what went wrong, Gone, CutAnswer.
     """
@@ -46,7 +46,8 @@ async def follow(run: Run, call: Call, how: Manner, *, joined: bool = False) -> 
         return {**(EVENT_STREAM if streams else PLAIN), **run.headers(), **openai_errors.noted(call), **more}
 
     begun = run.replay()
-    client = Client(call, how, opening, _stream_quiet(how) if streams else _whole_quiet(how))
+    quiet = _stream_quiet(how) if streams else _whole_quiet(how)
+    client = Client(call, how, opening=opening, quiet=quiet, clock=run.job.pool.clock, asked_at=asked_at)
     run.join(client)
     try:
         if begun:

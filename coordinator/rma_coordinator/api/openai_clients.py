@@ -1,7 +1,7 @@
 """The clients of a run under /v1: each one's end of its connection, begun late, never silent, cut when it falls behind.
 
-One client sets the pace of a run, by back-pressure. Others that have joined it are given the same, and are cut when
-they fall behind by more than MOST_BEHIND: they hold up nobody.
+A client alone sets the pace of its run, by back-pressure. Of several the quickest does, and one that falls behind by
+more than MOST_BEHIND is cut: it holds up nobody.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rma_coordinator.api.asgi import Call
     from rma_coordinator.api.openai_requests import Manner
 
-#: Bytes that may wait for a client that does not set the pace; half of it makes the others wait when none else does.
+#: Bytes that may wait for one of several clients; when half of it waits for each of them, their run waits too.
 MOST_BEHIND = 256 * 1024
 
 
@@ -31,18 +31,28 @@ class Quiet(NamedTuple):
 
 
 class Client:
-    """One client that waits for an answer; ``opening`` gives the headers that go out before its first byte."""
+    """One client that waits for an answer; ``opening`` gives the headers that go out before its first byte.
+
+    ``asked_at`` is when it began to wait, by ``clock``.
+    """
 
     def __init__(
-        self, call: Call, manner: Manner, opening: Callable[[], Mapping[str, str]], quiet: Quiet | None = None
+        self,
+        call: Call,
+        manner: Manner,
+        *,
+        opening: Callable[[], Mapping[str, str]],
+        quiet: Quiet | None,
+        clock: Callable[[], float],
+        asked_at: float,
     ) -> None:
         loop = asyncio.get_running_loop()
         self.call = call
         self.manner = manner
         self.opening = opening
         self._quiet = quiet
-        self._clock = loop.time
-        self._began_at = self._sent_at = loop.time()
+        self._clock = clock
+        self._asked_at = self._sent_at = asked_at
         self._turn = asyncio.Lock()
         #: Done when its run has ended, when it has left, or when it was cut.
         self.over: asyncio.Future[None] = loop.create_future()
@@ -60,7 +70,7 @@ class Client:
     def waited_s(self) -> tuple[float, float]:
         """Seconds since it asked, and since it last was sent anything: SDKs count the one or the other."""
         now = self._clock()
-        return now - self._began_at, now - self._sent_at
+        return now - self._asked_at, now - self._sent_at
 
     @property
     def lost_patience(self) -> bool:
@@ -73,9 +83,14 @@ class Client:
         return self.manner.gave_up(self.waited_s[1])
 
     @property
-    def behind(self) -> bool:
-        """Whether what it is given waits for it apart from its run."""
-        return self._backlog is not None
+    def alone(self) -> bool:
+        """Whether it is given everything at its own pace, with nothing that waits for it."""
+        return self._backlog is None
+
+    @property
+    def crowded(self) -> bool:
+        """Whether it should get no more: so much waits for it, or it is cut."""
+        return self.cut or (self._backlog is not None and self._backlog.bytes > MOST_BEHIND // 2)
 
     def wake(self) -> None:
         """Its run has ended, or it is to look again."""
@@ -87,24 +102,16 @@ class Client:
         self.cut = True
         self.wake()
 
-    async def give(self, data: bytes, *, more: bool = True) -> None:
-        """Give it whole events, and take its time for it. Raises Gone."""
+    def accompany(self, stirred: Callable[[], None]) -> None:
+        """Let what it is given wait for it from now on, for it is not alone; ``stirred`` is told when some has gone."""
         if self._backlog is None:
-            await self.send(data, more=more)
-        elif not self.post(data, more=more):
-            raise Gone
-        else:
-            await self._backlog.room()
+            self._backlog = Backlog(self, stirred)
 
-    def post(self, data: bytes, *, more: bool = True) -> bool:
-        """Give it whole events without waiting; it is cut, and that is said, when too many wait for it."""
+    def post(self, data: bytes, *, more: bool = True) -> None:
+        """Give it whole events without waiting; one for which too many wait is cut."""
         self.ended = self.ended or not more
-        if self._backlog is None:
-            self._backlog = Backlog(self)
-        fits = not self.cut and self._backlog.add(data, more=more)
-        if not fits:
+        if self._backlog is None or not self._backlog.add(data, more=more):
             self.drop()
-        return fits
 
     # -- its own side ------------------------------------------------------------------------------------------
 
@@ -182,30 +189,24 @@ class Client:
 
 
 class Backlog:
-    """What waits for a client that does not set the pace."""
+    """What waits for a client that is not alone."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, stirred: Callable[[], None]) -> None:
         self._client = client
+        self._stirred = stirred
         self._waiting: deque[tuple[bytes, bool]] = deque()
-        self._bytes = 0
-        self._over = False
-        self._changed = asyncio.Event()
+        self.bytes = 0
+        self._added = asyncio.Event()
         self._pumping = asyncio.create_task(self._pump(), name="what waits for a client under /v1")
 
     def add(self, data: bytes, *, more: bool) -> bool:
         """Add to it, and say whether there was room."""
-        if self._bytes + len(data) > MOST_BEHIND:
+        if self.bytes + len(data) > MOST_BEHIND:
             return False
         self._waiting.append((data, more))
-        self._bytes += len(data)
-        self._changed.set()
+        self.bytes += len(data)
+        self._added.set()
         return True
-
-    async def room(self) -> None:
-        """Wait until there is room for more, or nothing is sent any longer."""
-        while self._bytes > MOST_BEHIND // 2 and not self._over:
-            self._changed.clear()
-            await self._changed.wait()
 
     async def empty(self) -> None:
         """Wait until the last of it was sent. Raises Gone when that takes too long."""
@@ -216,24 +217,17 @@ class Backlog:
     def close(self) -> None:
         """Send nothing more."""
         self._pumping.cancel()
-        self._end()
-
-    def _end(self) -> None:
-        self._over = True
-        self._changed.set()
 
     async def _pump(self) -> None:
         more = True
         try:
             while more:
                 while not self._waiting:
-                    self._changed.clear()
-                    await self._changed.wait()
+                    self._added.clear()
+                    await self._added.wait()
                 data, more = self._waiting.popleft()
                 await self._client.send(data, more=more)
-                self._bytes -= len(data)
-                self._changed.set()
+                self.bytes -= len(data)
+                self._stirred()
         except Gone:
             self._client.drop()
-        finally:
-            self._end()

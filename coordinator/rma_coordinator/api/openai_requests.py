@@ -25,8 +25,8 @@ IDEMPOTENCY_KEY = re.compile(rb"[\x21-\x7e]{1,255}")
 RETRIES = 2
 #: A client's own patience is no reason to send something more often than this.
 LEAST_SILENCE_S = 0.25
-#: A client that leaves this near to the end of its patience has lost it; at most a fifth of the patience itself.
-NEAR_S = 1.0
+#: A client that leaves this near to the end of its patience has lost it, or within a quarter of the patience itself.
+NEAR_S = 2.0
 #: Node's SDK tells its patience in whole seconds, and not the rest.
 ROUNDED_S = 1.0
 
@@ -154,7 +154,7 @@ class Manner(NamedTuple):
         """Say whether one that left after so many seconds of silence left for that, and will ask again."""
         if self.patience_s is None or self.tries is None or self.tries >= RETRIES:
             return False
-        near_s = min(NEAR_S, self.patience_s / 5)
+        near_s = min(NEAR_S, self.patience_s / 4)
         return self.patience_s - near_s <= waited_s <= self.patience_s + ROUNDED_S + near_s
 
     def gave_up(self, waited_s: float) -> bool:

@@ -47,8 +47,9 @@ class Run:
         self.name = name
         #: By this its clients and the pool's admin know it.
         self.id = job.task.id
-        #: Who waits, the last to come last; that one sets the pace.
+        #: Who waits for it, in the order in which they came.
         self.clients: list[Client] = []
+        self._stirred = asyncio.Event()
         #: The answer so far, where it is streamed and has begun.
         self.stream: Stream | None = None
         #: Tasks and attempts of those before the one at work.
@@ -73,11 +74,6 @@ class Run:
         self.job.pool.repeats.begin(self.key, self)
         self.work = asyncio.create_task(work, name=f"{self.id} under /v1")
         self.work.add_done_callback(self._worked)
-
-    @property
-    def pacer(self) -> Client | None:
-        """Who sets the pace."""
-        return self.clients[-1] if self.clients else None
 
     @property
     def done(self) -> bool:
@@ -116,11 +112,14 @@ class Run:
         What `replay` gives is to be sent to the client before anything else runs.
         """
         self._settled()
-        if self._pacing and (slow := self.pacer) is not None:
-            if not slow.behind:
-                # Whoever does not read what it is sent is cut: what it lacks of that cannot be sent again.
-                slow.drop()
-            self._free()
+        for one in self.clients:
+            if self._pacing and one.alone:
+                # It does not read what it is sent; what it lacks of that cannot be sent again.
+                one.drop()
+                self._free()
+            one.accompany(self._stirred.set)
+        if self.clients:
+            client.accompany(self._stirred.set)
         self.clients.append(client)
         if self.done:
             client.wake()
@@ -129,10 +128,8 @@ class Run:
         """A client has what it wanted, or has gone; without any, the run ends, now or soon."""
         if client not in self.clients:
             return
-        paced = self.pacer is client
         self.clients.remove(client)
-        if paced:
-            self._free()
+        self._free()
         if not self.clients and not self._ending:
             self._desert(client)
 
@@ -169,29 +166,37 @@ class Run:
         return body is not None and len(body) > MOST_WAITING_BYTES
 
     def _free(self) -> None:
-        """Let the work go on that waits for a client which no longer sets the pace."""
-        if self._pacing:
+        """Let the work go on that waits for a client which has gone."""
+        self._stirred.set()
+        if self._pacing and not self._freed:
             self._freed = True
             self.work.cancel()
 
     # -- the work ----------------------------------------------------------------------------------------------
 
     async def give(self, data: bytes, *, more: bool = True) -> None:
-        """Give whole events to every client, at the pace of the last that came."""
+        """Give whole events to every client, as fast as the quickest of them takes them."""
         self._ending = not more
         if self._record is not None:
             self._note(data)
-        if not self.clients:
+        clients = self.clients
+        if len(clients) == 1 and clients[0].alone:
+            await self._pace(clients[0], data, more=more)
             return
-        for other in self.clients[:-1]:
-            other.post(data, more=more)
-        pacer, self._pacing = self.clients[-1], True
+        for one in clients:
+            one.post(data, more=more)
+        while clients and all(one.crowded for one in clients):
+            self._stirred.clear()
+            await self._stirred.wait()
+
+    async def _pace(self, client: Client, data: bytes, *, more: bool) -> None:
+        self._pacing = True
         try:
-            await pacer.give(data, more=more)
+            await client.send(data, more=more)
         except Gone:
             self._pacing = False
-            pacer.drop()
-            self.leave(pacer)
+            client.drop()
+            self.leave(client)
         except asyncio.CancelledError:
             work = asyncio.current_task()
             if not self._freed or work is None or work.uncancel() > 0:
