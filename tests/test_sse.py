@@ -98,3 +98,50 @@ def test_an_end_is_said_once_and_in_words_that_clients_know() -> None:
     found, made = fed(delta("a"), delta(finish="eos"), delta("b", finish="length"))
     assert [one["choices"][0]["finish_reason"] for one in found] == [None, None, "stop"]
     assert made.whole
+
+
+def test_a_call_of_a_tool_begins_with_all_that_names_it_and_goes_on_with_pieces_of_its_arguments() -> None:
+    bare = {"function": {"name": "add", "arguments": {"a": 1}}}
+    again = {"index": 0, "id": "other", "type": "function", "function": {"name": "add", "arguments": None}}
+    found, _ = fed(delta(tool_calls=[bare, 5]), delta(tool_calls=[again]), delta(tool_calls="no"), delta("a"))
+    first, second = (one["choices"][0]["delta"]["tool_calls"] for one in found[1:3])
+    assert first[0].pop("id").startswith("call_")
+    assert first == [{"index": 0, "type": "function", "function": {"name": "add", "arguments": '{"a":1}'}}]
+    assert second == [{"index": 0, "function": {"arguments": ""}}]
+    assert len(found) == 5, "what says nothing is an empty delta, which clients pass over"
+
+
+@given(values=st.lists(ODD, max_size=4))
+def test_odd_calls_of_tools_are_mended_or_left_out(values: list[Any]) -> None:
+    found, _ = fed(delta(tool_calls=values), delta("a"))
+    for one in found:
+        for call in one["choices"][0]["delta"].get("tool_calls", ()):
+            assert isinstance(call["index"], int)
+            assert isinstance(call.get("function", {}).get("arguments", ""), str)
+
+
+@given(cut=st.integers(0, 12), asked=st.booleans())
+def test_who_comes_later_is_given_the_same_answer(cut: int, asked: bool) -> None:
+    parts = [ROLE, *(delta(letter) for letter in "hello wor"), delta(finish="length"), USAGE]
+    made = Stream(Answer("chatcmpl-1", 1, "tiny", usage=asked))
+    live = "".join(made.feed(part).decode() for part in parts[:cut])
+    begun = made.replay()
+    assert begun is not None
+    rest = "".join(made.feed(part).decode() for part in parts[cut:])
+    whole, later = (events(f"{text}{rest}{made.end().decode()}") for text in (live, begun.decode()))
+    assert text_of(whole) == text_of(later) == "hello wor"
+    ends = [
+        [c["finish_reason"] for e in one[:-1] for c in e["choices"] if c["finish_reason"]] for one in (whole, later)
+    ]
+    assert ends == [["length"], ["length"]]
+    assert len(whole[-2]["choices"]) == len(later[-2]["choices"]) == (0 if asked else 1)
+    said = [one["choices"][0]["delta"] for one in later[:-1] if one["choices"]]
+    assert [delta["role"] for delta in said if "role" in delta] == ["assistant"]
+    assert said[0]["role"] == "assistant"
+
+
+def test_a_text_completion_can_be_replayed_too() -> None:
+    made = Stream(Answer("cmpl-1", 1, "tiny", chat=False))
+    made.feed(event({"choices": [{"index": 0, "text": "ab"}]}) + event({"choices": [{"index": 0, "text": "c"}]}))
+    (one,) = events((made.replay() or b"").decode())
+    assert (one["choices"][0]["text"], one["object"]) == ("abc", "text_completion")

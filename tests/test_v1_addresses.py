@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+import re
+from typing import TYPE_CHECKING, Any
 
+from rma_coordinator.api import openai, openai_errors, openai_models
+from rma_coordinator.api.asgi import Call
+from rma_coordinator.api.openai_access import principal_of
+from rma_coordinator.domain.speeds import Speeds
 from rma_coordinator.store import StoreFailed
+from rma_core.errors import Refused
 from rma_core.models import channel as frames
 from tests.coordinator_fixtures import until
-from tests.openai_kit import CHAT, HELLO, JSON, REPLY, ask, check_error, pool_with, states
+from tests.openai_kit import CHAT, END, HELLO, JSON, REPLY, SSE, ask, check_error, delta, pool_with, states, stream
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import pytest
+
+    from rma_coordinator.domain.credentials import Principal
+    from rma_coordinator.pool import Pool
 
 
 async def test_every_address_answers_with_and_without_a_slash_and_others_are_an_error_object(tmp_path: Path) -> None:
@@ -95,6 +104,77 @@ async def test_a_full_queue_is_429_with_a_time_to_come_back(tmp_path: Path) -> N
         await line.answer(task.stream, json.dumps(REPLY).encode(), headers=JSON)
         await line.serve(json.dumps(REPLY).encode(), headers=JSON)
         assert {(await one).status_code for one in (first, second)} == {200}
+
+
+async def test_the_time_to_come_back_is_that_until_a_place_is_free_as_far_as_anyone_knows(tmp_path: Path) -> None:
+    async with pool_with(tmp_path, slots=2, max_queued_tasks=1) as (pool, _):
+        waiting = [ask(pool), ask(pool), ask(pool)]
+        await until(lambda: len(pool.pool.dispatcher.tasks) == 3)
+        assert (await ask(pool)).headers["retry-after"] == "5", "nothing is known yet"
+        for seconds, told in ((24.0, "12"), (1000.0, "60"), (0.001, "1")):
+            pool.pool.dispatcher.speeds = Speeds(pool.clock)
+            pool.pool.dispatcher.speeds.learn("worker", "llm tiny", seconds, beside=0)
+            answer = await ask(pool)
+            assert (answer.status_code, answer.headers["retry-after"]) == (429, told)
+        for one in waiting:
+            one.cancel()
+
+
+def test_no_failure_looks_like_a_lock_which_sdks_would_try_again() -> None:
+    call = Call({"method": "POST", "path": "/v1/embeddings", "headers": []}, never, never)
+    status, headers, body = openai_errors.problem(Refused("it has ended already"), call)
+    assert (status, headers["x-should-retry"]) == (400, "false")
+    assert b"it has ended already" in body
+
+
+async def never(*_: object) -> Any:
+    raise AssertionError("nothing is read or sent")
+
+
+async def test_every_answer_has_an_id_of_ours_and_gives_the_client_its_own_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    async with pool_with(tmp_path) as (pool, line):
+        for headers in ({"x-request-id": "mine-7"}, {"x-client-request-id": "mine-7", "x-request-id": "proxy"}):
+            asked = [ask(pool, headers=headers), ask(pool, headers=headers, model="gone")]
+            await line.serve(json.dumps(REPLY).encode(), headers=JSON)
+            ids = set()
+            for answer in [await one for one in asked]:
+                assert answer.headers["x-client-request-id"] == "mine-7"
+                assert re.fullmatch("task-[0-9a-z]{20}", answer.headers["x-request-id"])
+                ids.add(answer.headers["x-request-id"])
+            assert len(ids) == 2
+            said = [record.message for record in caplog.records if "mine-7" in record.message]
+            assert {message.split()[0] for message in said[-2:]} == ids
+        for name in ("x" * 129, "a b", "\x07"):
+            answer = await pool.client.get("/v1/models", headers=[(b"x-request-id", name.encode())])
+            assert "x-client-request-id" not in answer.headers
+
+
+async def test_what_is_noted_for_a_request_stands_on_its_answer_whatever_that_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the limits of a key do."""
+
+    def limited(pool: Pool, call: Call) -> Principal:
+        openai_errors.note(call, {"x-ratelimit-remaining-requests": "7"})
+        return principal_of(pool, call)
+
+    for module in (openai, openai_models):
+        monkeypatch.setattr(module, "principal_of", limited)
+    async with pool_with(tmp_path) as (pool, line):
+        asked = [ask(pool), stream(pool)]
+        await line.serve(json.dumps(REPLY).encode(), headers=JSON)
+        await line.serve(delta("a"), delta(finish="stop"), END, headers=SSE)
+        for answer in (
+            await asked[0],
+            await asked[1],
+            await ask(pool, model="gone"),
+            await pool.client.get("/v1/models"),
+            await pool.client.get("/v1/models", headers={"authorization": "Bearer x"}),
+        ):
+            assert answer.headers["x-ratelimit-remaining-requests"] == "7"
 
 
 async def test_a_store_that_takes_nothing_is_503_and_a_bug_is_500(

@@ -83,6 +83,34 @@ async def test_usage_is_always_asked_of_the_engine_and_comes_last_to_those_who_a
         assert "usage" not in (await asked).text
 
 
+async def test_the_last_event_of_a_stream_tells_what_its_headers_could_not_yet(tmp_path: Path) -> None:
+    async with pool_with(tmp_path) as (pool, line):
+        for usage in (False, True):
+            asked = stream(pool, stream_options={"include_usage": usage})
+            forged = json.loads(delta("a")[6:]) | {"x_rma": {"worker": "me"}}
+            await line.serve(event(forged), delta(finish="stop"), USAGE, END, headers=SSE)
+            answer = await asked
+            found = events(answer.text)[:-1]
+            facts = found.pop()["x_rma"]
+            assert not any("x_rma" in one for one in found)
+            assert (facts["worker"], facts["attempts"]) == (line.id, 1)
+            assert 0 <= facts["queue_ms"] <= facts["first_byte_ms"] <= facts["total_ms"]
+            assert set(facts) == {"worker", "attempts", "queue_ms", "first_byte_ms", "total_ms"}
+            assert (answer.headers["x-rma-worker"], answer.headers["x-rma-attempts"]) == (line.id, "1")
+            assert answer.headers["x-rma-first-byte-ms"] == str(facts["first_byte_ms"])
+
+
+async def test_usage_that_no_engine_tells_is_guessed_from_the_text_and_marked(tmp_path: Path) -> None:
+    async with pool_with(tmp_path) as (pool, line):
+        asked = stream(pool, stream_options={"include_usage": True})
+        await line.serve(ROLE, delta("a"), delta("b"), delta(finish="stop"), END, headers=SSE)
+        last = events((await asked).text)[-2]
+        assert (last["choices"], last["x_rma"]["estimated"]) == ([], True)
+        used = last["usage"]
+        assert used["completion_tokens"] == 2, "events with text, as many as tokens or fewer, and never bytes of a wire"
+        assert used["total_tokens"] == used["prompt_tokens"] + 2 > 2
+
+
 async def test_a_malformed_event_is_left_out_and_a_torn_one_never_sent(tmp_path: Path) -> None:
     async with pool_with(tmp_path) as (pool, line):
         asked = stream(pool)

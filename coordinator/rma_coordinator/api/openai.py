@@ -7,14 +7,13 @@ the answer back, `openai_answers` gives it to each client, `openai_errors` says 
 from __future__ import annotations
 
 import logging
-import re
 import secrets
 from typing import TYPE_CHECKING, Any
 
 from rma_coordinator.api.inference import priority
 from rma_coordinator.api.openai_access import check_model, principal_of
 from rma_coordinator.api.openai_answers import follow, give_again
-from rma_coordinator.api.openai_errors import REQUEST_ID, APIProblem, note, request_id
+from rma_coordinator.api.openai_errors import REQUEST_ID, APIProblem, client_id, request_id
 from rma_coordinator.api.openai_jobs import Asked, Job
 from rma_coordinator.api.openai_requests import CHAT, COMPLETION, EMBEDDING, manner, read
 from rma_coordinator.api.openai_runs import Run
@@ -46,8 +45,6 @@ MAX_BODY_BYTES = 8 * 1024 * 1024
 MOST_HASHED_BYTES = 256 * 1024
 #: Headers that the model server sees.
 TASK_HEADERS = (("content-type", "application/json"),)
-#: What a client may call its own request, for its logs and ours.
-CLIENT_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 #: Seconds until a place in a queue of which nothing is known is worth another try.
 RETRY_AFTER_S = 5.0
 
@@ -123,13 +120,10 @@ async def _work(run: Run, body: Body) -> bytes | None:
 
 
 def _correlate(call: Call) -> None:
-    """Give a client back what it calls its request, and note which of ours that is."""
-    theirs = call.raw.get(b"x-client-request-id") or call.raw.get(b"x-request-id")
-    if theirs is not None and CLIENT_ID.fullmatch(theirs):
-        name = theirs.decode("ascii")
-        note(call, {"x-client-request-id": name})
-        about = {"action": "client_request", "task": request_id(call), "client_request_id": name}
-        logger.info("%s is what its client calls %s", request_id(call), name, extra=about)
+    """Note which of our requests it is that a client knows by a name of its own."""
+    if theirs := client_id(call):
+        about = {"action": "client_request", "task": request_id(call), "client_request_id": theirs}
+        logger.info("%s is what its client calls %s", request_id(call), theirs, extra=about)
 
 
 def _claimed(pool: Pool, name: str, key: Key) -> Kept | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -22,6 +23,8 @@ LEAST_WAIT_S, MOST_WAIT_S = 1, 60
 MAX_MESSAGE = 4000
 #: Where a request's id stands in its ASGI scope.
 REQUEST_ID = "rma.request_id"
+#: What a client may call its own request.
+CLIENT_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 #: Where headers for a request's answer stand in its ASGI scope.
 NOTED = "rma.headers"
 #: Statuses that SDKs try again by themselves and that may then go well; below 500, that is.
@@ -91,9 +94,16 @@ def note(call: Call, headers: dict[str, str]) -> None:
 
 
 def noted(call: Call) -> dict[str, str]:
-    """Return the headers that were noted for the answer to a request."""
+    """Return the headers that were noted for the answer to a request, and what its client calls it."""
     found: dict[str, str] = call.scope.get(NOTED, {})
-    return found
+    theirs = client_id(call)
+    return {**found, "x-client-request-id": theirs} if theirs else found
+
+
+def client_id(call: Call) -> str:
+    """Return what a client calls its request, for its logs and ours; empty where it has no such name."""
+    theirs = call.raw.get(b"x-client-request-id") or call.raw.get(b"x-request-id")
+    return theirs.decode("ascii") if theirs is not None and CLIENT_ID.fullmatch(theirs) else ""
 
 
 def problem(error: RMAError, call: Call) -> tuple[int, dict[str, str], bytes]:

@@ -154,7 +154,8 @@ class Stream:
             ends: dict[str, Any] = {"delta": {}} if chat else {"text": "", "logprobs": None}
             finish = finish_of(seen.finished.get(0))
             event = {**self._head(), "choices": [{"index": 0, **ends, "finish_reason": finish}]}
-            out.append(frame(event if self.answer.usage else {**event, "x_rma": self._facts()}))
+            facts = {} if self.answer.usage else self._facts()
+            out.append(frame({**event, "x_rma": facts} if facts else event))
         return b"".join(out)
 
     @property
