@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from rma_coordinator.api.asgi import Call
 from rma_coordinator.api.openai import MAX_BODY_BYTES
-from rma_coordinator.api.openai_requests import MOST_VALUES, Manner
+from rma_coordinator.api.openai_requests import MOST_VALUES, Manner, manner
 from tests.coordinator_fixtures import running
 from tests.openai_kit import CHAT, JSON, REPLY, ask, check_error, pool_with
 
@@ -125,3 +126,42 @@ async def test_an_empty_list_of_tools_is_left_out_and_nothing_else_changes(tmp_p
 def test_a_client_with_little_patience_is_kept_alive_more_often() -> None:
     for patience_s, silence_s in ((None, 10), (600.0, 10), (6.0, 2), (0.1, 0.25)):
         assert Manner(patience_s=patience_s).third_s(10) == silence_s
+
+
+def test_who_leaves_when_its_patience_is_over_will_ask_again_and_others_will_not() -> None:
+    told = Manner(patience_s=20, tries=0, sdk=True)
+    assert [told.lost_patience(waited_s) for waited_s in (0.5, 17.9, 18, 20, 22.9, 23.1, 40)] == [
+        False, False, True, True, True, False, False,
+    ]  # fmt: skip
+    assert [Manner(patience_s=20, tries=tries).lost_patience(20) for tries in (None, 0, 1, 2)] == [
+        False, True, True, False,
+    ]  # fmt: skip
+    assert [Manner(patience_s=1, tries=0).lost_patience(waited_s) for waited_s in (0.7, 0.8, 2.2, 2.3)] == [
+        False, True, True, False,
+    ]  # fmt: skip
+    untold = Manner(tries=0, sdk=True)
+    assert [untold.lost_patience(waited_s) for waited_s in (20, 299, 300, 450, 601)] == [False, True, True, False, True]
+    assert not Manner(tries=0).lost_patience(300)
+    assert [untold.gave_up(waited_s) for waited_s in (300, 600)] == [False, True]
+    assert [told.gave_up(waited_s) for waited_s in (19.9, 20)] == [False, True]
+    assert Manner().gave_up(0), "nobody knows how long it waits"
+
+
+def test_what_clients_say_of_themselves_is_read_and_nonsense_is_not() -> None:
+    def said(**headers: str) -> Manner:
+        raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+        return manner(Call({"method": "POST", "path": "/v1/embeddings", "headers": raw}, never, never))
+
+    assert said() == Manner()
+    python = said(x_stainless_read_timeout="600.0", x_stainless_retry_count="1", user_agent="AsyncOpenAI/Python 3")
+    assert python == Manner(patience_s=600, tries=1, sdk=True)
+    assert said(x_stainless_timeout="30", user_agent="OpenAI/JS 7") == Manner(patience_s=30, sdk=True)
+    assert said(x_rma_keepalive="1", idempotency_key="a-b") == Manner(keep_alive=True, name="a-b")
+    for odd in ("", "nan", "-1", "0", "x", "1_0x"):
+        assert said(x_stainless_read_timeout=odd, x_stainless_retry_count=odd or "x").patience_s is None
+    for odd in ("-1", "1.5", "99999", "\u0661", "x"):
+        assert said(x_stainless_retry_count=odd).tries is None
+
+
+async def never(*_: object) -> Any:
+    raise AssertionError("nothing is read or sent")

@@ -36,6 +36,7 @@ class Refusal(NamedTuple):
 
 
 TOO_LONG = {"error": {"message": "too long", "type": "exceed_context_size_error", "code": 400}}
+VLLM = {"message": "This model's maximum context length is 8 tokens", "type": "BadRequestError", "code": 400}
 BAD_STOP = {"error": {"message": "bad stop", "type": "x", "param": None, "code": "bad_stop"}}
 
 
@@ -43,6 +44,7 @@ BAD_STOP = {"error": {"message": "bad stop", "type": "x", "param": None, "code":
     "refusal",
     [
         Refusal(400, TOO_LONG, 400, "context_length_exceeded", "too long"),
+        Refusal(400, {"object": "error", **VLLM}, 400, "context_length_exceeded", "maximum context length"),
         Refusal(400, BAD_STOP, 400, "bad_stop", "bad stop"),
         Refusal(404, {"error": "model not found"}, 404, "not_found", "model not found"),
         Refusal(422, {"detail": [{"loc": ["body"], "msg": "no"}]}, 422, None, '"msg":"no"'),

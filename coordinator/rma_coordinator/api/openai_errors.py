@@ -58,8 +58,9 @@ WORDS: dict[int, Words] = {
 
 #: Which statuses of a model server say something about the request; all others are the pool's own trouble.
 PASSED_ON: dict[int, int] = {400: 400, 404: 404, 405: 400, 413: 413, 415: 400, 422: 422, 429: 429, 501: 400}
-#: How engines name what OpenAI has a code for.
+#: How engines name what OpenAI has a code for, or say it where they have no name for it.
 ENGINE_CODES: dict[str, str] = {"exceed_context_size_error": "context_length_exceeded"}
+ENGINE_WORDS: dict[str, str] = {"maximum context length": "context_length_exceeded"}
 
 
 class APIProblem(HTTPProblem):
@@ -177,6 +178,8 @@ def _said(found: object) -> Said:
     message = named if isinstance(named, str) else encode(named).decode()
     param, code, kind = inner.get("param"), inner.get("code"), inner.get("type")
     code = ENGINE_CODES.get(str(kind), code)
+    if not isinstance(code, str):
+        code = next((ours for words, ours in ENGINE_WORDS.items() if words in message), None)
     return Said(
         message[:MAX_MESSAGE],
         param if isinstance(param, str) and param else None,

@@ -29,6 +29,8 @@ LEAST_SILENCE_S = 0.25
 NEAR_S = 2.0
 #: Node's SDK tells its patience in whole seconds, and not the rest.
 ROUNDED_S = 1.0
+#: It does not tell what it was made with, but only what a request was. Then it has its own patience, or Node's fetch.
+SDK_PATIENCES_S = (300.0, 600.0)
 
 
 class Kind(NamedTuple):
@@ -152,17 +154,21 @@ class Manner(NamedTuple):
 
     def lost_patience(self, waited_s: float) -> bool:
         """Say whether one that left after so many seconds of silence left for that, and will ask again."""
-        if self.patience_s is None or self.tries is None or self.tries >= RETRIES:
+        if self.tries is None or self.tries >= RETRIES:
             return False
-        near_s = min(NEAR_S, self.patience_s / 4)
-        return self.patience_s - near_s <= waited_s <= self.patience_s + ROUNDED_S + near_s
+        usual = SDK_PATIENCES_S if self.sdk else ()
+        return any(_near(waited_s, one) for one in (usual if self.patience_s is None else (self.patience_s,)))
 
     def gave_up(self, waited_s: float) -> bool:
         """Say whether one that seems to be there may have given up long ago, without anyone having told us."""
-        if self.patience_s is None:
-            # An SDK that does not say how long it waits was told to wait for ever.
-            return not self.sdk
-        return waited_s >= self.patience_s
+        if self.patience_s is not None:
+            return waited_s >= self.patience_s
+        return not self.sdk or waited_s >= max(SDK_PATIENCES_S)
+
+
+def _near(waited_s: float, patience_s: float) -> bool:
+    near_s = min(NEAR_S, patience_s / 4)
+    return patience_s - near_s <= waited_s <= patience_s + ROUNDED_S + near_s
 
 
 def manner(call: Call) -> Manner:
