@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from contextlib import AbstractAsyncContextManager
 
 HERE = Path(__file__).parent / "clients"
 #: Where environments are kept: they go with the one that runs the tests.
@@ -217,6 +218,16 @@ class Driver:
             self._process.kill()
         await self._process.wait()
         await self._reading
+
+
+def node_driver(made: Node) -> AbstractAsyncContextManager[Driver]:
+    """Run OpenAI's SDK for Node as a driver."""
+    return Driver.start(made.program, str(HERE / "openai.mjs"), str(made.folder / "node_modules" / "openai"))
+
+
+def litellm_driver(python: str) -> AbstractAsyncContextManager[Driver]:
+    """Run LiteLLM as a driver."""
+    return Driver.start(python, "-u", str(HERE / "litellm_client.py"))
 
 
 def _reply(found: dict[str, Any]) -> Reply:

@@ -42,7 +42,7 @@ async def lite() -> AsyncIterator[sdks.Driver]:
     """A process with LiteLLM."""
     need("litellm")
     python = await asyncio.to_thread(sdks.litellm)
-    async with sdks.Driver.start(python, "-u", str(sdks.HERE / "litellm_client.py")) as driver:
+    async with sdks.litellm_driver(python) as driver:
         yield driver
 
 

@@ -42,10 +42,7 @@ async def node() -> AsyncIterator[sdks.Driver]:
     """A process with the SDK."""
     need("node")
     made = await asyncio.to_thread(sdks.node)
-    # Modules are found beside the file that wants them.
-    script = made.folder / "openai.mjs"
-    script.write_bytes((sdks.HERE / "openai.mjs").read_bytes())
-    async with sdks.Driver.start(made.program, str(script)) as driver:
+    async with sdks.node_driver(made) as driver:
         yield driver
 
 

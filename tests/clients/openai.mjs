@@ -3,8 +3,12 @@
 // {"id", "do", "client": {baseURL, apiKey, …}, "params", "options"} is answered by {"id", "value" or "error", …}; what
 // was read of a stream before it failed is in "chunks". {"do": "abort", "which"} leaves an earlier request.
 
+import { join } from 'node:path';
 import { createInterface } from 'node:readline';
-import OpenAI from 'openai';
+import { pathToFileURL } from 'node:url';
+
+// Where the SDK is installed is for who runs this to say.
+const { default: OpenAI } = await import(pathToFileURL(join(process.argv[2], 'index.mjs')));
 
 const controllers = new Map();
 

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 #: What SDKs obey: Node's takes longer waits for no wait at all, Python's gives up.
 LEAST_WAIT_S, MOST_WAIT_S = 1, 60
+#: What is waited where nobody says how long, and after which statuses.
+USUAL_WAIT_S, WAITED_FOR = 5, (429, 503)
+#: Digits of a number of seconds.
+MOST_DIGITS = 9
 #: Characters of a service's own message that go on.
 MAX_MESSAGE = 4000
 #: Where a request's id stands in its ASGI scope.
@@ -114,8 +118,9 @@ def problem(error: RMAError, call: Call) -> tuple[int, dict[str, str], bytes]:
         # SDKs take it for a lock, and try again.
         status = CLIENT_ERROR
     headers |= {"content-type": "application/json", "x-request-id": request_id(call), **noted(call)}
-    if "retry-after" in headers:
-        headers["retry-after"] = str(min(MOST_WAIT_S, max(LEAST_WAIT_S, int(headers["retry-after"]))))
+    if "retry-after" in headers or status in WAITED_FOR:
+        wait_s = int(headers.get("retry-after", USUAL_WAIT_S))
+        headers["retry-after"] = str(min(MOST_WAIT_S, max(LEAST_WAIT_S, wait_s)))
     if status == TOO_LATE or (status < SERVER_ERROR and status not in WORTH_RETRYING):
         headers["x-should-retry"] = "false"
         headers.pop("retry-after", None)
@@ -145,8 +150,11 @@ def nothing_here() -> APIProblem:
     return APIProblem(404, "there is nothing at this address of the pool's OpenAI API", hints=hints)
 
 
-def of_service(status: int, data: bytes, who: str) -> APIProblem:
-    """Return a model server's refusal as ours, with its own message; ``who`` names the worker."""
+def of_service(status: int, data: bytes, who: str, *, retry_after: str = "") -> APIProblem:
+    """Return a model server's refusal as ours, with its own message; ``who`` names the worker.
+
+    ``retry_after`` is what it said of that in its header, if anything.
+    """
     try:
         found = msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeError, RecursionError):
@@ -156,9 +164,10 @@ def of_service(status: int, data: bytes, who: str) -> APIProblem:
     if ours is None:
         message = f"the model server of {who or 'a worker'} answered {status}: {said.message or 'without a reason'}"
         return APIProblem(BAD_GATEWAY, message, retry_after_s=5)
-    return APIProblem(
-        ours, said.message or f"the model server refused it ({status})", param=said.param, api_code=said.code
-    )
+    message = said.message or f"the model server refused it ({status})"
+    # A date, which it may be too, or nonsense is no number of seconds.
+    wait_s = float(retry_after) if retry_after.isdigit() and len(retry_after) <= MOST_DIGITS else None
+    return APIProblem(ours, message, param=said.param, api_code=said.code, retry_after_s=wait_s)
 
 
 class Said(NamedTuple):

@@ -98,4 +98,9 @@ class Job(NamedTuple):
         head, data = found
         if head.status in GOOD:
             return APIProblem(502, f"the model server of {self.who()} did not stream its answer", retry_after_s=5)
-        return openai_errors.of_service(head.status, data, self.who())
+        return self.refused(head, data)
+
+    def refused(self, head: Head, data: bytes) -> RMAError:
+        """Return what the model server said with a status that is none of an answer."""
+        wait = next((value for name, value in head.headers if name.lower() == "retry-after"), "")
+        return openai_errors.of_service(head.status, data, self.who(), retry_after=wait.strip())

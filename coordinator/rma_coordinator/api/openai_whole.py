@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from rma_coordinator.api import openai_errors
 from rma_coordinator.api.choices import guessed, mend_whole, text_of, usage_of
 from rma_coordinator.api.openai_errors import APIProblem
 from rma_coordinator.api.openai_jobs import GOOD
@@ -34,7 +33,7 @@ async def whole(run: Run) -> bytes:
         raise job.failed()
     head, data = found
     if head.status not in GOOD:
-        raise openai_errors.of_service(head.status, data, job.who())
+        raise job.refused(head, data)
     body = made_right(data, job.asked)
     if body is None:
         words = (
