@@ -409,6 +409,29 @@ async def test_who_joins_does_not_wait_for_one_that_does_not_read(tmp_path: Path
         assert b"[DONE]" not in await slow.rest()
 
 
+async def test_a_stream_that_was_joined_when_it_had_ended_is_forgotten(tmp_path: Path) -> None:
+    async with pool_with(tmp_path) as (pool, line):
+        first = Reader(pool, sdk())
+        task = await begun(line, ROLE, delta("a"))
+        await first.until('"a"')
+        run = await first.leave(pool, waited_s=20)
+        await ends(line, task, delta(finish="stop"), END)
+        await until(lambda: run.done)
+        await Reader(pool, sdk(1)).ended()
+        await until(lambda: not list(pool.pool.repeats) and not pool.pool.repeats.waiting)
+
+
+async def test_answers_that_wait_together_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openai_runs, "MOST_WAITING_BYTES", 10)
+    async with pool_with(tmp_path) as (pool, line):
+        first = ask(pool, headers=sdk())
+        given = await taken(pool, line)
+        pool.turn(20)
+        await leaves(pool, first)
+        await line.answer(given.stream, WHOLE, headers=JSON)
+        await until(lambda: not list(pool.pool.repeats) and not pool.pool.repeats.waiting)
+
+
 # -- named requests ------------------------------------------------------------------------------------------------
 
 
@@ -482,3 +505,22 @@ async def test_a_named_request_waits_a_while_for_its_client_however_it_left(tmp_
         await line.answer(given.stream, WHOLE, headers=JSON)
         assert (await soon(again)).status_code == 200
         assert len(tasks(pool)) == 1
+
+
+async def test_streams_are_kept_for_their_names_while_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openai_runs, "MOST_RECORDED_BYTES", 600)
+    async with pool_with(tmp_path) as (pool, line):
+        first = stream(pool, headers={"idempotency-key": "a"})
+        task = await begun(line, ROLE, TOOL)
+        (run,) = pool.pool.repeats
+        await until(lambda: run.stream is not None)
+        assert 0 < pool.pool.repeats.recorded_bytes <= 600
+        await ends(line, task, *[delta("x")] * 5, delta(finish="stop"), END)
+        await soon(first)
+        await until(lambda: not list(pool.pool.repeats))
+        assert (pool.pool.repeats.recorded_bytes, pool.pool.repeats.kept_bytes) == (0, 0)
+        other = stream(pool, headers={"idempotency-key": "a"})
+        await line.serve(delta("y"), delta(finish="stop"), END, headers=SSE)
+        assert text_of(events((await soon(other)).text)[:-1]) == "y", "what could not be kept is done again"

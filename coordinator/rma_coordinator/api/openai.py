@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rma_coordinator.api.inference import priority
 from rma_coordinator.api.openai_access import check_model, principal_of
@@ -75,35 +75,57 @@ async def _serve(pool: Pool, call: Call, kind: Kind) -> None:
     if how.name and (kept := _claimed(pool, how.name, key)) is not None:
         await give_again(call, kept)
         return
-    run = _known(pool, key, how) if how.repeats or how.name else None
-    if run is not None:
+    run = _known(pool, key, how)
+    if run is None:
+        run = await _begin(pool, call, kind, Ask(principal.id, key, how, urgency, request, sent))
+    joined = run.id != request_id(call)
+    if joined:
         # What the pool's admin knows the request by.
         call.scope[REQUEST_ID] = run.id
         logger.debug("%s was asked for again, and is joined", run.id, extra={"action": "run_joined", "task": run.id})
-        await follow(run, call, how, asked_at=asked_at, joined=True)
-        return
+    await follow(run, call, how, asked_at=asked_at, joined=joined)
+
+
+class Ask(NamedTuple):
+    """A request that has been looked at, and the body that model servers get of it."""
+
+    key_id: str
+    key: Key
+    how: Manner
+    urgency: Priority
+    request: Any
+    body: bytes
+
+
+async def _begin(pool: Pool, call: Call, kind: Kind, ask: Ask) -> Run:
+    """Return a new run for a request, or the one that has begun for it while its body was put aside."""
     pool.check_store()
-    check_model(pool, request.model)
-    known = _prefixes(request, len(sent), salt=principal.id) if kind is CHAT else ()
+    model = ask.request.model
+    check_model(pool, model)
+    known = _prefixes(ask.request, len(ask.body), salt=ask.key_id) if kind is CHAT else ()
 
     def again(size: int, task_id: str = "") -> Task:
-        task = _task(pool, kind, request.model, key_id=principal.id, body_bytes=size, task_id=task_id, urgency=urgency)
+        task = _task(pool, kind, model, key_id=ask.key_id, body_bytes=size, task_id=task_id, urgency=ask.urgency)
         task.prefixes = known
         return task
 
     body = pool.spools.make()
     try:
-        await body.write(sent)
+        await body.write(ask.body)
+        if (other := _known(pool, ask.key, ask.how)) is not None:
+            await body.close()
+            return other
         task = again(body.size, request_id(call))
         relay = pool.submit(task, body)
     except BaseException as error:
         await body.close()
         if isinstance(error, TryLater):
-            raise _full(pool, error, request.model) from None
+            raise _full(pool, error, model) from None
         raise
-    run = Run(Job(pool, task, relay, _asked(pool, kind, request, len(data)), body, again), key, name=how.name)
+    job = Job(pool, task, relay, _asked(pool, kind, ask.request, len(ask.body)), body, again)
+    run = Run(job, ask.key, name=ask.how.name)
     run.start(_work(run, body))
-    await follow(run, call, how, asked_at=asked_at)
+    return run
 
 
 async def _work(run: Run, body: Body) -> bytes | None:
@@ -137,6 +159,8 @@ def _claimed(pool: Pool, name: str, key: Key) -> Kept | None:
 
 def _known(pool: Pool, key: Key, how: Manner) -> Run | None:
     """Return the run that a repetition is for, if it lives and can be joined; one that nobody can join ends."""
+    if not how.repeats and not how.name:
+        return None
     runs: tuple[Run, ...] = pool.repeats.runs(key)
     found = [run for run in runs if run.takes(how)]
     if not found:

@@ -31,8 +31,10 @@ logger = logging.getLogger(__name__)
 
 #: Seconds that a run goes on, and its answer is kept, for a client that will ask again: SDKs do within 8.
 REPEATED_WITHIN_S = 10.0
-#: The longest whole answer that is kept for that.
-MOST_WAITING_BYTES = 1024 * 1024
+#: Bytes of all whole answers that are kept for that.
+MOST_WAITING_BYTES = 8 * 1024 * 1024
+#: Bytes of all streams that are kept while they run, for who named them.
+MOST_RECORDED_BYTES = 8 * 1024 * 1024
 #: Runs that may go on for nobody; of more, those that are left then end at once.
 MOST_DESERTED = 256
 
@@ -130,7 +132,11 @@ class Run:
             return
         self.clients.remove(client)
         self._free()
-        if not self.clients and not self._ending:
+        if self.clients:
+            return
+        if self.done:
+            self.stop()
+        elif not self._ending:
             self._desert(client)
 
     def _desert(self, last: Client) -> None:
@@ -138,7 +144,7 @@ class Run:
         waiting = self.job.pool.repeats.waiting
         # Who names his request may come back however he left.
         returns = self.good and (bool(self.name) or last.lost_patience)
-        if not returns or len(waiting) >= MOST_DESERTED or self._too_large():
+        if not returns or len(waiting) >= MOST_DESERTED:
             self.stop()
             return
         waiting.add(self)
@@ -162,8 +168,14 @@ class Run:
             self.work.cancel()
 
     def _too_large(self) -> bool:
-        body = self.work.result() if self.work.done() and self.good else None
-        return body is not None and len(body) > MOST_WAITING_BYTES
+        """Whether its answer is too large to wait for a client, by itself or beside the others that do."""
+        waiting: set[Run] = self.job.pool.repeats.waiting
+        return sum(run.waiting_bytes for run in {self, *waiting}) > MOST_WAITING_BYTES
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Bytes of a whole answer, once it is there."""
+        return len(self.work.result() or b"") if self.done and self.good else 0
 
     def _free(self) -> None:
         """Let the work go on that waits for a client which has gone."""
@@ -215,11 +227,20 @@ class Run:
         self.job = job
 
     def _note(self, data: bytes) -> None:
+        """Keep what goes out, as long as it and what others have kept is not too much."""
+        repeats, record = self.job.pool.repeats, self._record
+        if record is None:
+            return
+        if self._recorded + len(data) > MOST_KEPT_BYTES or repeats.recorded_bytes + len(data) > MOST_RECORDED_BYTES:
+            self._forget_record()
+            return
+        record.append(data)
         self._recorded += len(data)
-        if self._record is not None and self._recorded <= MOST_KEPT_BYTES:
-            self._record.append(data)
-        else:
-            self._record = None
+        repeats.recorded_bytes += len(data)
+
+    def _forget_record(self) -> None:
+        self.job.pool.repeats.recorded_bytes -= self._recorded
+        self._record, self._recorded = None, 0
 
     def _worked(self, work: asyncio.Task[bytes | None]) -> None:
         """It has come to its end: everyone who waits is told, and who comes back for it finds it for a while."""
@@ -233,6 +254,8 @@ class Run:
             self.job.pool.repeats.end(self.key, self)
         if self.name and self.good and (kept := self._kept()) is not None:
             self.job.pool.repeats.keep(self.name, self.key, kept)
+        # Who waits has all of it, and who comes back finds what was kept.
+        self._forget_record()
 
     def _kept(self) -> Kept | None:
         """Return the answer as it is kept for who comes back with the name."""

@@ -68,8 +68,8 @@ class Repeats(Generic[R]):
         self.waiting: set[R] = set()
         self._named: OrderedDict[bytes, _Named] = OrderedDict()
         self._answers: OrderedDict[bytes, Kept] = OrderedDict()
-        #: Bytes of all answers that are kept.
-        self.kept_bytes = 0
+        #: Bytes of all answers that are kept, and of what runs keep of theirs meanwhile.
+        self.kept_bytes = self.recorded_bytes = 0
 
     # -- runs --------------------------------------------------------------------------------------------------
 
