@@ -82,6 +82,11 @@ PRIORITY = {
         {"type": "string", "enum": list(PRIORITIES), "default": "normal"},
     ),
 }
+OPENAI_HEADERS = {
+    **PRIORITY,
+    "Idempotency-Key": ASYNC["Idempotency-Key"],
+    "X-RMA-Keepalive": Parameter("`1`: an answer that takes long is kept alive by blank lines", TEXT),
+}
 #: What may become of a request that runs on a worker.
 RUN_FAILS = (400, 404, 405, 409, 414, 429, 502, 503, 504)
 #: What an answer under /v1 is: an object, or events when `stream` is asked for.
@@ -409,7 +414,7 @@ ROUTES: tuple[Route, ...] = (
         lane="raw",
         takes=bodies.ChatCompletionRequest,
         gives=OPENAI,
-        headers=PRIORITY,
+        headers=OPENAI_HEADERS,
         fails=OPENAI_FAILS,
     ),
     Route(
@@ -421,7 +426,7 @@ ROUTES: tuple[Route, ...] = (
         lane="raw",
         takes=bodies.CompletionRequest,
         gives=OPENAI,
-        headers=PRIORITY,
+        headers=OPENAI_HEADERS,
         fails=OPENAI_FAILS,
     ),
     Route(
@@ -433,7 +438,7 @@ ROUTES: tuple[Route, ...] = (
         lane="raw",
         takes=bodies.EmbeddingRequest,
         gives="object",
-        headers=PRIORITY,
+        headers=OPENAI_HEADERS,
         fails=OPENAI_FAILS,
     ),
     Route("GET", "/v1/models", "models", "infer", "The models of the pool.", lane="raw", gives="object"),
