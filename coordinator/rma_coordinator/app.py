@@ -26,10 +26,11 @@ from rma_coordinator.api import (
     tasks,
     worker,
 )
-from rma_coordinator.api.asgi import CONTROL_BYTES, Call, Gone, go_on, too_slow
+from rma_coordinator.api.asgi import CONTROL_BYTES, Call, Gone, too_slow
 from rma_coordinator.api.openai_access import covers
 from rma_coordinator.api.problems import STATUS_WORDS, HTTPProblem, problem, unexpected, wrong_method
 from rma_coordinator.api.routes import ROUTES, Route, Router
+from rma_coordinator.api.waiting import go_on
 from rma_coordinator.api.web import CALL, Web, without_body
 from rma_coordinator.pool import Pool
 from rma_core.catalog import load_folder
