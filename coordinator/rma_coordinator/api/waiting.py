@@ -1,7 +1,7 @@
 """Waits with a bound, that cost nothing where there is nothing to wait for.
 
-They are bounded with `asyncio.timeout`: before Python 3.12, `wait_for` can swallow a cancellation, and a handler that was
-told to end would go on.
+They are bounded with `asyncio.timeout`: before Python 3.12, `wait_for` can swallow a cancellation, and a handler that
+was told to end would go on.
 """
 
 from __future__ import annotations
