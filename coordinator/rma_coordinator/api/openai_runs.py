@@ -123,6 +123,8 @@ class Run:
         if self.clients:
             client.accompany(self._stirred.set)
         self.clients.append(client)
+        # It may be quicker than those that the run waits for.
+        self._stirred.set()
         if self.done:
             client.wake()
 
