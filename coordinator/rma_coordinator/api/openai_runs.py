@@ -118,7 +118,6 @@ class Run:
             if self._pacing and one.alone:
                 # It does not read what it is sent; what it lacks of that cannot be sent again.
                 one.drop()
-                self._free()
             one.accompany(self._stirred.set)
         if self.clients:
             client.accompany(self._stirred.set)
