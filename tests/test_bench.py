@@ -17,6 +17,7 @@ WITHIN_S = 90
 
 SCRIPTS = {
     "agent": {"pss_mib", "cpu_percent", "runtime", "targets"},
+    "attached": {"cpu_percent", "us_a_line", "targets"},
     "detection": {"wall_s", "slowest_s", "wall_over_slowest", "over_slowest_ms", "detectors"},
     "durable": {"store", "celery", "procrastinate", "fsync_us"},
     "fleet": {"workers", "memory_at_rest", "phases", "memory_per_100_workers", "limit", "targets"},

@@ -103,7 +103,7 @@ async def test_tasks_for_models_nobody_asks_for_any_more_leave_nothing_behind(tm
         for task in tasks:
             pool.pool.dispatcher.cancel(task, "nobody waits")
         pool.pool.dispatcher.tick()
-        line = pool.pool.dispatcher._lines["llm"]
+        line = pool.pool.dispatcher._matcher._lines["llm"]
         assert (list(line), line._groups, line._open) == ([], {}, {})
         await asyncio.sleep(0)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rma_coordinator.api.sse import MAX_EVENT_BYTES, Answer, Events, Stream
@@ -112,6 +112,8 @@ def test_a_call_of_a_tool_begins_with_all_that_names_it_and_goes_on_with_pieces_
 
 
 @given(values=st.lists(ODD, max_size=4))
+@example(values=[{}, {"index": 0, "choices": None, "function": None}])
+@example(values=[{"type": "custom", "function": None}])
 def test_odd_calls_of_tools_are_mended_or_left_out(values: list[Any]) -> None:
     found, _ = fed(delta(tool_calls=values), delta("a"))
     for one in found:

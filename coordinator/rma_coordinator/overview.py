@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from rma_coordinator.domain.traffic import POOL
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from rma_coordinator.domain.fleet import Worker
+    from rma_coordinator.domain.speeds import Expected
     from rma_coordinator.pool import Pool
 
 
@@ -30,6 +33,8 @@ def stats(pool: Pool) -> dict[str, Any]:
             "failed": dispatcher.failed,
         },
         "services": services(pool),
+        "traffic": pool.traffic.show(POOL, pool.settings.bytes_per_month),
+        "webhooks": {"waiting": pool.webhooks.waiting},
         "uptime_s": pool.uptime_s,
         "tier_policy": pool.settings.tier_policy,
         "signed_catalog": False,
@@ -56,8 +61,25 @@ def services(pool: Pool) -> dict[str, dict[str, int]]:
 
 
 def speeds(pool: Pool, worker_id: str) -> list[dict[str, Any]]:
-    """Return what a worker's next task of each kind would take, as dispatch reckons it: the parts in seconds."""
+    """Return what a worker's next task of each kind would take, as dispatch reckons it: the parts in seconds.
+
+    ``shut_s`` are the seconds for which it is not given that kind at all, because it failed again and again.
+    """
+    dispatcher, now = pool.dispatcher, pool.clock()
     return [
-        {"lane": lane, "service_s": round(one.service, 4), "failure_s": round(one.failure, 4), "known": one.known}
-        for lane, one in sorted(pool.dispatcher.speeds.known(worker_id).items())
+        {"lane": lane, **parts(one), "shut_s": round(max(0.0, dispatcher.breakers.until(worker_id, lane) - now), 1)}
+        for lane, one in sorted(dispatcher.speeds.known(worker_id).items())
     ]
+
+
+def parts(expected: Expected) -> dict[str, Any]:
+    """Return the parts of a score in seconds, and whether they are known or an average stands in for them."""
+    return {
+        "wait_s": round(expected.wait, 4),
+        "load_s": round(expected.load, 4),
+        "prefill_s": round(expected.prefill, 4),
+        "service_s": round(expected.service, 4),
+        "saved_s": round(expected.saved, 4),
+        "failure_s": round(expected.failure, 4),
+        "known": expected.known,
+    }

@@ -23,10 +23,10 @@ from rma_coordinator.app import load_catalog, pool_of
 from rma_coordinator.certificate import own_pair, pin_of
 from rma_coordinator.server import Listener, free_port, make_config, run_server, spare_pauses
 from rma_coordinator.serving import client_key, first_key, make_app, stopped
-from rma_core.agent.attached import addresses
+from rma_core.agent.attachable import addresses
 from rma_core.agent.start import plugin_tables
 from rma_core.agent.state import StateFolder
-from rma_core.commands import common
+from rma_core.commands import common, sharing
 from rma_core.commands.machine import settings_of
 from rma_core.errors import SettingProblem
 from rma_core.host import Plugins
@@ -126,7 +126,7 @@ class Up:
         """Run until Ctrl-C."""
         common.say("Starting the coordinator …")
         app = make_app(self.settings, pin=self.pin)
-        config = make_config(self.plain, self.secure)
+        config = make_config(self.plain, self.secure, server=self.settings.server)
         local: list[asyncio.Task[None]] = []
 
         async def ready() -> None:
@@ -289,8 +289,14 @@ class Up:
             for s in services
             if s.state != "healthy"
         ]
-        lines += ["", *ill, *await self._join_lines(app), "Ctrl-C stops everything."]
+        beside = [] if self.no_agent else await self._beside()
+        lines += ["", *ill, *beside, *await self._join_lines(app), "Ctrl-C stops everything."]
         common.say("\n".join(lines))
+
+    async def _beside(self) -> list[str]:
+        """Return what runs here and could be shared, too."""
+        found = await sharing.found_by(settings_of(str(self.home)), self.plain.url, self.lan_url, *self.attach)
+        return [common.printable(f"  {sharing.sentence(one, 'rma up')}", keep="") for one in found]
 
     def _examples(self, keys: Keys, healthy: list[ContainerStatus]) -> list[str]:
         """Return requests that work when pasted, for what answers now."""

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import rma_core
 from rma_core import http
 from rma_core.agent.answers import Answers
-from rma_core.agent.attached import AttachedServers, addresses
+from rma_core.agent.attachable import addresses
+from rma_core.agent.attached import AttachedServers
 from rma_core.agent.attempts import Attempts, Stop, lease_clock
 from rma_core.agent.channel import Channel
 from rma_core.agent.client import CoordinatorClient
@@ -409,6 +410,7 @@ class Agent:
             runtimes=tuple(engine.report() for engine in self.engines),
             plugins=tuple(self._plugins()),
             probes=self.report.probes,
+            attached=tuple(one.address.url for one in self.attached.servers),
             current_load=round(max(self.offering.busy_share(), self.load.share), 3),
             draining=self.draining,
             uptime_s=round(self._clock() - self._started_at, 1),

@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shlex
 import sys
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 import msgspec
 
-from rma_core.commands import common
+from rma_core.commands import common, sharing
 from rma_core.commands.machine import agent_settings, print_report, settings_of
 from rma_core.errors import AgentAbsent, SettingProblem, UsageProblem
 
@@ -23,9 +22,9 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from rma_core.agent.attached import Address
     from rma_core.agent.join import Invitation
     from rma_core.agent.lifecycle import Agent
+    from rma_core.agent.nearby import Nearby
     from rma_core.agent.state import StateFolder
     from rma_core.models.hardware import HardwareReport
     from rma_core.models.worker import RegisterRequest, RegisterResponse, RuntimeReport
@@ -44,6 +43,7 @@ LEAVE_WITHIN_S, LOOK_S = 90.0, 0.2
 @click.option("--runtime", "runtimes", multiple=True, metavar="NAME", help="docker, podman or process, in your order.")
 @click.option("--insecure-http", is_flag=True, help="Speak plain http to a coordinator that is not this machine.")
 @common.attach_option
+@click.option("--attach-found", is_flag=True, help="Share all model servers that are found at their usual ports, too.")
 @common.home_option
 @common.json_option
 def join(
@@ -54,45 +54,62 @@ def join(
     runtimes: tuple[str, ...],
     insecure_http: bool,
     attach: tuple[str, ...],
+    attach_found: bool,
     home: str | None,
     as_json: bool,
 ) -> None:
     """Give this machine to the pool at URL.
 
     Shows what was detected, the tier the machine would get and what it would run, and asks before anything is kept.
+    Model servers that run here already are found, shown, and asked for one by one: without your word none is shared.
     """
     flags = {"runtimes": list(runtimes) or None, "insecure_http": insecure_http or None, "attach": list(attach) or None}
     settings = settings_of(home, coordinator_url=url, **flags)
-    answer = common.run_async(_join(settings, token, yes=yes, as_json=as_json))
+    joined = common.run_async(_join(settings, token, yes=yes, as_json=as_json, attach_found=attach_found))
+    settings = msgspec.structs.replace(settings, attach=[*settings.attach, *joined.shared])
     if as_json:
-        common.show(_joined(settings, answer), as_json, lambda _: None)
+        common.show(_joined(settings, joined), as_json, lambda _: None)
+    again = sharing.options((*attach, *joined.shared))
     if enrol_only:
-        again = "".join(f" --attach {shlex.quote(one)}" for one in attach)
         common.say(f"Enrolled. Start working with:  rma agent{again}")
         return
+    if joined.shared:
+        common.say(f"The next time, share it again with:  rma agent{again}")
     common.set_up_logging(settings.log_level, as_json=settings.log_json)
     _run_agent(settings)
 
 
-def _joined(settings: AgentSettings, answer: RegisterResponse) -> dict[str, object]:
+class Joined(NamedTuple):
+    """What came of joining: the pool's answer, and of the servers found here the shared ones and the others."""
+
+    answer: RegisterResponse
+    shared: tuple[str, ...]
+    left: tuple[Nearby, ...]
+
+
+def _joined(settings: AgentSettings, joined: Joined) -> dict[str, object]:
     """Return what `join --json` prints."""
+    answer = joined.answer
     return {
         "worker_id": answer.worker_id,
         "coordinator": settings.coordinator_url,
         "tier": answer.tier,
         "tier_reason": answer.tier_reason,
         "services": [assignment.service for assignment in answer.containers],
+        "attached": settings.attach,
+        "attachable": [msgspec.to_builtins(one) for one in joined.left],
     }
 
 
-async def _join(settings: AgentSettings, token: str, *, yes: bool, as_json: bool) -> RegisterResponse:
+async def _join(settings: AgentSettings, token: str, *, yes: bool, as_json: bool, attach_found: bool) -> Joined:
     from rma_core.agent import start
-    from rma_core.agent.attached import addresses
+    from rma_core.agent.attachable import addresses
     from rma_core.agent.consent import Consent
     from rma_core.agent.join import enrol, invited, registration
     from rma_core.agent.state import StateFolder
 
-    attached = addresses(settings.attach)
+    # Before anything is asked of anyone: a wrong address is the owner's to mend.
+    addresses(settings.attach)
     folder = StateFolder(settings.home_path)
     known = folder.load_record() if settings.home_path.exists() else None
     if known is not None and known.coordinator_url.rstrip("/") != settings.coordinator_url.rstrip("/"):
@@ -103,7 +120,10 @@ async def _join(settings: AgentSettings, token: str, *, yes: bool, as_json: bool
     invitation = await invited(settings.coordinator_url, token, insecure_http=settings.insecure_http)
     common.say("Detecting this machine's hardware …")
     plugins = start.discover(settings)
-    report, engines = await asyncio.gather(start.look(settings, plugins), _probe(settings, plugins))
+    report, engines, found = await asyncio.gather(
+        start.look(settings, plugins), _probe(settings, plugins), sharing.found_by(settings)
+    )
+    shared = [one.url for one in found] if attach_found else []
     services = tuple(settings.services) or None
     request = registration(
         report, runtimes=engines, plugins=plugins.reports(), services=services, labels=settings.labels
@@ -111,9 +131,14 @@ async def _join(settings: AgentSettings, token: str, *, yes: bool, as_json: bool
     # Whoever agrees must see it; stdout is the program's that asked for JSON.
     out = common.console(err=as_json)
     offered = await _shown(out, invitation, request, report, engines)
-    await _show_attached(out, attached)
+    await sharing.show_attached(out, addresses((*settings.attach, *shared)))
+    found = tuple(one for one in found if one.url not in shared)
+    sharing.show_found(out, found)
     if not yes:
         _ask()
+        shared += sharing.ask_which(found)
+    elif found:
+        common.say("What is found here is shared with --attach URL, or all of it with --attach-found.")
     folder.prepare()
     folder.lock()
     try:
@@ -123,7 +148,7 @@ async def _join(settings: AgentSettings, token: str, *, yes: bool, as_json: bool
     finally:
         folder.unlock()
     common.say(f"This machine is {answer.worker_id} in the pool.")
-    return answer
+    return Joined(answer, tuple(shared), tuple(one for one in found if one.url not in shared))
 
 
 async def _probe(settings: AgentSettings, plugins: Any) -> tuple[RuntimeReport, ...]:
@@ -163,19 +188,6 @@ async def _shown(
     if absent:
         common.table(("it would not run", "why"), absent, empty="")(out)
     return offered
-
-
-async def _show_attached(out: Console, attached: Sequence[Address]) -> None:
-    """Show what the owner shares besides; one that is away now is shared once it is there."""
-    from rma_core.agent.attached import AttachedServers
-
-    servers = AttachedServers(attached)
-    try:
-        await servers.look()
-    finally:
-        await servers.aclose()
-    for server in servers.servers:
-        out.print(common.safe(server.sentence()))
 
 
 def _ask() -> None:
@@ -244,8 +256,14 @@ def status(home: str | None, as_json: bool) -> None:
     from rma_core.agent.control import ask
 
     settings = settings_of(home)
-    now = common.run_async(ask(_agent_home(settings), "status"))
-    common.show(now, as_json, lambda out: _print_status(out, now))
+
+    async def look() -> tuple[dict[str, Any], tuple[Nearby, ...]]:
+        now = await ask(_agent_home(settings), "status")
+        return now, await sharing.found_by(settings, now["coordinator"], *now.get("attached", ()))
+
+    now, found = common.run_async(look())
+    now["attachable"] = [msgspec.to_builtins(one) for one in found]
+    common.show(now, as_json, lambda out: _print_status(out, now, found))
 
 
 def _agent_home(settings: AgentSettings) -> Path:
@@ -253,7 +271,7 @@ def _agent_home(settings: AgentSettings) -> Path:
     return agent_settings(settings).home_path
 
 
-def _print_status(out: Console, now: dict[str, Any]) -> None:
+def _print_status(out: Console, now: dict[str, Any], found: Sequence[Nearby] = ()) -> None:
     why = f" ({now['standing_reason']})" if now["standing_reason"] else ""
     where = f"{now['worker_id']} at {now['coordinator']}"
     out.print(common.safe(f"{where}: {now['standing']}{why}, connection: {now['connection']}"))
@@ -268,6 +286,8 @@ def _print_status(out: Console, now: dict[str, Any]) -> None:
     ill = [(p["detector"], p["state"], p["reason"]) for p in now["probes"] if p["state"] == "unhealthy"]
     if ill:
         common.table(("detector", "state", "why"), ill, empty="")(out)
+    for one in found:
+        out.print(common.safe(f"  {sharing.sentence(one, 'rma agent')}"))
 
 
 def _where(container: dict[str, Any]) -> str:

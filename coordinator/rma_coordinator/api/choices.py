@@ -27,9 +27,11 @@ def mend_call(call: dict[str, Any], *, position: int) -> None:
         call["id"] = f"call_{secrets.token_hex(12)}"
     if not _is_text(call.get("type")):
         call["type"] = "function"
-    if call["type"] != "function":
-        return
     function = call.get("function")
+    if call["type"] != "function":
+        if not isinstance(function, dict):
+            call.pop("function", None)
+        return
     call["function"] = function = function if isinstance(function, dict) else {}
     if not isinstance(function.get("name"), str):
         function["name"] = ""

@@ -7,10 +7,12 @@ the answer back, `openai_answers` gives it to each client, `openai_errors` says 
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rma_coordinator.api.inference import priority
+from rma_coordinator.api import limits
+from rma_coordinator.api.inference import deadline_s, priority
 from rma_coordinator.api.openai_access import check_model, principal_of
 from rma_coordinator.api.openai_answers import follow, give_again
 from rma_coordinator.api.openai_errors import REQUEST_ID, APIProblem, client_id, request_id
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from rma_coordinator.api.asgi import Call
     from rma_coordinator.api.openai_requests import Kind, Manner
     from rma_coordinator.domain.affinity import Prefix
+    from rma_coordinator.domain.credentials import Principal
     from rma_coordinator.domain.repeats import Kept, Key
     from rma_coordinator.domain.tasks import Priority
     from rma_coordinator.pool import Pool
@@ -68,7 +71,7 @@ async def _serve(pool: Pool, call: Call, kind: Kind) -> None:
     asked_at = pool.clock()
     principal = principal_of(pool, call)
     _correlate(call)
-    how, urgency = manner(call), priority(call, principal)
+    how, urgency, asked_s = manner(call), priority(call, principal), deadline_s(call)
     data = await call.body(min(MAX_BODY_BYTES, pool.settings.max_body_bytes))
     request, sent = read(data, kind)
     key = key_of(principal.id, kind.path, data)
@@ -77,7 +80,7 @@ async def _serve(pool: Pool, call: Call, kind: Kind) -> None:
         return
     run = _known(pool, key, how)
     if run is None:
-        run = await _begin(pool, call, kind, Ask(principal.id, key, how, urgency, request, sent))
+        run = await _begin(pool, call, kind, Ask(principal, key, how, urgency, asked_s, request, sent))
     joined = run.id != request_id(call)
     if joined:
         # What the pool's admin knows the request by.
@@ -89,10 +92,12 @@ async def _serve(pool: Pool, call: Call, kind: Kind) -> None:
 class Ask(NamedTuple):
     """A request that has been looked at, and the body that model servers get of it."""
 
-    key_id: str
+    principal: Principal
     key: Key
     how: Manner
     urgency: Priority
+    #: Seconds that its client gives it.
+    asked_s: float
     request: Any
     body: bytes
 
@@ -102,10 +107,21 @@ async def _begin(pool: Pool, call: Call, kind: Kind, ask: Ask) -> Run:
     pool.check_store()
     model = ask.request.model
     check_model(pool, model)
-    known = _prefixes(ask.request, len(ask.body), salt=ask.key_id) if kind is CHAT else ()
+    limits.admit(pool, call, ask.principal, ask.body)
+    key_id = ask.principal.id
+    known = _prefixes(ask.request, len(ask.body), salt=key_id) if kind is CHAT else ()
 
     def again(size: int, task_id: str = "") -> Task:
-        task = _task(pool, kind, model, key_id=ask.key_id, body_bytes=size, task_id=task_id, urgency=ask.urgency)
+        task = _task(
+            pool,
+            kind,
+            model,
+            key_id=key_id,
+            body_bytes=size,
+            task_id=task_id,
+            urgency=ask.urgency,
+            asked_s=ask.asked_s,
+        )
         task.prefixes = known
         return task
 
@@ -123,7 +139,7 @@ async def _begin(pool: Pool, call: Call, kind: Kind, ask: Ask) -> Run:
             raise _full(pool, error, model) from None
         raise
     job = Job(pool, task, relay, _asked(pool, kind, ask.request, len(ask.body)), body, again)
-    run = Run(job, ask.key, name=ask.how.name)
+    run = Run(job, ask.key, name=ask.how.name, metered=call.scope.get(limits.METERED))
     run.start(_work(run, body))
     return run
 
@@ -186,6 +202,7 @@ def _task(
     body_bytes: int,
     task_id: str = "",
     urgency: Priority = "normal",
+    asked_s: float = math.inf,
 ) -> Task:
     # What volunteers attached needs no entry in the catalog.
     entry = pool.catalog.get(ATTACHABLE)
@@ -199,7 +216,7 @@ def _task(
         body_bytes=body_bytes,
         key_id=key_id,
         now=pool.clock(),
-        timeout_s=(entry and entry.timeout_s) or pool.settings.task_timeout_s,
+        timeout_s=min(asked_s, (entry and entry.timeout_s) or pool.settings.task_timeout_s),
         first_byte_s=entry.first_byte_s if entry else None,
         gap_s=entry.gap_s if entry else LEASE_S,
         priority=urgency,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rma_coordinator.api import limits
 from rma_coordinator.api.asgi import bearer
 from rma_coordinator.api.openai_errors import APIProblem
 from rma_coordinator.domain.fleet import ATTACHABLE
@@ -30,7 +31,7 @@ def principal_of(pool: Pool, call: Call) -> Principal:
     secret = next((call.raw[name] for name in KEY_HEADERS if name in call.raw), b"").decode("latin-1").strip()
     if not secret or call.raw.get(b"authorization"):
         secret = _bearer(call)
-    principal = pool.keyring.principal(secret)
+    principal = limits.know(pool, call, pool.keyring.principal(secret))
     principal.need(SCOPE)
     return principal
 

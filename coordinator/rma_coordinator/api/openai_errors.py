@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from rma_coordinator.api import problems
+from rma_coordinator.api import limits, problems
 from rma_coordinator.api.problems import HTTPProblem
 from rma_coordinator.domain.tasks import new_task_id
 from rma_core import errors
@@ -99,8 +99,8 @@ def note(call: Call, headers: dict[str, str]) -> None:
 
 
 def noted(call: Call) -> dict[str, str]:
-    """Return the headers that were noted for the answer to a request, and what its client calls it."""
-    found: dict[str, str] = call.scope.get(NOTED, {})
+    """Return the headers noted for the answer to a request, what is left to its key, and what its client calls it."""
+    found: dict[str, str] = {**call.scope.get(NOTED, {}), **limits.headers(call)}
     theirs = client_id(call)
     return {**found, "x-client-request-id": theirs} if theirs else found
 
@@ -114,6 +114,7 @@ def client_id(call: Call) -> str:
 def problem(error: RMAError, call: Call) -> tuple[int, dict[str, str], bytes]:
     """Return status, headers and body of a failure."""
     status, headers, _ = problems.problem(error)
+    limits.failed(call)
     if status == CONFLICT:
         # SDKs take it for a lock, and try again.
         status = CLIENT_ERROR
@@ -139,6 +140,8 @@ def body(error: RMAError, status: int) -> dict[str, Any]:
     param = code = None
     if isinstance(error, APIProblem):
         param, code = error.param, error.api_code
+    elif isinstance(error, limits.OverLimit):
+        code = error.name
     elif isinstance(error, errors.ValidationProblem) and error.problems:
         param = error.problems[0].where.removeprefix("$").removeprefix(".") or None
     return {"message": said, "type": words.type, "param": param, "code": code or words.code}

@@ -58,18 +58,10 @@ class Job(NamedTuple):
         """Return the worker that speaks for the task."""
         return self.task.attempt.worker_id if self.task.attempt else ""
 
-    def model_state(self) -> str:
-        """Return what the worker last said of the model."""
-        worker = self.pool.fleet.workers.get(self.who())
-        containers = worker.containers if worker else ()
-        models = (model for one in containers if one.service == self.task.service for model in one.models)
-        return next((model.state for model in models if model.name == self.task.model), "")
-
     def failed(self) -> RMAError:
         """Return why the task ended without an answer, with every reason."""
         task = self.task
-        too_late = task.ended_at is not None and task.ended_at >= task.deadline
-        return tasks.failure(task.model, task.id, task.reasons, task.fault, too_late=too_late)
+        return tasks.failure(task.model, task.id, task.reasons, task.fault, too_late=task.late)
 
     async def collect(self, limit: int) -> tuple[Head, bytes] | None:
         """Return the whole answer; nothing of it has gone to the client, so a loss only costs time.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from typing import TYPE_CHECKING, Any
 
 from rma_coordinator.api.asgi import Gone
@@ -21,6 +20,7 @@ from rma_core.errors import RMAError
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
+    from rma_coordinator.api.limits import Metered
     from rma_coordinator.api.openai_clients import Client
     from rma_coordinator.api.openai_jobs import Job
     from rma_coordinator.api.openai_requests import Manner
@@ -42,11 +42,13 @@ MOST_DESERTED = 256
 class Run:
     """What runs for a request, and who waits for it. ``name`` is what the client calls its request, if anything."""
 
-    def __init__(self, job: Job, key: Key, *, name: str = "") -> None:
+    def __init__(self, job: Job, key: Key, *, name: str = "", metered: Metered | None = None) -> None:
         #: The task at work, which another one follows where an answer goes on elsewhere.
         self.job = job
         self.key = key
         self.name = name
+        #: What is limited of the key that pays for it.
+        self.metered = metered
         #: By this its clients and the pool's admin know it.
         self.id = job.task.id
         #: Who waits for it, in the order in which they came.
@@ -64,7 +66,7 @@ class Run:
         self._ending = False
         self._pacing = self._freed = False
         self._timer: asyncio.TimerHandle | None = None
-        self.began_at, self._began_monotonic = job.task.created_at, time.monotonic()
+        self.began_at = job.task.created_at
         self._queue_ms: int | None = None
         self._first_byte_ms: int | None = None
         #: All that was streamed, for who comes back with the name.
@@ -275,9 +277,11 @@ class Run:
         """Return milliseconds until a worker was given it, and until that worker's first byte."""
         if self._first_byte_ms is not None:
             return self._queue_ms, self._first_byte_ms
-        attempt, head_at = self.job.task.attempt, self.job.relay.head_at
-        queue_ms = None if attempt is None else _ms(attempt.offered_at - self.began_at)
-        return queue_ms, None if head_at is None else _ms(head_at - self._began_monotonic)
+        attempt = self.job.task.attempt
+        if attempt is None:
+            return None, None
+        began, first_at = self.began_at, attempt.first_byte_at
+        return _ms(attempt.offered_at - began), None if first_at is None else _ms(first_at - began)
 
     def headers(self) -> dict[str, str]:
         """Return the headers that say who answered, and how long what took."""
@@ -289,7 +293,7 @@ class Run:
             "x-rma-attempts": self._attempts,
             "x-rma-queue-ms": queue_ms,
             "x-rma-first-byte-ms": first_byte_ms,
-            "x-rma-model-state": job.model_state(),
+            "x-rma-model-state": job.task.attempt.model_state if job.task.attempt else "",
         }
         return found | {name: str(value) for name, value in told.items() if value not in (None, "")}
 

@@ -7,7 +7,7 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING
 
-from rma_coordinator.api import openai_errors
+from rma_coordinator.api import limits, openai_errors
 from rma_coordinator.api.openai_errors import APIProblem
 from rma_coordinator.api.openai_jobs import GOOD
 from rma_coordinator.api.sse import CONTINUED, Stream
@@ -36,6 +36,7 @@ async def streamed(run: Run) -> None:
         # Nothing of an answer has gone out.
         raise await run.job.refusal() if run.job.relay.head is not None else run.job.failed()
     async with contextlib.AsyncExitStack() as stack:
+        stack.callback(_settle, run, stream)
         for _ in range(MOST_LOSSES):
             # What a worker ended by itself, whole or not, is its model server's way to answer.
             if run.job.relay.complete or stream.done or stream.broken or not run.job.task.committed:
@@ -47,6 +48,10 @@ async def streamed(run: Run) -> None:
         if not stream.whole or not (stream.done or run.job.relay.complete):
             raise _broke_off(run.job, stream)
         await run.give(stream.end(), more=False)
+
+
+def _settle(run: Run, stream: Stream) -> None:
+    limits.settle_stream(run.metered, stream.usage, stream.delivered.tokens)
 
 
 async def _go_on(run: Run, stream: Stream, stack: contextlib.AsyncExitStack) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from rma_coordinator.api import limits
 from rma_coordinator.api.choices import guessed, mend_whole, text_of, usage_of
 from rma_coordinator.api.openai_errors import APIProblem
 from rma_coordinator.api.openai_jobs import GOOD
@@ -42,6 +43,7 @@ async def whole(run: Run) -> bytes:
         raise APIProblem(502, words, retry_after_s=5)
     job.task.committed, job.task.http_status = True, head.status
     run.answers()
+    limits.settle_whole(run.metered, body)
     return body
 
 

@@ -76,19 +76,29 @@ ASYNC = {
         {"type": "string", "pattern": "^[!-~]{1,255}$"},
     ),
 }
-PRIORITY = {
+WEBHOOK = {
+    "RMA-Webhook": Parameter(
+        "with `respond-async`: an https address that is told of the task's end, signed as Standard Webhooks has it",
+        {"type": "string", "pattern": "^https://", "maxLength": 2048},
+    ),
+}
+ASKED = {
+    "RMA-Timeout": Parameter(
+        "seconds that the request may take in all, at most as many as the service gives it",
+        {"type": "number", "exclusiveMinimum": 0},
+    ),
     "RMA-Priority": Parameter(
         "how urgent it is; `high` needs the scope `priority:high`, without it is `normal`",
         {"type": "string", "enum": list(PRIORITIES), "default": "normal"},
     ),
 }
 OPENAI_HEADERS = {
-    **PRIORITY,
+    **ASKED,
     "Idempotency-Key": ASYNC["Idempotency-Key"],
     "X-RMA-Keepalive": Parameter("`1`: an answer that takes long is kept alive by blank lines", TEXT),
 }
 #: What may become of a request that runs on a worker.
-RUN_FAILS = (400, 404, 405, 409, 414, 429, 502, 503, 504)
+RUN_FAILS = (400, 404, 405, 409, 414, 429, 501, 502, 503, 504)
 #: What an answer under /v1 is: an object, or events when `stream` is asked for.
 OPENAI = "application/json, text/event-stream"
 OPENAI_FAILS = (404, 422, 429, 502, 503, 504)
@@ -310,6 +320,16 @@ ROUTES: tuple[Route, ...] = (
         fails=(503,),
     ),
     Route(
+        "POST",
+        "/api/admin/keys/{key_id}/webhook-secret",
+        "webhook_secret",
+        "admin:keys",
+        "Make a new secret that signs a key's webhooks; shown this once.",
+        gives=bodies.WebhookSecretAnswer,
+        status=201,
+        fails=(409, 503),
+    ),
+    Route(
         "DELETE",
         "/api/admin/keys/{key_id}",
         "revoke_key",
@@ -387,7 +407,7 @@ ROUTES: tuple[Route, ...] = (
         lane="raw",
         takes="*/*",
         gives="*/*",
-        headers=PRIORITY | ASYNC,
+        headers=ASKED | ASYNC | WEBHOOK,
         also=(202,),
         fails=RUN_FAILS,
     ),
@@ -400,7 +420,7 @@ ROUTES: tuple[Route, ...] = (
         lane="raw",
         takes="*/*",
         gives="*/*",
-        headers=PRIORITY | ASYNC,
+        headers=ASKED | ASYNC | WEBHOOK,
         also=(202,),
         fails=RUN_FAILS,
     ),

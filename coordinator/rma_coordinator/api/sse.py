@@ -159,6 +159,11 @@ class Stream:
         return b"".join(out)
 
     @property
+    def usage(self) -> dict[str, Any] | None:
+        """What the engine said it took, if it did."""
+        return self._usage
+
+    @property
     def begun(self) -> bool:
         """Whether anything of the answer itself has come."""
         return bool(self._open)
@@ -312,6 +317,8 @@ class Stream:
             if isinstance(function := call.get("function"), dict):
                 function.pop("name", None)
                 mend_arguments(function)
+            else:
+                call.pop("function", None)
 
 
 def _is_choice(value: object) -> bool:

@@ -58,6 +58,7 @@ class Worker:
         "brief",
         "completed",
         "containers",
+        "could",
         "counted",
         "current_load",
         "draining",
@@ -90,6 +91,8 @@ class Worker:
         self.containers: tuple[ContainerStatus, ...] = ()
         #: The hash of ``containers`` as its heartbeats by HTTP write them; 0 while that is not known.
         self.written = 0
+        #: The services that it could run if it ran nothing else; ``None`` until that is known.
+        self.could: frozenset[str] | None = None
         #: Which of the pool's needs its services were last chosen for; -1 for none.
         self.placed = -1
         #: The slots it offers, and the containers and the assignment from which they were counted.
@@ -138,6 +141,16 @@ class Worker:
             self.slots_of, self.slots_within = self.containers, assignment
         return self.slots
 
+    def state_of(self, service: str, model: str) -> str:
+        """Return what it last said of a model: loaded, loading or cold; empty for one that it has not."""
+        # Asked for each attempt: plain loops cost a quarter of a generator.
+        for container in self.containers:
+            if container.service == service:
+                for one in container.models:
+                    if one.name == model:
+                        return one.state
+        return ""
+
     @property
     def models(self) -> Mapping[str, frozenset[str]]:
         """The models of each healthy service that has any; not to be changed."""
@@ -145,6 +158,11 @@ class Worker:
         if any(one.models for one in self.containers):
             return _models(self.containers)
         return NO_MODELS
+
+    @property
+    def cold(self) -> frozenset[str]:
+        """The lanes whose models must be loaded before they answer; ask only where there are models."""
+        return _cold(self.containers)
 
 
 def _within(
@@ -164,6 +182,13 @@ def _models(containers: tuple[ContainerStatus, ...]) -> Mapping[str, frozenset[s
         if one.state == "healthy" and one.models:
             found.setdefault(one.service, set()).update(model.name for model in one.models)
     return {service: frozenset(names) for service, names in found.items()}
+
+
+@functools.lru_cache(SHARED)
+def _cold(containers: tuple[ContainerStatus, ...]) -> frozenset[str]:
+    named = [(f"{one.service} {model.name}", model.state) for one in containers for model in one.models]
+    ready = {lane for lane, state in named if state == "loaded"}
+    return frozenset(lane for lane, _ in named if lane not in ready)
 
 
 @functools.lru_cache(SHARED)
@@ -249,6 +274,7 @@ class Fleet:
             worker = self.workers[record.worker_id] = Worker(record, now=self._clock())
             self._pace()
         worker.record = record
+        worker.could = None
         worker.ip_address = same(ip_address)
         worker.draining = False
         worker.said = ("healthy", "")

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import msgspec
+
+from rma_coordinator.domain.worker_records import same
 from rma_core.catalog import ISOLATED_ONLY, Room
 from rma_core.models.worker import Assignment
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
 
+    from rma_coordinator.domain.worker_records import WorkerRecord
     from rma_core.catalog import CatalogEntry
     from rma_core.models.hardware import HardwareReport
     from rma_core.models.worker import RuntimeReport
@@ -68,6 +72,24 @@ def place(
         else:
             chosen.append(assignment(entry, env=env or {}))
     return Placement(tuple(chosen), reasons)
+
+
+def could_run(entries: Iterable[CatalogEntry], machine: WorkerRecord) -> frozenset[str]:
+    """Return the services that a machine could run if it ran nothing else.
+
+    What is installed there might work again, and its owner might agree: neither is asked.
+    """
+    if machine.tier is None:
+        return same(frozenset())
+    installed = [one for one in machine.runtimes if one.state != "undetected"]
+    runtimes = [msgspec.structs.replace(one, state="healthy") for one in installed] or machine.runtimes
+    room = Room.of(machine.report)
+    found = frozenset(
+        entry.service
+        for entry in entries
+        if any(not room.lacks(entry.needs, contained=contained) for contained in _forms(entry, runtimes))
+    )
+    return same(found)
 
 
 def assignment(entry: CatalogEntry, *, env: Mapping[str, str]) -> Assignment:
