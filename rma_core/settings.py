@@ -236,6 +236,9 @@ class CoordinatorSettings(Settings, frozen=True, kw_only=True):
     heartbeat_interval_s: Annotated[float, Meta(gt=0, le=3600, description="Least seconds between heartbeats.")] = 30.0
     heartbeats_per_s: Annotated[float, Meta(gt=0, description="Heartbeats a second the coordinator will take.")] = 500.0
     trusted_proxies: Annotated[list[str], Meta(description="Networks whose forwarding headers are believed.")] = []
+    cors_origins: Annotated[
+        list[str], Meta(description="Origins whose pages may call /v1 from a browser, with a key; `*`: any.")
+    ] = []
     max_body_bytes: Annotated[int, Meta(ge=1024, description="Largest request body that is taken.")] = 64 * 1024 * 1024
     memory_body_bytes: Annotated[int, Meta(ge=0, description="Request bodies above this wait on disk.")] = 256 * 1024
     memory_bodies_bytes: Annotated[int, Meta(ge=0, description="Bytes that all bodies together keep in memory.")] = (

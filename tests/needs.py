@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests import engines, podmans
+from tests import engines, podmans, sdks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -173,6 +173,22 @@ def _llama() -> str | None:
     return f"{', '.join(missing)} not installed; pip install -r requirements-dev.txt" if missing else None
 
 
+def _node() -> str | None:
+    try:
+        sdks.node()
+    except sdks.NotMadeError as error:
+        return f"{error}; it needs Node {sdks.LEAST_NODE} and npm, or an index that pip can fetch Node from"
+    return None
+
+
+def _litellm() -> str | None:
+    try:
+        sdks.litellm()
+    except sdks.NotMadeError as error:
+        return f"{error}; it needs an index that pip can fetch packages from"
+    return None
+
+
 def _mount() -> str | None:
     if not hasattr(os, "geteuid") or os.geteuid() != 0:
         return "mounting a small file system needs root on Linux"
@@ -208,10 +224,12 @@ CHECKS: dict[str, Callable[[], str | None]] = {
     "docker": _docker,
     "gcc": _gcc,
     "go": _go,
+    "litellm": _litellm,
     "llama": _llama,
     "mount": _mount,
     "netns": _netns,
     "nginx": _nginx,
+    "node": _node,
     "openapi": _openapi,
     "own-engine": _own_engine,
     "podman": _podman,

@@ -8,7 +8,7 @@ import json
 import logging
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 import pytest
@@ -222,6 +222,27 @@ async def test_any_other_server_is_asked_the_way_of_openai_and_takes_the_slots_i
     assert (status.slots, status.reason) == (16, "vLLM, 1 model (facebook/opt-125m), 16 slots")
     plain = {"/v1/models": {"data": [{"id": "m"}]}}
     assert (await looked(plain)).reason == "OpenAI-compatible server, 1 model (m), 1 slot"
+
+
+async def test_what_models_can_do_is_told_as_far_as_their_servers_say_it() -> None:
+    def can(status: ContainerStatus) -> dict[str, tuple[str, ...]]:
+        return {model.name: model.capabilities for model in status.models}
+
+    props: Any = {**cast("Any", LLAMA_CPP["/props"]), "modalities": {"vision": True, "audio": False}}
+    props["chat_template_caps"] = {"supports_tools": True, "supports_system_role": True}
+    models: Any = {**cast("Any", LLAMA_CPP["/v1/models"]), "models": [{"capabilities": ["completion"]}]}
+    status = await looked({"/props": props, "/v1/models": models})
+    assert list(can(status).values()) == [("completion", "vision", "tools")]
+    tags = {"models": [{"name": "a", "capabilities": ["tools", "thinking", "completion"]}, {"name": "b"}]}
+    assert can(await looked({**OLLAMA, "/api/tags": tags})) == {
+        "a": ("completion", "tools", "thinking"),
+        "b": (),
+    }
+    found = can(await looked(LM_STUDIO, unknown={}))
+    assert found == {"meta-llama-3.1-8b-instruct": ("completion",), "qwen2-vl-7b-instruct": ("vision",)}
+    for odd in (5, "tools", [1, None, "fly"], {"tools": "yes"}, [["tools"]]):
+        tags = {"models": [{"name": "a", "capabilities": cast("Any", odd)}]}
+        assert can(await looked({**OLLAMA, "/api/tags": tags})) == {"a": ()}
 
 
 async def test_once_it_is_known_nothing_else_is_asked() -> None:

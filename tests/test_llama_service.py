@@ -238,6 +238,7 @@ def test_texts_become_vectors_where_the_service_was_started_for_them(models: Pat
         assert len(one) == 32
         assert one == pytest.approx(same)
         assert one != pytest.approx(other)
+        assert server.get("/v1/models").body["models"][0]["capabilities"] == ["embedding"]
         refused = server.post("/v1/chat/completions", server.chat("Hello"))
         assert (refused.status, "for embeddings" in refused.body["error"]["message"]) == (400, True)
 

@@ -8,7 +8,7 @@ import secrets
 from collections import Counter
 from datetime import UTC, datetime
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -22,6 +22,7 @@ from rma_coordinator.domain.keyring import Keyring
 from rma_coordinator.domain.limits import Limiter, counted
 from rma_coordinator.domain.models import ModelRecord, Models
 from rma_coordinator.domain.placement import could_run, place
+from rma_coordinator.domain.repeats import Repeats
 from rma_coordinator.domain.tasks import NO_LANES
 from rma_coordinator.domain.traffic import Traffic, TrafficRecord
 from rma_coordinator.domain.webhooks import WebhookSecrets
@@ -147,6 +148,8 @@ class Pool:
             wall=wall,
             on_credited=self._credited,
         )
+        #: Runs under /v1, by what was asked for.
+        self.repeats: Repeats[Any] = Repeats(clock)
         # They end with the process, so no step of the wall clock need cost anyone theirs.
         self.nonces = Nonces(clock)
         #: What the plugin host says of the coordinator's own plugins.

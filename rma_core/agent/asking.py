@@ -17,6 +17,15 @@ if TYPE_CHECKING:
 MAX_ANSWER_BYTES = 1024 * 1024
 #: Tokens of a context at most; more is nonsense.
 MAX_CONTEXT = 2**31
+#: What models can do, in Ollama's words, and what others call that.
+CAPABILITIES = ("completion", "embedding", "vision", "audio", "tools", "thinking")
+ALSO_CALLED = {
+    "embeddings": "embedding",
+    "llm": "completion",
+    "supports_tools": "tools",
+    "tool_use": "tools",
+    "vlm": "vision",
+}
 OK, NOT_AUTHENTICATED, FORBIDDEN, UNAVAILABLE = 200, 401, 403, 503
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -66,3 +75,15 @@ def read(body: bytes, kind: type[T]) -> T | None:
 def tokens(value: object) -> int:
     """Return a context's size, 0 for what is none."""
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_CONTEXT else 0
+
+
+def capabilities(*said: object) -> tuple[str, ...]:
+    """Return what a model can do, from lists of words and tables of yes and no; what nobody knows is left out."""
+    words = set[object]()
+    for one in said:
+        if isinstance(one, list):
+            words |= {word for word in one if isinstance(word, str)}
+        elif isinstance(one, dict):
+            words |= {name for name, yes in one.items() if yes is True}
+    known = {ALSO_CALLED.get(str(word), word) for word in words}
+    return tuple(word for word in CAPABILITIES if word in known)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from rma_core.agent import ollama_look
-from rma_core.agent.asking import OK, UNAVAILABLE, get, read, tokens
+from rma_core.agent.asking import OK, UNAVAILABLE, capabilities, get, read, tokens
 from rma_core.agent.incoming import EndpointError
 from rma_core.models.worker import ModelName, ModelStatus
 
@@ -76,6 +76,8 @@ class _Props(msgspec.Struct):
     n_ctx: Any = None
     default_generation_settings: Any = None
     is_sleeping: Any = False
+    modalities: Any = None
+    chat_template_caps: Any = None
 
 
 class _Listed(msgspec.Struct):
@@ -86,6 +88,8 @@ class _Listed(msgspec.Struct):
 
 class _Models(msgspec.Struct):
     data: list[_Listed]
+    # llama.cpp lists them a second time, as Ollama does.
+    models: Any = None
 
 
 class _Slot(msgspec.Struct):
@@ -100,6 +104,8 @@ class _StudioModel(msgspec.Struct):
     id: str
     state: str
     loaded_context_length: Any = None
+    type: Any = None
+    capabilities: Any = None
 
 
 class _StudioModels(msgspec.Struct):
@@ -163,7 +169,13 @@ async def _llama_cpp(endpoint: Client, _: dict[str, Shown] | None) -> Found | No
         raise EndpointError("it is llama.cpp, but GET /v1/models gave no list of models")
     state: typing.Literal["cold", "loaded"] = "cold" if props.is_sleeping is True else "loaded"
     # It serves one model under any name, and often gives a path of this machine as its own.
-    found = [ModelStatus(name=_file_name(one.id), state=state, context=tokens(context)) for one in listed.data]
+    told = listed.models[0] if isinstance(listed.models, list) and listed.models else None
+    said = told.get("capabilities") if isinstance(told, dict) else None
+    can = capabilities(said, props.modalities, props.chat_template_caps)
+    found = [
+        ModelStatus(name=_file_name(one.id), state=state, context=tokens(context), capabilities=can)
+        for one in listed.data
+    ]
     return _found(LLAMA_CPP, LLAMA_CPP, found, slots=max(1, props.total_slots))
 
 
@@ -173,10 +185,13 @@ async def _ollama(endpoint: Client, shown: dict[str, Shown] | None) -> Found | N
         return None
     known = listing.known
     found = [
-        ModelStatus(name=name, state="loaded", context=known.loaded[name].context or known.of(name).context)
-        if name in known.loaded
-        else ModelStatus(name=name, state="cold", context=known.of(name).context)
-        for name in listing.local
+        ModelStatus(
+            name=name,
+            state="loaded" if name in known.loaded else "cold",
+            context=(known.loaded[name].context if name in known.loaded else 0) or known.of(name).context,
+            capabilities=known.of(name).can or can,
+        )
+        for name, can in listing.local.items()
     ]
     return _found(OLLAMA, OLLAMA, found, left_out={ELSEWHERE: list(listing.elsewhere)})._replace(ollama=known)
 
@@ -190,6 +205,7 @@ async def _lm_studio(endpoint: Client, _: dict[str, Shown] | None) -> Found | No
             name=one.id,
             state="loaded" if one.state == "loaded" else "cold",
             context=tokens(one.loaded_context_length),
+            capabilities=capabilities([one.type], one.capabilities),
         )
         for one in listed.data
     ]

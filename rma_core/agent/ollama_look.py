@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from rma_core.agent.asking import OK, get, post, read, tokens
+from rma_core.agent.asking import OK, capabilities, get, post, read, tokens
 from rma_core.agent.incoming import EndpointError
 from rma_core.models.strict import encode
 
@@ -34,10 +34,11 @@ class Loaded(NamedTuple):
 
 
 class Shown(NamedTuple):
-    """What a model's own file says: the context its author gave it, 0 for none; whether it thinks."""
+    """What a model's own file says: the context its author gave it, 0 for none; whether it thinks; what it can do."""
 
     context: int = 0
     thinks: bool | None = None
+    can: tuple[str, ...] = ()
 
 
 class Known(NamedTuple):
@@ -54,10 +55,10 @@ class Known(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """The models on its disk, those among them that it only passes on to a computer elsewhere, and the rest."""
+    """The models on its disk with what the list says they can do, and those that it only passes on to elsewhere."""
 
     known: Known
-    local: tuple[str, ...]
+    local: dict[str, tuple[str, ...]]
     elsewhere: tuple[str, ...]
 
 
@@ -107,7 +108,7 @@ async def listing(endpoint: Client, shown: dict[str, Shown] | None) -> Listing |
         await _look_into(endpoint, local, known)
     # What Ollama only passes on to a computer elsewhere, on its owner's account, is not this machine's to share.
     elsewhere = tuple(one.name for one in found if one.remote_host)
-    return Listing(known, tuple(one.name for one in local), elsewhere)
+    return Listing(known, {one.name: capabilities(one.capabilities) for one in local}, elsewhere)
 
 
 async def running(endpoint: Client) -> dict[str, Loaded] | None:
@@ -134,11 +135,11 @@ async def _look_into(endpoint: Client, local: list[_Tag], known: Known) -> None:
 
 
 def _shown(told: _Show | None, tag: _Tag) -> Shown:
-    capabilities = told.capabilities if told is not None and told.capabilities is not None else tag.capabilities
-    thinks = "thinking" in capabilities if isinstance(capabilities, list) else None
+    said = told.capabilities if told is not None and told.capabilities is not None else tag.capabilities
+    thinks = "thinking" in said if isinstance(said, list) else None
     parameters = told.parameters if told is not None and isinstance(told.parameters, str) else ""
     size = re.search(r"^num_ctx\s+(\d{1,10})\s*$", parameters, re.MULTILINE)
-    return Shown(tokens(int(size[1])) if size else 0, thinks)
+    return Shown(tokens(int(size[1])) if size else 0, thinks, capabilities(said))
 
 
 def _word(value: object) -> str:

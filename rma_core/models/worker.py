@@ -23,6 +23,9 @@ Headers = Annotated[tuple[HeaderPair, ...], Meta(max_length=64)]
 #: What a model goes by: `llama3.1:8b`, `org/name`, a file's name; no spaces, nothing that would confuse a log.
 ModelName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,199}$")]
 
+#: What a model can do.
+Capability = Annotated[str, Meta(pattern=r"^[a-z_]{1,32}$")]
+
 WorkerStatus = Literal["healthy", "degraded", "offline"]
 ContainerState = Literal[
     "pending", "pulling", "starting", "healthy", "unhealthy", "backoff", "failed", "refused", "stopping"
@@ -80,11 +83,15 @@ class Assignment(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class ModelStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One model that a service can answer with; ``context`` in tokens, 0 where it is not known."""
+    """One model that a service can answer with; ``context`` in tokens, 0 where it is not known.
+
+    ``capabilities`` are words such as ``completion``, ``embedding``, ``vision`` or ``tools``, where its server says so.
+    """
 
     name: ModelName
     state: Literal["loaded", "loading", "cold"] = "loaded"
     context: Annotated[int, Meta(ge=0, le=2**31)] = 0
+    capabilities: Annotated[tuple[Capability, ...], Meta(max_length=16)] = ()
 
 
 class ContainerStatus(msgspec.Struct, frozen=True, kw_only=True):

@@ -76,7 +76,12 @@ class Front:
         await answered(exchange, 503, {**loading, **error}, **{"Retry-After": "1"})
 
     async def _models(self, exchange: Exchange, _: Request) -> None:
-        await answered(exchange, *(await self._asked("/v1/models")))
+        status, listed = await self._asked("/v1/models")
+        if status == 200 and self._engine.settings.embeddings:  # noqa: PLR2004 - HTTP's OK
+            # llama.cpp says `completion` of everything, and completes nothing while it makes vectors.
+            models = [{**model, "capabilities": ["embedding"]} for model in listed.get("models", ())]
+            listed = {**listed, "models": models}
+        await answered(exchange, status, listed)
 
     async def _slots(self, exchange: Exchange, request: Request) -> None:
         """Which slots are at work, and nothing of what they work on."""

@@ -7,8 +7,9 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from rma_coordinator import enrolment
-from rma_coordinator.api.asgi import Gone, bearer, client_address, within
+from rma_coordinator.api.asgi import Gone, bearer, client_address
 from rma_coordinator.api.problems import HTTPProblem, problem
+from rma_coordinator.api.waiting import within
 from rma_coordinator.hub import Channel, stream_of
 from rma_coordinator.relay import Head, Overrun
 from rma_core.errors import RMAError

@@ -148,29 +148,24 @@ def headers(call: Call) -> dict[str, str]:
     return metered.headers() if metered is not None else {}
 
 
-def failed(call: Call) -> dict[str, str]:
-    """Nothing of an answer has been delivered: give back what was reserved, and return the `headers`."""
-    metered: Metered | None = call.scope.get(METERED)
-    if metered is None:
-        return {}
-    metered.settle(0)
-    return metered.headers()
+def failed(call: Call) -> None:
+    """Nothing of an answer has been delivered: give back what was reserved."""
+    if (metered := call.scope.get(METERED)) is not None:
+        metered.settle(0)
 
 
 class _Whole(msgspec.Struct):
     usage: Any = None
 
 
-def settle_whole(call: Call, answer: bytes) -> None:
+def settle_whole(metered: Metered | None, answer: bytes) -> None:
     """Take what a whole answer says it used; an engine that does not say leaves it at what was reserved."""
-    metered: Metered | None = call.scope.get(METERED)
     if metered is not None and (tokens := counted(msgspec.json.decode(answer, type=_Whole).usage)) is not None:
         metered.settle(tokens)
 
 
-def settle_stream(call: Call, usage: object, delivered: int) -> None:
+def settle_stream(metered: Metered | None, usage: object, delivered: int) -> None:
     """Take what a stream's engine says it used, else what was ``delivered``, in tokens, and what was sent."""
-    metered: Metered | None = call.scope.get(METERED)
     if metered is None:
         return
     tokens = counted(usage)

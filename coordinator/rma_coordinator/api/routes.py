@@ -92,6 +92,11 @@ ASKED = {
         {"type": "string", "enum": list(PRIORITIES), "default": "normal"},
     ),
 }
+OPENAI_HEADERS = {
+    **ASKED,
+    "Idempotency-Key": ASYNC["Idempotency-Key"],
+    "X-RMA-Keepalive": Parameter("`1`: an answer that takes long is kept alive by blank lines", TEXT),
+}
 #: What may become of a request that runs on a worker.
 RUN_FAILS = (400, 404, 405, 409, 414, 429, 501, 502, 503, 504)
 #: What an answer under /v1 is: an object, or events when `stream` is asked for.
@@ -429,7 +434,7 @@ ROUTES: tuple[Route, ...] = (
         lane="raw",
         takes=bodies.ChatCompletionRequest,
         gives=OPENAI,
-        headers=ASKED,
+        headers=OPENAI_HEADERS,
         fails=OPENAI_FAILS,
     ),
     Route(
@@ -441,7 +446,7 @@ ROUTES: tuple[Route, ...] = (
         lane="raw",
         takes=bodies.CompletionRequest,
         gives=OPENAI,
-        headers=ASKED,
+        headers=OPENAI_HEADERS,
         fails=OPENAI_FAILS,
     ),
     Route(
@@ -453,7 +458,7 @@ ROUTES: tuple[Route, ...] = (
         lane="raw",
         takes=bodies.EmbeddingRequest,
         gives="object",
-        headers=ASKED,
+        headers=OPENAI_HEADERS,
         fails=OPENAI_FAILS,
     ),
     Route("GET", "/v1/models", "models", "infer", "The models of the pool.", lane="raw", gives="object"),
@@ -493,13 +498,18 @@ class Router:
         plain = self._plain.get((method, path))
         if plain is not None:
             return plain, {}, (method,)
-        if path.startswith("/v1/"):
+        openai = path.startswith("/v1/")
+        if openai:
             # Clients of OpenAI's API write its addresses with and without a slash at their end.
             path = path.rstrip("/")
+            # A server sends no body with an answer to HEAD.
+            method = "GET" if method == "HEAD" else method
         allowed: list[str] = []
         for shape, route in self._routes:
             if found := shape.fullmatch(path):
                 if route.method == method:
                     return route, found.groupdict(), (method,)
                 allowed.append(route.method)
+        if openai and allowed:
+            allowed += ["OPTIONS", *(["HEAD"] if "GET" in allowed else [])]
         return None, {}, tuple(allowed)

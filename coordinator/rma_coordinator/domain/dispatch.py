@@ -269,6 +269,13 @@ class Dispatcher:
         seats = self._lanes.offering(f"{service} {model}" if model else service)
         return any(seat.usable and seat.worker_id not in besides for seat in seats)
 
+    def turn_s(self, service: str, model: str = "") -> float | None:
+        """Return the seconds until one more task of a full lane comes free, where the length of its tasks is known."""
+        lane = f"{service} {model}" if model else service
+        slots = sum(seat.slots.get(service, 0) for seat in self._lanes.offering(lane) if seat.usable)
+        mean_s = self.speeds.expected("", lane, beside=0).service
+        return mean_s / slots if slots and mean_s else None
+
     def spare(self) -> Counter[str]:
         """Return for each lane how many reachable workers have room for it; none while its service's tasks wait."""
         counts: Counter[str] = Counter()

@@ -35,13 +35,18 @@ class ModelRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelView(NamedTuple):
-    """One model as clients are shown it; ``workers`` is how many may be given work with it now."""
+    """One model as clients are shown it; ``workers`` may be given work with it now, ``loaded`` of them have it ready.
+
+    ``capabilities`` is what it can do on all of them that say so.
+    """
 
     name: str
     state: Literal["loaded", "loading", "cold", "away"]
     workers: int
     context: int
     seen_at: float
+    loaded: int = 0
+    capabilities: tuple[str, ...] = ()
 
 
 class Models:
@@ -112,9 +117,13 @@ def _best(containers: Iterable[ContainerStatus]) -> dict[str, ModelView]:
     for one in containers:
         if one.state == "healthy":
             for model in one.models:
-                view = ModelView(model.name, model.state, 1, model.context, 0)
+                loaded = int(model.state == "loaded")
+                view = ModelView(model.name, model.state, 1, model.context, 0, loaded, model.capabilities)
                 known = found.get(model.name)
-                found[model.name] = _joined(known, view)._replace(workers=1) if known else view
+                if known:
+                    view = _joined(known, view)
+                    view = view._replace(workers=1, loaded=min(1, view.loaded))
+                found[model.name] = view
     return found
 
 
@@ -123,4 +132,13 @@ def _joined(one: ModelView, other: ModelView) -> ModelView:
     state = next(state for state in STATES if state in states)
     # What every one of them takes is what a client can count on.
     contexts = [view.context for view in (one, other) if view.context]
-    return ModelView(one.name, state, one.workers + other.workers, min(contexts, default=0), 0)
+    said = [view.capabilities for view in (one, other) if view.capabilities]
+    return ModelView(
+        name=one.name,
+        state=state,
+        workers=one.workers + other.workers,
+        context=min(contexts, default=0),
+        seen_at=0,
+        loaded=one.loaded + other.loaded,
+        capabilities=tuple(word for word in said[0] if word in said[-1]) if said else (),
+    )
