@@ -94,13 +94,18 @@ def test_gateways_are_measured_in_every_phase_and_no_request_fails() -> None:
     assert found.keys() >= SCRIPTS["gateway"]
     assert found["left_out"].keys() >= {"litellm", "sglang"}
     rows = found["gateways"]
-    assert rows.keys() >= {"alone", "rma", "agent"}
+    assert rows.keys() >= {"alone", "rma", "uvicorn", "agent"}
     assert [(name, phase, row[phase]["failures"]) for name, row in rows.items() for phase in _phases.PHASES] == [
         (name, phase, []) for name in rows for phase in _phases.PHASES
     ]
     assert all(row[phase]["per_s"] > 0 for row in rows.values() for phase in _phases.PHASES)
     # Of the agent both are watched.
-    assert {name: len(row["requests"]["cpu_us"]) for name, row in rows.items()} == {"alone": 1, "rma": 1, "agent": 2}
+    assert {name: len(row["requests"]["cpu_us"]) for name, row in rows.items()} == {
+        "alone": 1,
+        "rma": 1,
+        "uvicorn": 1,
+        "agent": 2,
+    }
     assert [held["asked"] for held in rows["rma"]["memory"]["streams"]] == [1, 100, 5 * _stub.SLOTS]
     assert rows["rma"]["capacity"]["streams"] >= 0
 
