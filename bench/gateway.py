@@ -6,7 +6,7 @@ up its tokens, on the other cores, with the load. RMA's has ``--workers`` worker
 
 What counts is CPU a request and a token: rates by the wall are less wherever others use the core, which `waited` tells.
 ``--seconds`` is how long each gateway is measured in each phase; ``--only rma,sglang`` leaves the others out;
-``--profile requests`` (``streams``, ``agent-requests``, ``agent-streams``) shows instead where time is spent.
+``--profile requests`` (``streams``, ``uvicorn-…``, ``agent-…``) shows instead where time is spent.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ SECONDS = 6.0
 #: The search for the most streams takes so many times the seconds of another phase at most.
 SEARCH = 15
 #: What can be profiled: the coordinator, or a real agent, under one kind of load.
-PROFILES = ("requests", "streams", "agent-requests", "agent-streams")
+PROFILES = ("requests", "streams", "uvicorn-requests", "uvicorn-streams", "agent-requests", "agent-streams")
 #: Streams of the coordinator's profile, enough to keep it busy.
 PROFILED = 150
 
@@ -144,7 +144,7 @@ def _profiled(place: Place, what: str, asked: Options) -> int:
     """Show where the coordinator, or the agent behind it, spends its time under one kind of load."""
     who, _, kind = what.rpartition("-")
     phase = PHASES[kind]
-    if kind == "streams" and not who:
+    if kind == "streams" and who != AGENT:
         phase = phase._replace(connections=PROFILED)
     with GATEWAYS[who or "rma"](place) as aim:
         bench = Bench(place.stub, place.backend, {what: aim}, place.workers * SLOTS)
