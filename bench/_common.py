@@ -12,7 +12,6 @@ import statistics
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -43,12 +42,21 @@ class Options(NamedTuple):
 
 def options(about: str | None) -> Options:
     """Read the command line."""
+    return read_options(parser(about).parse_args())
+
+
+def parser(about: str | None) -> argparse.ArgumentParser:
+    """Return what reads the options that all scripts have, for a script to add its own."""
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--workers", type=int, default=1000, help="workers in the pool (default %(default)s)")
     parser.add_argument("--seconds", type=float, default=20.0, help="length of the main phase (default %(default)g)")
     parser.add_argument("--json", dest="as_json", action="store_true", help="print JSON")
     parser.add_argument("--check", action="store_true", help="exit with 1 when a stated target is missed")
-    given = parser.parse_args()
+    return parser
+
+
+def read_options(given: argparse.Namespace) -> Options:
+    """Return the options that all scripts have."""
     return Options(max(1, given.workers), max(0.1, given.seconds), given.as_json, given.check)
 
 
@@ -113,6 +121,17 @@ def pin(cores: set[int]) -> None:
         os.sched_setaffinity(0, cores)
 
 
+@contextlib.contextmanager
+def pinned(cores: set[int]) -> Iterator[None]:
+    """Start on these cores what is started meanwhile."""
+    own = os.sched_getaffinity(0) if cores else set[int]()
+    pin(cores)
+    try:
+        yield
+    finally:
+        pin(own)
+
+
 # -- processes ---------------------------------------------------------------------------------------------------
 
 
@@ -127,23 +146,23 @@ class Server(NamedTuple):
 
 @contextlib.contextmanager
 def started(
-    command: Sequence[str], *, home: Path, cores: set[int], env: Mapping[str, str] | None = None
+    command: Sequence[str],
+    *,
+    home: Path,
+    cores: set[int],
+    env: Mapping[str, str] | None = None,
+    program: str = sys.executable,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a command on ``cores`` with ``home`` as its state folder and log; it is gone when this ends."""
+    """Run ``program`` on ``cores`` with ``home`` as its state folder and log; it is gone when this ends."""
     settings = {name: value for name, value in os.environ.items() if not name.startswith("RMA_")}
     home.mkdir(parents=True, exist_ok=True)
-    own = os.sched_getaffinity(0) if cores else set[int]()
-    with (home / "log").open("ab") as log:
-        pin(cores)
-        try:
-            process = subprocess.Popen(
-                [sys.executable, *command],
-                env={**settings, "RMA_HOME": str(home), **(env or {})},
-                stdout=log,
-                stderr=log,
-            )
-        finally:
-            pin(own)
+    with (home / "log").open("ab") as log, pinned(cores):
+        process = subprocess.Popen(
+            [program, *command],
+            env={**settings, "RMA_HOME": str(home), **(env or {})},
+            stdout=log,
+            stderr=log,
+        )
     try:
         yield process
     finally:
@@ -175,7 +194,7 @@ def _first_key(home: Path) -> str:
         if (client := read_client(home)) is not None:
             return client.key
         time.sleep(0.005)
-    sys.exit(f"no key in {home}:\n{(home / 'log').read_text(encoding='utf-8')[-2000:]}")
+    sys.exit(f"no key in {home}:\n{log_of(home)}")
 
 
 def free_port() -> int:
@@ -187,16 +206,27 @@ def free_port() -> int:
 
 def wait_until_answered(url: str, process: subprocess.Popen[bytes], home: Path) -> None:
     """Return as soon as ``url`` answers; end the measurement with the log when it never will."""
+    if not answers(url, process):
+        sys.exit(f"{url} does not answer:\n{log_of(home)}")
+
+
+def answers(url: str, process: subprocess.Popen[bytes], within_s: float = READY_WITHIN_S) -> bool:
+    """Wait until ``url`` answers, and say whether it does before the time is over or the process."""
     # A proxy from the environment is for the way out of this machine.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    deadline = time.monotonic() + READY_WITHIN_S
+    deadline = time.monotonic() + within_s
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            with opener.open(url, timeout=READY_WITHIN_S):
-                return
-        except (OSError, urllib.error.URLError):
+            with opener.open(url, timeout=within_s):
+                return True
+        except OSError:  # among them every status that is an error
             time.sleep(0.005)
-    sys.exit(f"{url} does not answer:\n{(home / 'log').read_text(encoding='utf-8')[-2000:]}")
+    return False
+
+
+def log_of(home: Path) -> str:
+    """Return the end of what a process that was `started` has said."""
+    return (home / "log").read_text(encoding="utf-8", errors="replace")[-2000:]
 
 
 def memory(process: psutil.Process) -> dict[str, float]:

@@ -102,7 +102,7 @@ class Machine:
         self._url, self._report, self._key = url, report, DeviceKey.generate()
         self._http = Connection(url)
         self._channel: Channel | None = None
-        self._generation = 0
+        self.generation = 0
         self._containers: tuple[ContainerStatus, ...] = ()
         self._slots: dict[str, int] = {}
 
@@ -145,7 +145,7 @@ class Machine:
             worker_id=self.worker_id,
             current_load=round(random.random(), 3),
             containers=self._containers,
-            generation=self._generation,
+            generation=self.generation,
         )
 
     async def beat(self) -> None:
@@ -159,7 +159,7 @@ class Machine:
             self._run(answer.generation, answer.containers)
 
     def _run(self, generation: int, assignments: Iterable[Assignment]) -> None:
-        self._generation = generation
+        self.generation = generation
         self._containers = tuple(
             ContainerStatus(
                 name=a.name,

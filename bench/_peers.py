@@ -1,4 +1,4 @@
-"""The peers of bench/durable.py: Celery on Redis and procrastinate on PostgreSQL, real, in temporary folders.
+"""Where peers come from, and those of bench/durable.py: Celery on Redis and procrastinate on PostgreSQL, real.
 
 Servers are the machine's own (Debian: redis-server, postgresql), the libraries come from bench/peers.txt into a virtual
 environment that is thrown away, or that of ``RMA_BENCH_PEERS`` (the path of its python; ``none`` leaves the peers out).
@@ -32,17 +32,17 @@ class NoPeerError(Exception):
     """A peer cannot be measured here; the sentence says why."""
 
 
-def python(folder: Path) -> str:
-    """Return a python that has the peers. Raises NoPeerError."""
-    given = os.environ.get("RMA_BENCH_PEERS", "")
+def python(folder: Path, *, requirements: str = "peers.txt", variable: str = "RMA_BENCH_PEERS") -> str:
+    """Return a python that has the peers: that of the environment's ``variable``, or a new one. Raises NoPeerError."""
+    given = os.environ.get(variable, "")
     if given == "none":
-        raise NoPeerError("left out (RMA_BENCH_PEERS=none)")
+        raise NoPeerError(f"left out ({variable}=none)")
     if given:
         return given
     found = folder / "venv" / "bin" / "python"
     if not found.exists():
         _quietly([sys.executable, "-m", "venv", str(folder / "venv")])
-        _quietly([str(found), "-m", "pip", "install", "--quiet", "-r", str(HERE / "peers.txt")])
+        _quietly([str(found), "-m", "pip", "install", "--quiet", "-r", str(HERE / requirements)])
     return str(found)
 
 

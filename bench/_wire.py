@@ -109,9 +109,10 @@ class Channel:
         async with asyncio.timeout(CALL_S), self._turn:
             await self._socket.send(frames.pack(frame))
             while True:
-                said = frames.unpack_down(str(await self._socket.recv()))
-                if isinstance(said, frames.Assign):
-                    return said.answer
+                for _, kind, content in frames.records(await self._socket.recv()):
+                    said = frames.unpack_down(content) if kind == frames.CONTROL else None
+                    if isinstance(said, frames.Assign):
+                        return said.answer
 
     async def close(self) -> None:
         """Close it."""

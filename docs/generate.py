@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).resolve().parent / "reference"
 GENERATED = "<!-- Written by docs/generate.py from the code: change that, then run `make docs`. -->"
+#: What problems that are no kind of failure by themselves are raised as.
+PROBLEMS = ("HTTPProblem", "OverLimit")
 #: Commands of other installed plugins are theirs to document.
 OURS = ("rma_core", "rma_coordinator")
 
@@ -371,7 +373,7 @@ def _codes() -> dict[int, list[str]]:
     codes = {status: [usual] for status, (_, usual) in STATUS_WORDS.items()}
     for path in sorted(Path(rma_coordinator.__file__).parent.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "HTTPProblem":
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in PROBLEMS:
                 status = node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else None
                 for word in (
                     k.value.value for k in node.keywords if k.arg == "code" and isinstance(k.value, ast.Constant)

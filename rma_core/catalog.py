@@ -138,6 +138,8 @@ class CatalogEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     timeout_s: Annotated[float, Meta(gt=0, le=604_800)] | None = None
     first_byte_s: Annotated[float, Meta(gt=0, le=604_800)] | None = None
     gap_s: Annotated[float, Meta(gt=0, le=86_400)] = 60
+    #: Bytes of a request's body at most (``None``: the pool's setting).
+    max_body_bytes: Annotated[int, Meta(ge=0, le=2**53)] | None = None
     routes: Annotated[tuple[Route, ...], Meta(min_length=1, max_length=64)]
     slots: Annotated[int, Meta(ge=1, le=1024)] = 1
     tiers: Annotated[tuple[Annotated[int, Meta(ge=1, le=99)], ...], Meta(max_length=32)] = ()

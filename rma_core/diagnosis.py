@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from rma_core.agent.control import ask
+from rma_core.agent.nearby import find
 from rma_core.agent.start import look, plugin_tables
 from rma_core.agent.status import AgentStatus
 from rma_core.errors import RMAError
@@ -60,6 +61,7 @@ async def examine(settings: AgentSettings, plugins: Plugins) -> list[Finding]:
         *_detectors(report),
         *_tier(settings, plugins, report),
         *runtimes,
+        *await _model_servers(settings, running),
         *await _coordinator(settings),
     ]
 
@@ -82,6 +84,22 @@ def _as_the_agent_says(running: AgentStatus) -> Iterable[Finding]:
         level: Level = "ok" if container.state == "healthy" else "problem" if container.state == "failed" else "note"
         message = f"{container.state}: {container.reason}" if container.reason else container.state
         yield Finding(level=level, subject=f"service {container.service}", message=message)
+
+
+async def _model_servers(settings: AgentSettings, running: AgentStatus | None) -> list[Finding]:
+    """Say what runs here and could be attached; that it is not is the owner's choice, and no fault."""
+    if not settings.find_model_servers:
+        return []
+    known = (running.coordinator, *running.attached) if running else (settings.coordinator_url, _pool_of(settings))
+    return [
+        Finding(
+            level="note",
+            subject="model server",
+            message=f"{one.words()} is not shared",
+            advice=f"to share it: rma agent --attach {one.url}",
+        )
+        for one in await find((*known, *settings.attach))
+    ]
 
 
 def _home(home: Path) -> Iterable[Finding]:
@@ -174,6 +192,17 @@ async def _probe(runtime: ContainerRuntime) -> RuntimeHealth:
         return RuntimeHealth(state="unhealthy", reason=f"no answer within {PROBE_S:.0f} s")
     finally:
         await runtime.aclose()
+
+
+def _pool_of(settings: AgentSettings) -> str:
+    """Return the address of the pool that this machine has joined, an empty string for none."""
+    from rma_core.agent.state import StateFolder
+
+    try:
+        record = StateFolder(settings.home_path).load_record() if settings.home_path.exists() else None
+    except RMAError:
+        return ""
+    return record.coordinator_url if record else ""
 
 
 async def _coordinator(settings: AgentSettings) -> list[Finding]:

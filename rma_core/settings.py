@@ -12,7 +12,7 @@ import os
 import tomllib
 import typing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypedDict, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -210,6 +210,9 @@ class AgentSettings(Settings, frozen=True, kw_only=True):
     attach: Annotated[
         list[str], Meta(description="Model servers that already run on this machine and are shared, by URL.")
     ] = []
+    find_model_servers: Annotated[
+        bool, Meta(description="Look at the usual ports of this machine for model servers that could be attached.")
+    ] = True
     models: Annotated[
         list[str], Meta(description="Models on this machine that are shared: folders, or `NAME=FILE.gguf`.")
     ] = []
@@ -228,6 +231,10 @@ class CoordinatorSettings(Settings, frozen=True, kw_only=True):
     port: Annotated[int, Meta(ge=0, le=65_535, description="Port to listen on; 0 takes a free one.")] = 8080
     tls_cert: Annotated[str, Meta(description="Certificate file (PEM); with it the coordinator speaks https.")] = ""
     tls_key: Annotated[str, Meta(description="Private key file (PEM) of the certificate.")] = ""
+    server: Annotated[
+        Literal["hypercorn", "uvicorn"],
+        Meta(description="What serves HTTP: `uvicorn` for large pools (`pip install 'rma-coordinator[uvicorn]'`)."),
+    ] = "hypercorn"
     public_url: Annotated[str, Meta(description="Address by which others reach the coordinator.")] = ""
     store: Annotated[
         str, Meta(description="Where state is kept: `sqlite` (in the state folder), `sqlite:PATH` or `memory`.")
@@ -241,6 +248,9 @@ class CoordinatorSettings(Settings, frozen=True, kw_only=True):
     heartbeat_interval_s: Annotated[float, Meta(gt=0, le=3600, description="Least seconds between heartbeats.")] = 30.0
     heartbeats_per_s: Annotated[float, Meta(gt=0, description="Heartbeats a second the coordinator will take.")] = 500.0
     trusted_proxies: Annotated[list[str], Meta(description="Networks whose forwarding headers are believed.")] = []
+    cors_origins: Annotated[
+        list[str], Meta(description="Origins whose pages may call /v1 from a browser, with a key; `*`: any.")
+    ] = []
     max_body_bytes: Annotated[int, Meta(ge=1024, description="Largest request body that is taken.")] = 64 * 1024 * 1024
     memory_body_bytes: Annotated[int, Meta(ge=0, description="Request bodies above this wait on disk.")] = 256 * 1024
     memory_bodies_bytes: Annotated[int, Meta(ge=0, description="Bytes that all bodies together keep in memory.")] = (
@@ -270,6 +280,17 @@ class CoordinatorSettings(Settings, frozen=True, kw_only=True):
     max_result_bytes: Annotated[int, Meta(ge=1024, description="Largest answer of an asynchronous task.")] = (
         256 * 1024 * 1024
     )
+    bytes_per_month: Annotated[
+        int,
+        Meta(ge=0, description="Bytes of requests and answers that may leave it a month (UTC); 0 is any number."),
+    ] = 0
+    worker_bytes_per_month: Annotated[
+        int, Meta(ge=0, description="Bytes of requests to and answers of one worker a month; 0 is any number.")
+    ] = 0
+    webhook_networks: Annotated[
+        list[str], Meta(description="Networks that webhooks may go to although they are not public.")
+    ] = []
+    webhook_http: Annotated[bool, Meta(description="Webhooks may go over plain http.")] = False
     kept_tasks: Annotated[
         int, Meta(ge=1, le=1_000_000, description="Finished asynchronous tasks that are kept; the oldest go first.")
     ] = 10_000

@@ -58,11 +58,11 @@ class Line:
         while True:
             message = await self._ws.receive()
             async with self.news:
-                if isinstance(message, bytes):
-                    stream, _, data = frames.unpack_data(message)
-                    self.data.setdefault(stream, bytearray()).extend(data)
-                else:
-                    self.control.append(frames.unpack_up(message))
+                for stream, kind, content in frames.records(message):
+                    if kind == frames.CONTROL:
+                        self.control.append(frames.unpack_up(content))
+                    else:
+                        self.data.setdefault(stream, bytearray()).extend(content)
                 self.news.notify_all()
 
     async def say(self, frame: frames.Frame) -> None:

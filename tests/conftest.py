@@ -34,6 +34,25 @@ __all__ = [
 ]
 
 
+#: Tests of what the coordinator's server has a part in run on each of them.
+ON_EVERY_SERVER = frozenset({"test_channel", "test_hostile_bytes", "test_server"})
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Let some files' tests run once for each server."""
+    if metafunc.module.__name__.rpartition(".")[2] in ON_EVERY_SERVER:
+        metafunc.fixturenames.append("served_by")
+        metafunc.parametrize("served_by", ["hypercorn", "uvicorn"], indirect=True)
+
+
+@pytest.fixture
+def served_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What serves the coordinators of a test."""
+    name = str(request.param)
+    monkeypatch.setenv("RMA_TEST_SERVER", name)
+    return name
+
+
 @pytest.fixture(autouse=True)
 def _levels_of_loggers() -> Iterator[None]:
     """Leave to the next test the levels that there were: a command sets them for its process, which is the tests'."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import time
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlencode
@@ -60,6 +61,8 @@ def entry(service: str, *routes: str, wanted: int = 8, slots: int = 8) -> Catalo
     )
 
 
+#: What serves the coordinators of tests, where it is not the default.
+SERVER = "RMA_TEST_SERVER"
 CATALOG = (entry("notes", "POST /notes", "POST /notes/outline"), entry("ner"))
 
 
@@ -89,8 +92,8 @@ async def soon(what: Awaitable[F], *, within_s: float = PATIENCE_S) -> F:
 class Running:
     """A coordinator that serves."""
 
-    def __init__(self, app: Quart, url: str, clock: TurnedClock) -> None:
-        self.app, self.url, self.clock = app, url, clock
+    def __init__(self, app: Quart, url: str, clock: TurnedClock, served_by: server.Server) -> None:
+        self.app, self.url, self.clock, self.server = app, url, clock, served_by
         self.key = ""
         self.stop = asyncio.Event()
         self.client: AsyncClient
@@ -237,12 +240,11 @@ class Line:
                 await self._read()
 
     async def _read(self) -> None:
-        message = await self.ws.recv()
-        if isinstance(message, bytes):
-            stream, _, data = frames.unpack_data(message)
-            self.bodies[stream] = self.bodies.get(stream, b"") + data
-        else:
-            self._waiting.append(frames.unpack_down(message))
+        for stream, kind, content in frames.records(await self.ws.recv()):
+            if kind == frames.CONTROL:
+                self._waiting.append(frames.unpack_down(content))
+            else:
+                self.bodies[stream] = self.bodies.get(stream, b"") + content
 
     async def task(self, *, accept: bool = True) -> frames.Task:
         """Return the next task, with its body in ``bodies``."""
@@ -295,18 +297,24 @@ def make_app(
     )
 
 
+def make_config(plain: server.Listener | None, secure: server.Listener | None) -> server.Server:
+    """Return the server that the tests run with."""
+    return server.make_config(plain, secure, server=os.environ.get(SERVER, "hypercorn"))
+
+
 @contextlib.asynccontextmanager
 async def running(home: Path, **more: Any) -> AsyncIterator[Running]:
     """A coordinator on a free port of loopback, with a client that holds a key with every scope."""
     clock = TurnedClock()
     listener = server.Listener("127.0.0.1", server.free_port("127.0.0.1", 0))
     app = make_app(home, clock=clock, **more)
-    found = Running(app, listener.url, clock)
+    config = make_config(listener, None)
+    found = Running(app, listener.url, clock, config)
 
     async def told() -> None:
         await found.stop.wait()
 
-    serving = asyncio.create_task(server.run_server(app, server.make_config(listener, None), until=told))
+    serving = asyncio.create_task(server.run_server(app, config, until=told))
     try:
         await _answering(listener.port, serving)
         found.key = await found.make_key(*SCOPES, kind="admin")

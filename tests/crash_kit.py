@@ -10,6 +10,7 @@ import time
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from rma_coordinator.domain.records import LedgerEntry, TaskRecord, TaskResult
+from rma_coordinator.domain.webhooks import WebhookRecord
 from rma_coordinator.store import SqliteStore
 from rma_core.commands.common import read_client
 from rma_core.http import open_client
@@ -183,6 +184,7 @@ class Kept(NamedTuple):
     tasks: dict[str, TaskRecord]
     results: dict[str, TaskResult]
     ledger: dict[str, LedgerEntry]
+    webhooks: dict[str, WebhookRecord]
 
 
 async def kept(home: Path) -> Kept:
@@ -195,6 +197,7 @@ async def kept(home: Path) -> Kept:
             {one.task_id: one for one in tasks},
             {one.task_id: one for one in results},
             {one.task_id: one for one in await store.load(LedgerEntry)},
+            {one.task_id: one for one in await store.load(WebhookRecord)},
         )
     finally:
         await store.close()

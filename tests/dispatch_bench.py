@@ -63,11 +63,11 @@ class Recording:
 class Bench:
     """A dispatcher with everything a test needs of it."""
 
-    def __init__(self, *, max_queued: int = 100, now: float = 1000.0) -> None:
+    def __init__(self, *, max_queued: int = 100, now: float = 1000.0, seed: int = 1) -> None:
         self.now = now
         self.effects = Recording()
         self.dispatcher = Dispatcher(
-            self.effects, clock=lambda: self.now, max_queued=max_queued, chance=random.Random(1)
+            self.effects, clock=lambda: self.now, max_queued=max_queued, chance=random.Random(seed)
         )
         self.effects.seats = self.dispatcher.seats
 

@@ -4,7 +4,8 @@ Each operation is invoked, and then known to be ``ok``, known to have ``fail``-e
 ``unknown`` (its answer was lost: it may have happened, or may yet). The promises:
 what was acknowledged ends exactly once and its end never changes; an answer is the right service's, to that very
 request; what failed has no effect; a key has one task; a lease has one holder; numbers of attempts only grow; the
-ledger is the succeeded tasks, each once, credited to who answered; in the end nothing is left open.
+ledger is the succeeded tasks, each once, credited to who answered; the end of a task whose client wants to be told is
+told at least once, once it is on disk, always with the same id and the same words; in the end nothing is left open.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from rma_coordinator.domain.records import LedgerEntry, LedgerTotal, TaskRecord, TaskResult
+from rma_coordinator.domain.webhooks import WebhookRecord
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -54,6 +56,8 @@ class Operation:
     state: str = ""
     answer: str = ""
     status: int = 0
+    #: Whether its client wants to be told of its task's end.
+    hook: bool = False
 
 
 @dataclass
@@ -64,6 +68,9 @@ class History:
     wrong: list[str] = field(default_factory=list)
     #: What each task was asked, as its workers saw it.
     asked: dict[str, str] = field(default_factory=dict)
+    #: What was told of each task's end: the id and the words, and how often that arrived.
+    told: dict[str, tuple[str, bytes]] = field(default_factory=dict)
+    arrivals: Counter[str] = field(default_factory=Counter)
     _ends: dict[str, tuple[str, str]] = field(default_factory=dict)
     _credits: dict[str, tuple[str, int]] = field(default_factory=dict)
     _folded: Counter[str] = field(default_factory=Counter)
@@ -107,6 +114,20 @@ class History:
             self.complain(f"{task_id} has two answers")
         self._ends[task_id] = (state if known[0] == UNSUCCESSFUL else known[0], known[1] or answer)
 
+    def hear(self, disk: Disk, headers: dict[str, str], body: bytes) -> None:
+        """A webhook has arrived: what it says is on disk, and is what it said before."""
+        data = msgspec.json.decode(body)["data"]
+        task_id, message_id = data["task_id"], headers["webhook-id"]
+        kept = disk.tables.get("TaskRecord", {}).get(task_id)
+        record = None if kept is None else msgspec.json.decode(kept, type=TaskRecord)
+        if record is None or record.ended_at is None or record.state != data["status"]:
+            self.complain(f"{task_id} was told to be {data['status']}, and is {record and record.state}")
+        elif not record.webhook:
+            self.complain(f"{task_id} was told, and nobody wants that")
+        if self.told.setdefault(task_id, (message_id, body)) != (message_id, body):
+            self.complain(f"{task_id} was told in two ways, {self.told[task_id][0]} and {message_id}")
+        self.arrivals[task_id] += 1
+
     def seen(self, operation: Operation, body: bytes, service: str, asked: str) -> None:
         """Check an answer: it is the service's own, and to this request."""
         try:
@@ -127,6 +148,7 @@ class History:
         for operation in self.operations:
             self._operation(operation, records)
         self._keys()
+        self._webhooks(disk)
         self._ledger(disk, records, troubles)
         return self.wrong
 
@@ -160,6 +182,18 @@ class History:
         for (client, key), found in made.items():
             if len(found) > 1:
                 self.complain(f"client {client}'s key {key} has {len(found)} tasks")
+
+    def _webhooks(self, disk: Disk) -> None:
+        ids = Counter(message_id for message_id, _ in self.told.values())
+        for one in self.operations:
+            if one.hook and one.outcome == "ok" and not self.arrivals[one.task_id]:
+                self.complain(f"{one.task_id} was acknowledged (operation {one.number}) and its end was never told")
+        for record in disk.load(WebhookRecord):
+            if record.state != "delivered" or not self.arrivals[record.task_id]:
+                arrived = self.arrivals[record.task_id]
+                self.complain(f"the webhook of {record.task_id} is {record.state} and has arrived {arrived} times")
+        for message_id in [message_id for message_id, count in ids.items() if count > 1]:
+            self.complain(f"{message_id} tells of {ids[message_id]} tasks")
 
     def _ledger(self, disk: Disk, records: dict[str, TaskRecord], troubles: list[float]) -> None:
         entries = {entry.task_id: entry for entry in disk.load(LedgerEntry)}

@@ -28,6 +28,7 @@ CONTEXT = 2048
 #: What the tiny model answers at length with no two tokens nearly as good as each other: elsewhere rounding, which is
 #: not the same for a token computed alone and for one of many, would decide what a continued answer says.
 SOLID = ("Hello", "hello 9", "hello 31", "hello 8", "hello 29")
+SOLID_PROMPT = "Hello 24"
 SOLID_TOKENS = 120
 
 

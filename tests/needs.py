@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests import engines, podmans
+from tests import engines, podmans, sdks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -158,6 +158,10 @@ def _gcc() -> str | None:
     return _advised(_run("gcc", "--version"), "apt-get install gcc libc6-dev")
 
 
+def _go() -> str | None:
+    return _advised(_run("go", "version"), "apt-get install golang-go")
+
+
 def _openapi() -> str | None:
     if importlib.util.find_spec("openapi_spec_validator"):
         return None
@@ -167,6 +171,22 @@ def _openapi() -> str | None:
 def _llama() -> str | None:
     missing = [name for name in ("xllamacpp", "gguf", "rma_llama_cpp") if not importlib.util.find_spec(name)]
     return f"{', '.join(missing)} not installed; pip install -r requirements-dev.txt" if missing else None
+
+
+def _node() -> str | None:
+    try:
+        sdks.node()
+    except sdks.NotMadeError as error:
+        return f"{error}; it needs Node {sdks.LEAST_NODE} and npm, or an index that pip can fetch Node from"
+    return None
+
+
+def _litellm() -> str | None:
+    try:
+        sdks.litellm()
+    except sdks.NotMadeError as error:
+        return f"{error}; it needs an index that pip can fetch packages from"
+    return None
 
 
 def _mount() -> str | None:
@@ -203,10 +223,13 @@ CHECKS: dict[str, Callable[[], str | None]] = {
     "debootstrap": _debootstrap,
     "docker": _docker,
     "gcc": _gcc,
+    "go": _go,
+    "litellm": _litellm,
     "llama": _llama,
     "mount": _mount,
     "netns": _netns,
     "nginx": _nginx,
+    "node": _node,
     "openapi": _openapi,
     "own-engine": _own_engine,
     "podman": _podman,

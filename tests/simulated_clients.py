@@ -71,6 +71,10 @@ class SimulatedClient:
             headers["idempotency-key"] = operation.key
         if detached:
             headers["prefer"] = "respond-async"
+            # A repetition has the same as the first.
+            if operation.digest[0] in "01234567":
+                headers["rma-webhook"] = f"https://hooks.example/{self.number}"
+                operation.hook = True
         path = f"/api/inference/{operation.service}"
         patience_s = self.world.random.uniform(0.05, 3.0) if self.world.random.random() < 0.1 else CALL_WITHIN_S
         try:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from tests.history import History
     from tests.simulation import World
 
+    #: Offers whose bodies come as frames, each with what has come, by stream.
+    Waiting = dict[int, tuple[TaskOffer, bytes]]
+
 SERVICES = ("notes", "ner")
 #: Seconds for which an answer that was sent is kept, in case the connection breaks under it.
 KEPT_S = 15.0
@@ -280,30 +283,36 @@ class SimulatedWorker:
         return event
 
     async def _read(self, ws: Connection) -> None:
-        offers: dict[int, tuple[TaskOffer, bytes]] = {}
+        waiting: Waiting = {}
         while True:
             event = await self._next(ws, 100.0)
             if event["type"] == "websocket.close":
                 raise Broken
-            data = event.get("bytes")
-            if data is not None:
-                stream, end, part = frames.unpack_data(data)
-                offer, body = offers.pop(stream)
-                if end:
-                    self._accept(ws, offer, body + part)
-                else:
-                    offers[stream] = offer, body + part
-                continue
-            frame = frames.unpack_down(event["text"])
-            if isinstance(frame, frames.Task):
-                if frame.offer.body_url is None:
-                    offers[frame.stream] = frame.offer, b""
-                else:
-                    self._accept(ws, frame.offer, b"")
-            elif isinstance(frame, frames.Cancel):
-                self._cancel(frame.stream)
-            elif isinstance(frame, frames.Assign):
-                self._drop([{"lease_id": ref.lease_id} for ref in frame.answer.cancel])
+            found = event.get("bytes")
+            for record in frames.records(event["text"] if found is None else found):
+                self._record(ws, waiting, record)
+
+    def _record(self, ws: Connection, waiting: Waiting, record: tuple[int, int, bytes]) -> None:
+        stream, kind, content = record
+        if kind == frames.CONTROL:
+            self._control(ws, waiting, frames.unpack_down(content))
+            return
+        offer, body = waiting.pop(stream)
+        if kind == frames.DATA_LAST:
+            self._accept(ws, offer, body + content)
+        else:
+            waiting[stream] = offer, body + content
+
+    def _control(self, ws: Connection, waiting: Waiting, frame: frames.Down) -> None:
+        if isinstance(frame, frames.Task):
+            if frame.offer.body_url is None:
+                waiting[frame.stream] = frame.offer, b""
+            else:
+                self._accept(ws, frame.offer, b"")
+        elif isinstance(frame, frames.Cancel):
+            self._cancel(frame.stream)
+        elif isinstance(frame, frames.Assign):
+            self._drop([{"lease_id": ref.lease_id} for ref in frame.answer.cancel])
 
     def _accept(self, ws: Connection, offer: TaskOffer, body: bytes) -> None:
         if self.world.random.random() < 0.02:

@@ -7,8 +7,8 @@ drawn from one generator.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
-import secrets
 from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from unittest import mock
@@ -16,17 +16,19 @@ from unittest import mock
 import msgspec
 
 from rma_coordinator.app import create_app, pool_of
-from rma_coordinator.domain import tasks as domain_tasks
+from rma_coordinator.domain import unguessable
+from rma_coordinator.domain import webhooks as domain_webhooks
 from rma_coordinator.store.base import CLOSED, OK, StoreFailed, StoreState, encoded
 from rma_core.host import Plugins
 from tests.coordinator_fixtures import CATALOG, settings
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+    from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
     from pathlib import Path
 
     from quart import Quart
 
+    from rma_coordinator.domain.tasks import Attempt
     from rma_coordinator.pool import Pool
     from rma_coordinator.store.base import Change, R, Row
     from tests.virtual import VirtualLoop
@@ -339,6 +341,7 @@ class Life:
             catalog=CATALOG,
         )
         self.pool: Pool = pool_of(self.app)
+        self.pool.webhooks.send = world.deliver
         self.connections: dict[Connection, None] = {}
         self.up = False
         # Cut in the order in which they came: a set of tasks has none that a seed could replay.
@@ -385,6 +388,9 @@ class World:
         self.crashes: list[float] = []
         #: What handlers of the coordinator died of: always a bug.
         self.errors: list[BaseException] = []
+        #: Whoever is told of the ends of tasks, and whether that may fail.
+        self.hearing: list[Callable[[Disk, dict[str, str], bytes], None]] = []
+        self.unreliable = True
 
     def wall(self) -> float:
         return WALL + self.loop.time() + self.wall_ahead_s
@@ -395,11 +401,24 @@ class World:
     def watch_offers(self, pool: Pool) -> None:
         offer = pool.hub.offer
 
-        def watched(attempt: domain_tasks.Attempt) -> bool:
+        def watched(attempt: Attempt) -> bool:
             self.offers.append((attempt.task.id, attempt.number, attempt.lease_id, attempt.worker_id))
             return offer(attempt)
 
         pool.hub.offer = watched  # type: ignore[method-assign]
+
+    async def deliver(self, url: str, headers: dict[str, str], body: bytes) -> domain_webhooks.Reply:
+        """Stand in for the way to a receiver and back: what is sent is lost, or refused, or taken and nobody told."""
+        await self.pause(0.001, 0.5)
+        luck = self.random.random() if self.unreliable else 1.0
+        if luck < 0.1:
+            raise domain_webhooks.Unreachable(f"{url} is not there")
+        for hear in self.hearing:
+            hear(self.disk, headers, body)
+        if luck < 0.2:
+            await asyncio.sleep(HOOK_HANGS_S)
+            raise domain_webhooks.Unreachable("it did not answer")
+        return domain_webhooks.Reply(503 if luck < 0.3 else 204)
 
     async def start(self) -> None:
         """Start the coordinator, again and again while its disk does not let it."""
@@ -493,28 +512,18 @@ def scope_of(kind: str, method: str, path: str, secret: str, headers: dict[str, 
     }
 
 
-class _Seeded:
-    """`secrets` as the domain uses it, from the simulation's generator."""
-
-    compare_digest = staticmethod(secrets.compare_digest)
-
-    def __init__(self, chance: random.Random) -> None:
-        self._chance = chance
-
-    def token_hex(self, count: int) -> str:
-        return self._chance.randbytes(count).hex()
-
-    def token_bytes(self, count: int) -> bytes:
-        return self._chance.randbytes(count)
-
-    def randbelow(self, limit: int) -> int:
-        return self._chance.randrange(limit)
-
-    def choice(self, letters: str) -> str:
-        return self._chance.choice(letters)
+#: Seconds after which nobody waits for a receiver any more.
+HOOK_HANGS_S = 15.0
+#: Webhooks are tried more often here than in earnest, and longer than any trouble lasts.
+HOOK_WAITS_S = (1.0, 2.0, 5.0, 10.0, *[20.0] * 100)
 
 
-def seeded(seed: int) -> Any:
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
     """Make what the coordinator draws by itself come from the seed: names of tasks and leases, and jitter."""
     random.seed(seed)
-    return mock.patch.object(domain_tasks, "secrets", _Seeded(random.Random(seed + 1)))
+    with (
+        mock.patch.object(unguessable, "source", unguessable.Source(random.Random(seed + 1).randbytes)),
+        mock.patch.object(domain_webhooks, "WAITS_S", HOOK_WAITS_S),
+    ):
+        yield

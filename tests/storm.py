@@ -11,12 +11,17 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import httpx2
+from standardwebhooks.webhooks import Webhook
 
 from tests import slow_service
 from tests.crash_kit import check_ends, kept
+from tests.receivers import DIE, Receiver, listening
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tests.crash_kit import Town
+    from tests.receivers import Arrival
 
 FINAL = frozenset({"succeeded", "failed", "cancelled"})
 #: Seconds between two tries of a client whose coordinator is away, and of the looks of an admin.
@@ -35,8 +40,10 @@ LONG_DOWN_S = 7.0
 class Ask:
     """One request: what was sent, and what is known of it."""
 
-    def __init__(self, name: str, body: bytes, *, key: str, later: bool) -> None:
+    def __init__(self, name: str, body: bytes, *, key: str, later: bool, hook: str = "") -> None:
         self.name, self.body, self.key, self.later = name, body, key, later
+        #: Where its end is to be told, if anywhere.
+        self.hook = hook
         self.task_id = ""
         #: What was said of its end, the first time.
         self.end: dict[str, Any] | None = None
@@ -48,11 +55,12 @@ class Ask:
         return {
             **({"Prefer": "respond-async"} if self.later else {}),
             **({"Idempotency-Key": self.key} if self.key else {}),
+            **({"RMA-Webhook": self.hook} if self.hook else {}),
         }
 
 
-def make(rng: random.Random, name: str) -> Ask:
-    """Return a request of some kind, size and length."""
+def make(rng: random.Random, name: str, hook: str) -> Ask:
+    """Return a request of some kind, size and length; the end of some is told to ``hook``."""
     body = slow_service.request(
         name,
         before_s=rng.choice([0, 0, 0.05, 0.3, 1, 2.5]),
@@ -61,7 +69,35 @@ def make(rng: random.Random, name: str) -> Ask:
         filling=rng.choice([10, 10, 10, 80_000, 80_000, 1_300_000]),
         ballast=rng.choice([0, 0, 0, 100_000]),
     )
-    return Ask(name, body, key=f"key-{name}" if rng.random() < 0.5 else "", later=rng.random() < 0.7)
+    key, later = f"key-{name}" if rng.random() < 0.5 else "", rng.random() < 0.7
+    return Ask(name, body, key=key, later=later, hook=hook if later and rng.random() < 0.6 else "")
+
+
+class Hooks(Receiver):
+    """Hears of ends; each fifth is not taken when it first comes, one of two of these with no answer at all."""
+
+    def __init__(self, wrong: Callable[[str], None]) -> None:
+        super().__init__()
+        self.secret = ""
+        self.heard: dict[str, tuple[str, bytes]] = {}
+        self._wrong = wrong
+
+    @property
+    def url(self) -> str:
+        """Its address."""
+        return f"http://127.0.0.1:{self.port}/"
+
+    def verdict(self, arrival: Arrival) -> int | str:
+        """Look at what has come, and answer."""
+        said: dict[str, Any] = Webhook(self.secret).verify(arrival.body, arrival.headers)
+        task_id, message = said["data"]["task_id"], (arrival.headers["webhook-id"], arrival.body)
+        first = task_id not in self.heard
+        if self.heard.setdefault(task_id, message) != message:
+            self._wrong(f"{task_id} was told as {self.heard[task_id]} and as {message}")
+        if said["type"] != "task.succeeded":
+            self._wrong(f"{task_id} was told to be {said}")
+        trouble: dict[int, int | str] = {0: 500, 1: DIE}
+        return trouble.get(len(self.heard) % 10, 200) if first else 200
 
 
 class Storm:
@@ -77,6 +113,7 @@ class Storm:
         self.at_once: list[str] = []
         #: Who had which attempt of which task, as far as anyone was told.
         self._attempts: dict[str, dict[int, str]] = {}
+        self.hooks = Hooks(self.wrong)
 
     def wrong(self, words: str) -> None:
         """Remember what must not be."""
@@ -89,7 +126,7 @@ class Storm:
         rng = random.Random(f"{self.seed}/{number}")
         async with self.made.client() as http:
             while not self.over.is_set():
-                ask = make(rng, f"{number}-{len(self.asks)}")
+                ask = make(rng, f"{number}-{len(self.asks)}", self.hooks.url)
                 self.asks.append(ask)
                 await (self._later(http, ask) if ask.later else self._waits(http, ask))
                 old = rng.choice(self.asks)
@@ -165,6 +202,8 @@ class Storm:
         self.wrong(f"{ask.name}: {ask.task_id} has not ended within {within_s:.0f} s")
 
     async def _check_end(self, http: httpx2.AsyncClient, ask: Ask, view: dict[str, Any]) -> None:
+        # Which may still be on its way, and be shown to be so.
+        view.pop("webhook", None)
         if ask.end is not None:
             if view != ask.end:
                 self.wrong(f"{ask.name}: it ended as {str(ask.end)[:500]} and then as {str(view)[:500]}")
@@ -232,6 +271,19 @@ class Storm:
             for _ in range(2):
                 for ask in [ask for ask in self.asks if ask.task_id]:
                     await self.ended(http, ask)
+            await self._all_told(http)
+
+    async def _all_told(self, http: httpx2.AsyncClient) -> None:
+        """Wait until everyone who wanted to be told of an end was, and nothing more waits to be."""
+        owed = {ask.task_id: ask.name for ask in self.asks if ask.hook and ask.task_id}
+        deadline, waiting = time.monotonic() + END_WITHIN_S, 1
+        while waiting and time.monotonic() < deadline:
+            await asyncio.sleep(RETRY_S)
+            found = await self._get(http, "/api/admin/stats")
+            waiting = found.json()["webhooks"]["waiting"] if found is not None else 1
+        for task_id in owed.keys() - self.hooks.heard.keys():
+            self.wrong(f"{owed[task_id]}: the end of {task_id} was never told")
+        self.counts["webhooks owed"], self.counts["webhooks arrived"] = len(owed), len(self.hooks.arrivals)
 
     def names(self, results: dict[str, bytes]) -> None:
         """See in the kept answers that no request was made a task twice."""
@@ -256,6 +308,16 @@ async def kill(made: Town, rng: random.Random) -> None:
 async def pass_over(made: Town, *, kills: int, seed: int) -> Storm:
     """Kill the coordinator so many times while clients ask; return what they saw once all that they know has ended."""
     rng, found = random.Random(seed), Storm(made, seed=seed)
+    async with listening(found.hooks):
+        await _pass_over(made, found, rng, kills=kills)
+    return found
+
+
+async def _pass_over(made: Town, found: Storm, rng: random.Random, *, kills: int) -> None:
+    async with made.client() as http:
+        key_id = (await http.get("/api/admin/keys")).json()["keys"][0]["key_id"]
+        secret = await http.post(f"/api/admin/keys/{key_id}/webhook-secret")
+        found.hooks.secret = secret.json()["secret"]
     clients = [made.begin(found.client(number)) for number in range(CLIENTS)]
     admin = made.begin(found.admin())
     for _ in range(kills):
@@ -264,7 +326,6 @@ async def pass_over(made: Town, *, kills: int, seed: int) -> Storm:
     found.over.set()
     await asyncio.gather(admin, *clients)
     await found.all_ended()
-    return found
 
 
 def check_executed(made: Town, found: Storm) -> None:
@@ -284,6 +345,8 @@ async def check_store(made: Town, found: Storm) -> None:
     on_disk = await kept(made.home)
     check_ends(on_disk, made.home)
     known = {ask.task_id for ask in found.asks if ask.task_id}
+    assert {one.state for one in on_disk.webhooks.values()} == {"delivered"}
+    assert {ask.task_id for ask in found.asks if ask.hook and ask.task_id} <= set(on_disk.webhooks)
     assert known <= set(on_disk.tasks)
     found.counts["tasks kept"] = len(on_disk.tasks)
     found.counts["of them acknowledged"] = len(known)

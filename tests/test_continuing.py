@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rma_coordinator.domain import continuing
-from rma_coordinator.domain.continuing import BadChunk, Delivered, Seam, continued, decide, ending
+from rma_coordinator.domain import stream_requests
+from rma_coordinator.domain.continuing import Delivered, Seam, continued, decide, ending
+from rma_coordinator.domain.stream_events import BadChunk
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -449,7 +450,16 @@ CHUNK = ODD | members(
     "id", "created", "model", "object",
     choices=ODD | st.lists(CHOICE | ODD, max_size=2), usage=ODD | COUNTS, timings=COUNTS,
 )  # fmt: skip
-NAMES = [*continuing.GRAMMARS, *continuing.UNCONTINUED, *continuing.LIMITS, "n", "best_of", "logprobs", "stop", "tools"]
+NAMES = [
+    *stream_requests.GRAMMARS,
+    *stream_requests.UNCONTINUED,
+    *stream_requests.LIMITS,
+    "n",
+    "best_of",
+    "logprobs",
+    "stop",
+    "tools",
+]
 BODY = members("messages", "prompt", "min_tokens", "stream_options", "chat_template_kwargs", *NAMES).map(
     lambda body: json.dumps(body).encode()
 )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from rma_coordinator.domain.continuing import Delivered, Seam, continued, decide
-from tests.model_servers import ModelServer, events, serving
+from tests.model_servers import SOLID, SOLID_PROMPT, ModelServer, events, serving
 from tests.needs import need
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[ModelServ
 
 
 def asked(path: str, **options: Any) -> bytes:
-    says = {"messages": [{"role": "user", "content": "Hello"}]} if path == CHAT else {"prompt": "Hello"}
+    says = {"messages": [{"role": "user", "content": SOLID[0]}]} if path == CHAT else {"prompt": SOLID_PROMPT}
     whole = {"model": "tiny", **says, "max_tokens": TOKENS, "temperature": 0, "stream": True, "seed": 7}
     return json.dumps({**whole, "stream_options": {"include_usage": True}, **options}).encode()
 

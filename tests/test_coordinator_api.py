@@ -83,6 +83,7 @@ CASES: dict[tuple[str, str], Case] = {
     ("POST", "/api/admin/policies/preview"): Case("/api/admin/policies/preview", {}),
     ("GET", "/api/admin/keys"): Case("/api/admin/keys"),
     ("POST", "/api/admin/keys"): Case("/api/admin/keys", {"label": "laptop"}, 201),
+    ("POST", "/api/admin/keys/{key_id}/webhook-secret"): Case("/api/admin/keys/00000000/webhook-secret", status=404),
     ("DELETE", "/api/admin/keys/{key_id}"): Case("/api/admin/keys/00000000", status=404),
     ("GET", "/api/admin/tokens"): Case("/api/admin/tokens"),
     ("POST", "/api/admin/tokens"): Case("/api/admin/tokens", {}, 201),

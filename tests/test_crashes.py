@@ -277,7 +277,8 @@ async def weather(folder: Path, *, kills: int) -> None:
     """Let a storm pass over a coordinator and two agents, and assert that nothing was lost or done twice."""
     seed = int(os.environ.get("RMA_SEED") or secrets.randbelow(2**31))
     print(f"seed {seed} (RMA_SEED)")  # noqa: T201 - pytest shows it with a failure
-    async with crash_kit.town(folder, [None, None], RMA_HEARTBEAT_INTERVAL_S=str(BEAT_S)) as made:
+    settings = {"RMA_WEBHOOK_HTTP": "1", "RMA_WEBHOOK_NETWORKS": "127.0.0.0/8", "RMA_HEARTBEAT_INTERVAL_S": str(BEAT_S)}
+    async with crash_kit.town(folder, [None, None], **settings) as made:
         pids = {name: agent.process.pid for name, agent in made.agents.items()}
         found = await pass_over(made, kills=kills, seed=seed)
         await made.serving(2)

@@ -9,7 +9,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from rma_coordinator.domain.choosing import MOST_WAIT_S
 from rma_coordinator.domain.dispatch import MAX_ATTEMPTS
+from rma_coordinator.domain.matching import PATIENT, PATIENT_S
 from rma_coordinator.domain.tasks import Attempt, Task
 from rma_core.errors import NotFound, TryLater
 from rma_core.models.worker import AttemptRef
@@ -342,7 +344,7 @@ class Everything(RuleBasedStateMachine):
 
     @invariant()
     def queued_tasks_are_in_one_queue_and_counters_agree(self) -> None:
-        queued = [task for line in self.dispatcher._lines.values() for task in line]
+        queued = list(self.dispatcher._matcher)
         assert Counter(task.id for task in queued) == Counter(
             task.id for task in self.dispatcher.tasks.values() if task.state == "queued" and task.closing is None
         )
@@ -366,15 +368,28 @@ class Everything(RuleBasedStateMachine):
     @invariant()
     def nothing_waits_while_somebody_who_may_take_it_is_free(self) -> None:
         for task in self.dispatcher.tasks.values():
-            if task.state == "queued" and task.closing is None:
+            if task.state == "queued" and task.closing is None and task.promise is None:
                 free = [
                     seat.worker_id
                     for seat in self.dispatcher.seats.values()
                     if seat.usable and seat.reachable and seat.room(task.service) > 0
                     if seat.worker_id not in task.excluded and self.effects.ready(seat.worker_id)
                     if seat.full_until <= self.bench.now
+                    if self.dispatcher.breakers.allows(seat.worker_id, task.lane, self.bench.now)
                 ]
                 assert free == []
+
+    @invariant()
+    def a_promise_is_kept_by_a_worker_that_is_there_and_busy_and_for_a_while_only(self) -> None:
+        promised = {task.id: task for task in self.dispatcher._matcher if task.promise is not None}
+        held = [task for seat in self.dispatcher.seats.values() for task in (seat.promised or {}).values()]
+        assert {task.id for task in held} == promised.keys()
+        for task in held:
+            assert task.promise is not None
+            seat = self.dispatcher.seats[task.promise.worker_id]
+            assert (seat.usable, seat.reachable, seat.worker_id in task.excluded) == (True, True, False)
+            assert 0 <= task.promise.until - self.bench.now <= PATIENT * MOST_WAIT_S + PATIENT_S
+            assert len(seat.promised or ()) <= seat.slots.get(task.service, 0)
 
 
 def snapshot(task: Task) -> tuple[tuple[int, str, str, AttemptState], ...]:

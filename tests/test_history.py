@@ -18,6 +18,8 @@ from rma_coordinator.books import Books
 from rma_coordinator.domain.credentials import SCOPES
 from rma_coordinator.domain.records import TaskRecord
 from rma_coordinator.domain.tasks import Attempt
+from rma_coordinator.domain.webhooks import WebhookRecord
+from rma_coordinator.webhooks import Webhooks
 from tests.history import History
 from tests.simulated_clients import SimulatedClient
 from tests.simulated_workers import SimulatedWorker
@@ -25,9 +27,10 @@ from tests.simulation import SimulatedStore, World, seeded
 from tests.virtual import VirtualLoop, run_virtual
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable
+    from collections.abc import Awaitable, Callable, Container, Iterable
     from pathlib import Path
 
+    from rma_coordinator.domain.keyring import Keyring
     from rma_coordinator.store import Change
 
 CLIENTS, CHANNELS, PLAIN = 8, 4, 2
@@ -53,6 +56,7 @@ class Simulation:
         self.world = World(loop, home, seed, async_timeout_s=ASYNC_TIMEOUT_S, task_timeout_s=80.0, max_queued_tasks=200)
         self.history = History()
         self.world.disk.watching.append(self.history.watch)
+        self.world.hearing.append(self.history.hear)
         self.operations = operations
         self.troubles: list[float] = []
         self.workers = [
@@ -86,7 +90,8 @@ class Simulation:
             worker.start()
         for number in range(CLIENTS):
             made = life.pool.create_key(kind="admin", label="client", scopes=SCOPES, ttl_s=None)
-            secret, _ = await life.spawn(made, "key")
+            secret, record = await life.spawn(made, "key")
+            await life.spawn(life.pool.renew_webhook_secret(record.key_id), "webhook secret")
             self.clients.append(SimulatedClient(self.world, self.history, number, secret))
 
     # -- faults ------------------------------------------------------------------------------------------------
@@ -177,6 +182,7 @@ class Simulation:
 
     async def _heal(self) -> None:
         await asyncio.sleep(150.0)
+        self.world.unreliable = False
         for worker in self.workers:
             worker.link.heal()
             if not worker.alive:
@@ -187,7 +193,8 @@ class Simulation:
     async def _until_all_have_ended(self) -> None:
         end = self.world.loop.time() + ASYNC_TIMEOUT_S + 120.0
         while self.world.loop.time() < end:
-            if all(record.ended_at is not None for record in self.world.disk.load(TaskRecord)):
+            ended = all(record.ended_at is not None for record in self.world.disk.load(TaskRecord))
+            if ended and all(record.state != "waiting" for record in self.world.disk.load(WebhookRecord)):
                 break
             await asyncio.sleep(5.0)
         await asyncio.sleep(70.0)
@@ -208,6 +215,7 @@ class Simulation:
             "relays": list(pool.hub.relays),
             "memory": pool.spools.memory_used,
             "disk": pool.spools.disk_used,
+            "webhooks": pool.webhooks.waiting,
             "running": [a.task.id for seat in pool.dispatcher.seats.values() for a in seat.running.values()],
         }
         for error in self.world.errors:
@@ -277,19 +285,29 @@ def _believe_anyone(self: Attempt, number: int, lease_id: str, worker_id: str) -
     return self.worker_id == worker_id
 
 
+async def _forget_what_is_to_be_told(self: Webhooks, keyring: Keyring, *, kept: Container[str]) -> None:
+    self._keyring = keyring
+
+
+def _name_it_anew(self: WebhookRecord) -> str:
+    return f"msg_{random.random()}"
+
+
 COMMIT, INSIST, OPEN = SimulatedStore.commit, Books._insist, Books.open
-FENCES: list[tuple[type, str, Callable[..., object], str]] = [
+FENCES: list[tuple[type, str, object, str]] = [
     (SimulatedStore, "commit", _acknowledge_before_commit, "404"),
     (Books, "_insist", _tell_before_it_is_written, "has ended as"),
     (Books, "open", _count_no_starts, "follows attempt"),
     (Books, "find", _know_no_keys, "tasks"),
     (Attempt, "belongs", _believe_anyone, "won"),
+    (Webhooks, "open", _forget_what_is_to_be_told, "its end was never told"),
+    (WebhookRecord, "message_id", property(_name_it_anew), "was told in two ways"),
 ]
 
 
 @pytest.mark.parametrize("fence", FENCES, ids=[fence[1] for fence in FENCES])
 def test_a_pool_without_one_of_its_fences_is_found_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fence: tuple[type, str, Callable[..., object], str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fence: tuple[type, str, object, str]
 ) -> None:
     where, name, hole, words = fence
     monkeypatch.setattr(where, name, hole)

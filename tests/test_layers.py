@@ -100,6 +100,13 @@ def test_the_host_and_detection_pull_in_nothing_heavy_either(module: str) -> Non
     assert ran.stdout.split() == []
 
 
+def test_a_coordinator_that_calls_nobody_does_not_carry_an_http_client() -> None:
+    names = ("httpx2", "httpcore2", "psutil", "anyio", "truststore")
+    program = f"import sys, rma_coordinator.app, rma_coordinator.server; print(*set({names!r}) & set(sys.modules))"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert ran.stdout.split() == []
+
+
 def test_pluggy_is_imported_in_the_host_and_nowhere_else() -> None:
     folders = (CORE, ROOT / "plugins", ROOT / "coordinator")
     using = {

@@ -21,7 +21,7 @@ from rma_core.builtin.process_runtime import ProcessRuntime
 from rma_core.catalog import load
 from tests import model_servers, tiny_model
 from tests.fixtures import NOTES
-from tests.model_servers import SOLID, SOLID_TOKENS, ModelServer, serving, start, stop, until
+from tests.model_servers import SOLID, SOLID_PROMPT, SOLID_TOKENS, ModelServer, serving, start, stop, until
 from tests.needs import need
 from tests.tiny_service import tiny_spec
 
@@ -90,10 +90,13 @@ def test_two_processes_with_the_same_file_say_the_same_and_other_weights_somethi
         assert other.text("Hello", max_tokens=200) != server.text("Hello", max_tokens=200)
 
 
-@pytest.mark.parametrize("said", SOLID)
+@pytest.mark.parametrize("said", [*SOLID, SOLID_PROMPT])
 def test_rounding_does_not_decide_what_the_tiny_model_says_to_some_texts(server: ModelServer, said: str) -> None:
     asked = server.chat(said, max_tokens=SOLID_TOKENS, logprobs=True, top_logprobs=2)
-    tokens = server.post("/v1/chat/completions", asked).body["choices"][0]["logprobs"]["content"]
+    path = "/v1/chat/completions"
+    if said == SOLID_PROMPT:
+        asked, path = {**asked, "prompt": said, "logprobs": 2}, "/v1/completions"
+    tokens = server.post(path, asked).body["choices"][0]["logprobs"]["content"]
     assert len(tokens) == SOLID_TOKENS
     for token in tokens:
         best, second = token["top_logprobs"]
@@ -237,6 +240,7 @@ def test_texts_become_vectors_where_the_service_was_started_for_them(models: Pat
         assert len(one) == 32
         assert one == pytest.approx(same)
         assert one != pytest.approx(other)
+        assert server.get("/v1/models").body["models"][0]["capabilities"] == ["embedding"]
         refused = server.post("/v1/chat/completions", server.chat("Hello"))
         assert (refused.status, "for embeddings" in refused.body["error"]["message"]) == (400, True)
 

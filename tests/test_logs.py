@@ -34,6 +34,7 @@ HEAD = ("time", "level", "logger", "message", "action")
 NAMES = {
     "worker": r"worker-[0-9a-f]{8}",
     "task": r"task-[0-9a-z]{20}",
+    "client_request_id": r"[!-~]{1,128}",
     "attempt": r"\d+",
     "token": r"[0-9a-f]{8}",
     "key": r"[0-9a-f]{8}",

@@ -104,7 +104,7 @@ async def test_tasks_for_models_nobody_asks_for_any_more_leave_nothing_behind(tm
         for task in tasks:
             pool.pool.dispatcher.cancel(task, "nobody waits")
         pool.pool.dispatcher.tick()
-        line = pool.pool.dispatcher._lines["llm"]
+        line = pool.pool.dispatcher._matcher._lines["llm"]
         assert (list(line), line._groups, line._open) == ([], {}, {})
         await asyncio.sleep(0)
 
@@ -154,6 +154,19 @@ def test_a_model_is_noted_anew_when_something_changed_or_now_and_then() -> None:
 
 def view_of(**facts: Any) -> ModelView:
     return ModelView(**{"name": "m", "state": "loaded", "workers": 1, "context": 0, "seen_at": 0.0, **facts})
+
+
+async def test_of_several_workers_what_all_of_them_can_do_is_shown_and_who_has_it_ready(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool, pool.worker(slots=0) as one, pool.worker(slots=0) as other:
+        await shares(pool, one, attached(ModelStatus(name="m", capabilities=("completion", "vision", "tools"))))
+        await shares(pool, other, attached(ModelStatus(name="m", state="cold", capabilities=("completion", "tools"))))
+        view = pool.pool.models()["m"]
+        assert (view.workers, view.loaded, view.capabilities) == (2, 1, ("completion", "tools"))
+        await shares(pool, other, attached(ModelStatus(name="m")))
+        view = pool.pool.models()["m"]
+        assert (view.loaded, view.capabilities) == (2, ("completion", "vision", "tools")), (
+            "who says nothing denies nothing"
+        )
 
 
 async def test_of_several_workers_the_readiest_state_and_the_smallest_context_are_shown(tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def test_a_part_of_a_model_is_none(tmp_path: Path, chat: bytes) -> None:
     # What a projector is, its header says; the rest of it is of no interest.
     where = chat.index(b"general.architecture") + len(b"general.architecture")
     told, clip = chat[where:], b"\x08\0\0\0\x04\0\0\0\0\0\0\0clip"
-    (tmp_path / "mmproj.gguf").write_bytes(chat[:where] + clip + told[17:])
+    (tmp_path / "mmproj.gguf").write_bytes(chat[:where] + clip + told[17:] + b"\0")
     made = offered(own_files([str(tmp_path)]), machine(16), [PROCESS])
     assert (made.assignments, made.left_out) == ((), ())
 

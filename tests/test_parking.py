@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING
 
 import pytest
 
 from rma_core.models import channel as frames
-from rma_core.models.worker import Heartbeat
+from rma_core.models.worker import ATTACHED, ContainerStatus, Heartbeat, ModelStatus
 from tests.coordinator_fixtures import Line, running, soon, until
 
 if TYPE_CHECKING:
@@ -71,3 +72,25 @@ async def test_nobody_is_parked_while_there_is_room(tmp_path: Path) -> None:
     async with running(tmp_path) as pool, pool.worker() as one, pool.worker() as two:
         pool.pool._count_channels()
         assert [await beat(one), await beat(two)] == [True, True]
+
+
+async def test_a_worker_whose_model_nobody_else_has_is_not_parked(tmp_path: Path) -> None:
+    async with running(tmp_path, max_channels=2) as pool, contextlib.AsyncExitStack() as lines:
+        opened = [await lines.enter_async_context((await pool.enrol()).channel({})) for _ in range(4)]
+
+        async def beats(line: Line, model: str) -> bool:
+            models = (ModelStatus(name=model),)
+            server = ContainerStatus(
+                name="attached-1", service="llm", state="healthy", runtime=ATTACHED, models=models, slots=1
+            )
+            heartbeat = Heartbeat(worker_id=line.id, containers=(server,))
+            await line.say(frames.Beat(beat=heartbeat, slots={"llm": 1}))
+            return (await line.frame(frames.Assign)).answer.connect
+
+        common = ["common"] * 3
+        for line, model in zip(opened, [*common, "rare"], strict=True):
+            await beats(line, model)
+        pool.pool._count_channels()
+        assert await beats(opened[3], "rare"), "it is the only one"
+        assert [await beats(line, "common") for line in opened[:3]].count(False) == 2
+        await until(lambda: pool.pool.dispatcher.can_serve("llm", "rare"))

@@ -19,16 +19,26 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 
-from rma_coordinator import server
+from rma_coordinator import hypercorn_server, server
 from rma_coordinator.app import pool_of
 from rma_coordinator.certificate import own_pair, pin_of
-from rma_coordinator.server import GRACE_S, HARD_STOP_S, LAST_STOP_S, Listener, free_port, make_config, run_server
+from rma_coordinator.server import GRACE_S, HARD_STOP_S, LAST_STOP_S, Listener, free_port, run_server
 from rma_coordinator.store import MemoryStore
 from rma_core.errors import SettingProblem
 from rma_core.http import open_client
 from rma_core.models import channel as frames
 from rma_core.tls import certificate_pin, fetch_pinned, pinned_context
-from tests.coordinator_fixtures import PATIENCE_S, Line, Running, TurnedClock, make_app, running, soon, until
+from tests.coordinator_fixtures import (
+    PATIENCE_S,
+    Line,
+    Running,
+    TurnedClock,
+    make_app,
+    make_config,
+    running,
+    soon,
+    until,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -126,7 +136,7 @@ def test_an_address_that_is_not_ours_is_said() -> None:
 def test_listeners_are_written_as_urls() -> None:
     assert Listener("127.0.0.1", 80).url == "http://127.0.0.1:80"
     assert Listener("::1", 80, Path("c"), Path("k")).url == "https://[::1]:80"
-    assert make_config(Listener("::1", 80), None).bind == ["[::1]:80"]
+    assert hypercorn_server.make_config(Listener("::1", 80), None).bind == ["[::1]:80"]
 
 
 # -- TLS -----------------------------------------------------------------------------------------------------------
@@ -338,15 +348,10 @@ async def test_a_client_that_takes_nothing_any_more_does_not_keep_its_connection
 ) -> None:
     monkeypatch.setattr(server, "UNREAD_S", 1.0)
     async with running(tmp_path) as pool, pool.worker() as line:
-        before = connections()
+        before = pool.server.places.taken
         async with stuck_client(pool):
             await fill(line)
-            await until(lambda: connections() == before)
-
-
-def connections() -> int:
-    """Count the server's tasks, one for each connection."""
-    return sum(getattr(task.get_coro(), "__qualname__", "") == server.CONNECTION for task in asyncio.all_tasks())
+            await until(lambda: pool.server.places.taken == before)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")

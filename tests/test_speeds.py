@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -109,7 +108,8 @@ def test_no_more_pairs_are_remembered_than_there_is_room_for(monkeypatch: pytest
         found.learn(f"w{number}", f"llm m{number}", 1.0, beside=0)
         found.failed(f"v{number}", "ocr")
     assert len(found._pairs) <= 50
-    assert len(found._means) <= 50
+    assert len(found._lanes) <= 50
+    assert len(found._slowness) <= 50
 
 
 @given(
@@ -141,8 +141,7 @@ class Paced:
     """Workers that take as long as they take, in the dispatcher's own time."""
 
     def __init__(self, paces: dict[str, float], *, seed: int = 1) -> None:
-        self.bench = Bench(max_queued=10_000)
-        self.bench.dispatcher._chance = random.Random(seed)
+        self.bench = Bench(max_queued=10_000, seed=seed)
         self.paces, self.done = paces, Counter[str]()
         self.ends: list[tuple[float, Task]] = []
         for name in paces:
@@ -205,7 +204,8 @@ async def test_an_admin_sees_what_a_workers_next_task_would_take(tmp_path: Path)
         pool.pool.dispatcher.speeds.learn(machine.id, "llm tiny", 0.25, beside=0)
         pool.pool.dispatcher.speeds.failed(machine.id, "notes")
         shown = (await pool.client.get(f"/api/admin/workers/{machine.id}")).json()["speeds"]
-        tiny = {"lane": "llm tiny", "service_s": 0.25, "failure_s": 0.0, "known": True}
-        notes = {"lane": "notes", "service_s": 0.0, "failure_s": shown[1]["failure_s"], "known": False}
+        none = dict.fromkeys(("wait_s", "load_s", "prefill_s", "saved_s", "shut_s"), 0.0)
+        tiny = none | {"lane": "llm tiny", "service_s": 0.25, "failure_s": 0.0, "known": True}
+        notes = none | {"lane": "notes", "service_s": 0.0, "failure_s": shown[1]["failure_s"], "known": False}
         assert shown == [tiny, notes]
         assert shown[1]["failure_s"] > 0

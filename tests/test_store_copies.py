@@ -116,6 +116,7 @@ async def test_one_backup_at_a_time_and_one_that_is_given_up_leaves_nothing(
         first.cancel()
         with pytest.raises(asyncio.CancelledError):
             await first
+        await until(lambda: not store._writer._copying)
         assert not {name for name in file_names(tmp_path) if "first" in name or "second" in name}
         await store.backup(tmp_path / "third.db")
         last = asyncio.create_task(store.backup(tmp_path / "fourth.db"))

@@ -62,7 +62,7 @@ def test_events_stand_in_the_order_of_their_time(times: list[tuple[Any, Any, Any
     task = {
         "task_id": "task-1", "service": "notes", "model": "", "priority": "low", "key": "key:1", "status": "failed",
         "created_at": "now", "body_bytes": 1, "answer_bytes": 0, "http_status": None, "reasons": ["why"],
-        "attempts": attempts, "ended_s": ended,
+        "attempts": attempts, "ended_s": ended, "deadline_s": 600.0,
     }  # fmt: skip
     seconds = [float(line.split()[0]) for line in list(life(task))[1:]]
     assert seconds == sorted(seconds)

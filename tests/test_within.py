@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rma_coordinator.api.asgi import go_on, within
+from rma_coordinator.api.waiting import go_on, within
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

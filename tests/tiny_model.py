@@ -23,6 +23,19 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
+#: The same with tools: what is offered, and calls as Hermes' and Qwen's models write them, which llama.cpp reads.
+TOOLS_TEMPLATE = (
+    "{% if tools %}{% for t in tools %}{{ t | tojson }}\n{% endfor %}{% endif %}"
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] or '' }}"
+    "{% if m['tool_calls'] %}{% for c in m['tool_calls'] %}<tool_call>"
+    "{\"name\": \"{{ c['function']['name'] }}\", \"arguments\": {{ c['function']['arguments'] | tojson }}}"
+    "</tool_call>{% endfor %}{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+#: One more word, of a model with tools: what a call begins with. Random weights never think of calling; a request with
+#: this bias and without parallel calls does, and llama.cpp's grammar writes the rest.
+CALL = WORDS
+CALLS = {str(CALL): 90, str(END): 100}
 #: What every token holds in the first place of its embedding, where no layer writes; the output reads it to keep
 #: tokens that are not to be chosen out of reach.
 MARK, NEVER = 4.0, -40.0
@@ -30,11 +43,12 @@ MARK, NEVER = 4.0, -40.0
 
 def write_chat_model(
     path: Path, *, seed: int = 1, layers: int = 2, width: int = 64, heads: int = 4, kv_heads: int = 2,
-    context: int = 2048, ends: bool = False,
+    context: int = 2048, ends: bool = False, tools: bool = False,
 ) -> Path:  # fmt: skip
     """Write a model of the llama architecture, which never ends by itself unless ``ends``; returns ``path``.
 
-    ``width`` is the embedding's, shared by ``heads``; ``context`` the length it says it was trained for.
+    ``width`` is the embedding's, shared by ``heads``; ``context`` the length it says it was trained for. One with
+    ``tools`` calls them when it is asked with the bias CALLS.
     """
     random = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, "llama")
@@ -44,12 +58,13 @@ def write_chat_model(
     writer.add_head_count_kv(kv_heads)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(head)
-    writer.add_chat_template(CHAT_TEMPLATE)
-    _vocabulary(writer)
-    embedding = random.normal(0, 1.0, (WORDS, width))
+    writer.add_chat_template(TOOLS_TEMPLATE if tools else CHAT_TEMPLATE)
+    _vocabulary(writer, more=("<tool_call>",) if tools else ())
+    words = WORDS + tools
+    embedding = random.normal(0, 1.0, (words, width))
     embedding[:, 0] = MARK
     _tensor(writer, "token_embd.weight", embedding)
-    _tensor(writer, "output.weight", _output(random, width, ends=ends))
+    _tensor(writer, "output.weight", _output(random, words, width, ends=ends or tools))
     _tensor(writer, "output_norm.weight", np.ones(width))
     for layer in range(layers):
         shapes = {
@@ -105,15 +120,16 @@ def _facts(writer: gguf.GGUFWriter, *, name: str, width: int, layers: int, hidde
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
 
 
-def _vocabulary(writer: gguf.GGUFWriter) -> None:
-    """One token for each byte, and nothing put before a text that was not in it."""
+def _vocabulary(writer: gguf.GGUFWriter, *, more: tuple[str, ...] = ()) -> None:
+    """One token for each byte and one for each of ``more``, and nothing put before a text that was not in it."""
     kinds = gguf.TokenType
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     space = "\N{LOWER ONE EIGHTH BLOCK}"
-    writer.add_token_list(["<unk>", "<s>", "</s>", space, *(f"<0x{byte:02X}>" for byte in range(256))])
-    writer.add_token_scores([0.0] * WORDS)
-    writer.add_token_types([kinds.UNKNOWN, kinds.CONTROL, kinds.CONTROL, kinds.NORMAL, *([kinds.BYTE] * 256)])
+    writer.add_token_list(["<unk>", "<s>", "</s>", space, *(f"<0x{byte:02X}>" for byte in range(256)), *more])
+    writer.add_token_scores([0.0] * (WORDS + len(more)))
+    usual = [kinds.UNKNOWN, kinds.CONTROL, kinds.CONTROL, kinds.NORMAL, *([kinds.BYTE] * 256)]
+    writer.add_token_types([*usual, *([kinds.USER_DEFINED] * len(more))])
     writer.add_bos_token_id(BEGIN)
     writer.add_eos_token_id(END)
     writer.add_unk_token_id(UNKNOWN)
@@ -121,11 +137,11 @@ def _vocabulary(writer: gguf.GGUFWriter) -> None:
     writer.add_add_space_prefix(False)
 
 
-def _output(random: np.random.Generator, width: int, *, ends: bool) -> np.ndarray:
+def _output(random: np.random.Generator, words: int, width: int, *, ends: bool) -> np.ndarray:
     """Rows that score tokens, those not to be chosen by the mark that every state holds."""
-    rows = random.normal(0, 1.0, (WORDS, width))
-    chosen = {FIRST_BYTE + byte for byte in PRINTABLE} | {SPACE} | ({END} if ends else set())
-    rows[:, 0] = [0.0 if word in chosen else NEVER for word in range(WORDS)]
+    rows = random.normal(0, 1.0, (words, width))
+    chosen = {FIRST_BYTE + byte for byte in PRINTABLE} | {SPACE, CALL} | ({END} if ends else set())
+    rows[:, 0] = [0.0 if word in chosen else NEVER for word in range(words)]
     return rows
 
 

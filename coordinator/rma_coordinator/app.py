@@ -14,10 +14,23 @@ from quart import Quart, Response
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from rma_coordinator import enrolment, tokens
-from rma_coordinator.api import admin, channel, inference, openai, openai_errors, plain, tasks, worker
-from rma_coordinator.api.asgi import CONTROL_BYTES, Call, Gone, go_on, too_slow
+from rma_coordinator.api import (
+    admin,
+    browsers,
+    channel,
+    inference,
+    openai,
+    openai_errors,
+    openai_models,
+    plain,
+    tasks,
+    worker,
+)
+from rma_coordinator.api.asgi import CONTROL_BYTES, Call, Gone, too_slow
+from rma_coordinator.api.openai_access import covers
 from rma_coordinator.api.problems import STATUS_WORDS, HTTPProblem, problem, unexpected, wrong_method
 from rma_coordinator.api.routes import ROUTES, Route, Router
+from rma_coordinator.api.waiting import go_on
 from rma_coordinator.api.web import CALL, Web, without_body
 from rma_coordinator.pool import Pool
 from rma_core.catalog import load_folder
@@ -134,9 +147,12 @@ async def _serving(pool: Pool) -> AsyncGenerator[None, None]:
     try:
         yield
     finally:
+        runs = list(pool.repeats)
+        for run in runs:
+            run.stop()
         for task in upkeep:
             task.cancel()
-        await asyncio.wait(upkeep)
+        await asyncio.wait([*upkeep, *(run.work for run in runs)])
         await pool.stop()
 
 
@@ -206,8 +222,8 @@ RAW: dict[str, RawHandler] = {
     "chat_completions": openai.chat_completions,
     "completions": openai.completions,
     "embeddings": openai.embeddings,
-    "models": openai.models,
-    "model": openai.model,
+    "models": openai_models.models,
+    "model": openai_models.model,
     "channel": upgrade,
 }
 
@@ -219,6 +235,7 @@ class Lanes:
         self._quart = quart
         self._pool = pool
         self._proxies = pool.settings.trusted_proxies
+        self._origins = pool.settings.cors_origins
         self._router = Router()
         #: What is being served below Quart now, so that it can be ended when the coordinator stops.
         self._open: set[asyncio.Task[Any]] = set()
@@ -230,11 +247,15 @@ class Lanes:
             return
         call = Call(scope, receive, send, proxies=self._proxies)
         route, parts, allowed = self._router.find(call.method, call.path)
-        if route is None and not allowed and not openai.covers(call.path):
+        if route is None and not allowed and not covers(call.path):
             await self._quart({**scope, CALL: call}, without_body(), call.hand_on)
             return
         call.parts = parts
+        page = b"origin" in call.raw and covers(call.path) and browsers.let_in(call, self._origins)
         try:
+            if route is None and call.method == "OPTIONS" and allowed and covers(call.path):
+                await browsers.options(call, allowed, page=page)
+                return
             if route is None:
                 raise wrong_method(list(allowed)) if allowed else openai_errors.nothing_here()
             steps = RAW[route.handler](self._pool, call).__await__()
@@ -267,6 +288,8 @@ class Lanes:
         """End what is still open: the coordinator stops."""
         for task in self._open:
             task.cancel()
+        for run in self._pool.repeats:
+            run.stop()
 
     def _count(self) -> asyncio.Task[Any]:
         task = asyncio.current_task()
@@ -303,7 +326,7 @@ class Lanes:
 
 def _problem(call: Call, error: RMAError | None) -> tuple[int, dict[str, str], bytes]:
     """Return a failure, or a bug, in the form that the address has."""
-    if openai.covers(call.path):
+    if covers(call.path):
         return openai_errors.problem(error, call) if error else openai_errors.unexpected(call)
     return problem(error) if error else unexpected()
 

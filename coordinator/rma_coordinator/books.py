@@ -26,18 +26,20 @@ from rma_coordinator.domain.records import (
     TaskResult,
 )
 from rma_coordinator.domain.tasks import Attempt, Task
+from rma_coordinator.domain.webhooks import WebhookRecord, message
 from rma_coordinator.relay import Head, Relay
 from rma_coordinator.store import Delete, Put
 from rma_core.backoff import Backoff
 from rma_core.errors import NotFound, OutOfSpace, Refused, RMAError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine
+    from collections.abc import AsyncIterator, Callable, Container, Coroutine
 
     from rma_coordinator.domain.dispatch import Dispatcher
     from rma_coordinator.hub import Hub
     from rma_coordinator.spool import Body, Spools
     from rma_coordinator.store import Change, Store
+    from rma_coordinator.webhooks import Webhooks
     from rma_core.models.worker import Fault
     from rma_core.settings import CoordinatorSettings
 
@@ -72,6 +74,7 @@ class Books:
         spools: Spools,
         dispatcher: Dispatcher,
         hub: Hub,
+        webhooks: Webhooks,
         settings: CoordinatorSettings,
         clock: Callable[[], float],
         wall: Callable[[], float],
@@ -79,6 +82,7 @@ class Books:
     ) -> None:
         self._on_credited = on_credited
         self._store, self._spools, self._dispatcher, self._hub = store, spools, dispatcher, hub
+        self._webhooks = webhooks
         self._settings, self._clock, self._wall = settings, clock, wall
         self._epoch = 0
         self._bodies: dict[str, Body] = {}
@@ -142,10 +146,11 @@ class Books:
             first_byte_s=record.first_byte_s,
             gap_s=record.gap_s,
             priority=record.priority,
+            webhook=record.webhook,
         )
         task.created_at -= min(lived_s, record.timeout_s)
         task.reasons, task.fault = list(record.reasons), record.fault
-        task.attempts = [_attempt(task, one, self._clock()) for one in record.attempts]
+        task.attempts = [_attempt(task, one, wall=self._wall(), now=self._clock()) for one in record.attempts]
         given = next((one for one in task.attempts if one.state in ("offered", "running")), None)
         try:
             body = await self._kept_body(record)
@@ -154,7 +159,7 @@ class Books:
             body = self._spools.make()
             task.deadline = self._clock()
         self._bodies[task.id] = body
-        relay = self._hub.relays[task.id] = Relay(task, body)
+        relay = self._hub.relays[task.id] = Relay(task, body, self._clock)
         self._dispatcher.restore(task, given)
         if given is not None:
             self._collect(task, relay)
@@ -178,6 +183,11 @@ class Books:
         await self.write()
         for body in [*self._bodies.values(), *(answer.body for answer in self._answers.values())]:
             await body.close(keep=True)
+
+    @property
+    def known(self) -> Container[str]:
+        """The tasks that are kept, whether they run or have ended."""
+        return self._keys
 
     @property
     def coming(self) -> int:
@@ -220,7 +230,7 @@ class Books:
             await body.sync()
             small = body.small()
             self._keys[task.id] = key
-            changes: list[Change] = [Put(task.id, self._record(task))]
+            changes: list[Change] = [Put(task.id, self.written(task))]
             if record is not None:
                 changes.append(Put(key, record))
             if small:
@@ -238,7 +248,7 @@ class Books:
             del self._making[task.id]
             made.set()
         self._bodies[task.id] = body
-        self._hub.relays[task.id] = Relay(task, body)
+        self._hub.relays[task.id] = Relay(task, body, self._clock)
         self._dispatcher.submit(task)
 
     def accepted(self, attempt: Attempt) -> None:
@@ -263,7 +273,7 @@ class Books:
         """Return a durable task as it is known to be, running or finished."""
         task = self._dispatcher.tasks.get(task_id)
         if task is not None:
-            return self._record(task, decided=False) if task.durable else None
+            return self.written(task, decided=False) if task.durable else None
         return await self._store.get(TaskRecord, task_id) if task_id in self._kept else None
 
     async def result(self, task_id: str) -> TaskResult | None:
@@ -350,7 +360,11 @@ class Books:
             logger.critical("%s failed; it ends after the next start", one.get_name(), exc_info=one.exception())
 
     async def _close(self, task: Task) -> None:
-        changes: list[Change] = [Put(task.id, self._record(task)), Delete(TaskBody, task.id)]
+        record = self.written(task)
+        changes: list[Change] = [Put(task.id, record), Delete(TaskBody, task.id)]
+        webhook = self._webhook(record) if task.webhook else None
+        if webhook is not None:
+            changes.append(Put(task.id, webhook))
         entry = self._entry(task) if task.closing == "succeeded" else None
         answer = self._answers.get(task.id)
         if answer is not None and task.closing == "succeeded":
@@ -368,10 +382,19 @@ class Books:
         self._dispatcher.closed(task)
         if event := self._ended.pop(task.id, None):
             event.set()
+        if webhook is not None:
+            self._webhooks.add(webhook)
         if answer is not None:
             await answer.body.close(keep=answer.body.on_disk and task.state == "succeeded")
         if body is not None:
             await body.close()
+
+    def _webhook(self, record: TaskRecord) -> WebhookRecord:
+        """Return what is to be told of a task's end."""
+        body = message(record, base_url=self._settings.public_url.rstrip("/"))
+        return WebhookRecord(
+            task_id=record.task_id, key_id=record.key_id, url=record.webhook, body=body, at=self._wall()
+        )
 
     async def _insist(self, changes: list[Change]) -> None:
         """Commit what must not be lost, however long that takes."""
@@ -452,7 +475,7 @@ class Books:
             noted, owed = self._noted, list(self._owed)
             self._noted = set()
             tasks = [one for key in noted if (one := self._dispatcher.tasks.get(key)) and one.closing is None]
-            changes: list[Change] = [Put(task.id, self._record(task)) for task in tasks]
+            changes: list[Change] = [Put(task.id, self.written(task)) for task in tasks]
             changes += [Put(entry.task_id, entry) for entry in owed]
             if not changes:
                 return
@@ -495,7 +518,7 @@ class Books:
             return
         changes: list[Change] = []
         for task_id in gone:
-            changes += [Delete(TaskRecord, task_id), Delete(TaskResult, task_id)]
+            changes += [Delete(TaskRecord, task_id), Delete(TaskResult, task_id), *self._webhooks.forget(task_id)]
             if key := self._keys.get(task_id):
                 changes.append(Delete(IdempotencyRecord, key))
         await self._store.commit(changes, urgent=True)
@@ -510,8 +533,8 @@ class Books:
             with contextlib.suppress(OSError):
                 (self._spools.folder / name).unlink()
 
-    def _record(self, task: Task, *, decided: bool = True) -> TaskRecord:
-        """Return a durable task as it is to be written now; an end that is ``decided`` only is not known yet."""
+    def written(self, task: Task, *, decided: bool = True) -> TaskRecord:
+        """Return a task as it is written now, if it is durable; an end that is ``decided`` only is not known yet."""
         wall = self._wall() - self._clock()
         ended_at = task.ended_at if task.closing is not None and decided else None
         return TaskRecord(
@@ -535,7 +558,10 @@ class Books:
             reasons=tuple(task.reasons),
             fault=task.fault,
             http_status=task.http_status,
+            answer_bytes=task.answer_bytes,
+            late=ended_at is not None and task.late,
             usage=task.usage,
+            webhook=task.webhook,
             idempotency=self._keys.get(task.id, ""),
         )
 
@@ -545,6 +571,9 @@ def _answer_name(task_id: str) -> str:
 
 
 def _attempt_record(attempt: Attempt, wall: float) -> AttemptRecord:
+    def moment(at: float | None) -> float:
+        return 0.0 if at is None else wall + at
+
     return AttemptRecord(
         number=attempt.number,
         worker_id=attempt.worker_id,
@@ -552,12 +581,25 @@ def _attempt_record(attempt: Attempt, wall: float) -> AttemptRecord:
         state=attempt.state,
         reason=attempt.reason,
         offered_at=wall + attempt.offered_at,
+        started_at=moment(attempt.started_at),
+        first_byte_at=moment(attempt.first_byte_at),
+        ended_at=moment(attempt.ended_at),
+        answer_bytes=attempt.answer_bytes,
+        model_state=attempt.model_state,
     )
 
 
-def _attempt(task: Task, record: AttemptRecord, now: float) -> Attempt:
-    attempt = Attempt(task, record.number, record.worker_id, now, lease_id=record.lease_id)
+def _attempt(task: Task, record: AttemptRecord, *, wall: float, now: float) -> Attempt:
+    """Return an attempt of a former life; whatever the wall clock did since, it was within its task's."""
+
+    def moment(at: float) -> float | None:
+        return min(now, max(task.created_at, now - (wall - at))) if at else None
+
+    attempt = Attempt(task, record.number, record.worker_id, moment(record.offered_at) or now, lease_id=record.lease_id)
     attempt.state, attempt.reason = record.state, record.reason
+    attempt.started_at, attempt.first_byte_at = moment(record.started_at), moment(record.first_byte_at)
+    attempt.ended_at = moment(record.ended_at)
+    attempt.answer_bytes, attempt.model_state = record.answer_bytes, record.model_state
     return attempt
 
 

@@ -26,6 +26,11 @@ PORT = click.IntRange(0, 65_535)
 @click.option("--tls-cert", metavar="FILE", help="Certificate (PEM): speak https.")
 @click.option("--tls-key", metavar="FILE", help="Its private key (PEM).")
 @click.option("--public-url", metavar="URL", help="Address by which others reach the coordinator.")
+@click.option(
+    "--server",
+    type=click.Choice(("hypercorn", "uvicorn")),
+    help="What serves HTTP (default hypercorn); uvicorn for large pools: pip install 'rma-coordinator[uvicorn]'.",
+)
 @click.option("--store", metavar="URL", help="sqlite (in the state folder), sqlite:PATH, or memory.")
 @click.option("--policy", "tier_policy", metavar="NAME", help="Active tier policy (default threshold).")
 @click.option("--catalog", metavar="FOLDER", help="Catalog entries, where not those that came along.")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
-from rma_core.models.channel import MAX_DATA_BYTES, Assign, Cancel, Credit, Task, pack, pack_data
+from rma_core.models.channel import BUNDLE_BYTES, MAX_DATA_BYTES, Assign, Cancel, Credit, Task, bundle, pack, pack_data
 from rma_core.models.worker import INLINE_BODY_BYTES, TaskOffer
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Messages that may wait for one worker's connection; a worker that does not read is cut.
+#: Frames that may wait for one worker's connection; a worker that does not read is cut.
 MAX_OUTBOUND = 256
 #: Of these, kept free for what must be said about attempts that run: credit, cancellation.
 KEPT_OUTBOUND = 64
@@ -65,7 +66,7 @@ def make_offer(attempt: Attempt, relay: Relay, *, inline: bool, now: float) -> T
         body=small if inline else None,
         body_url=f"/api/worker/tasks/{task.id}/body" if small is None else None,
         lease_s=attempt.lease_s,
-        first_byte_s=left if task.first_byte_s is None else min(left, task.first_byte_s),
+        first_byte_s=left if attempt.first_byte_s is None else min(left, attempt.first_byte_s),
         gap_s=task.gap_s,
         total_s=left,
     )
@@ -76,7 +77,8 @@ class Channel:
 
     def __init__(self, worker_id: str, *, clock: Callable[[], float]) -> None:
         self.worker_id = worker_id
-        self.outbound: asyncio.Queue[str | bytes] = asyncio.Queue(MAX_OUTBOUND)
+        self._outbound: deque[str | bytes] = deque()
+        self._news = asyncio.Event()
         self.streams: dict[int, tuple[Attempt, Relay]] = {}
         #: Set when the connection is to end now, whatever waits.
         self.closing = asyncio.Event()
@@ -86,16 +88,27 @@ class Channel:
     @property
     def ready(self) -> bool:
         """Whether the worker reads what it is sent, so that more may follow."""
-        return not self.closing.is_set() and self.outbound.qsize() < MAX_OUTBOUND - KEPT_OUTBOUND
+        return len(self._outbound) < MAX_OUTBOUND - KEPT_OUTBOUND and not self.closing.is_set()
 
-    def say(self, *messages: str | bytes) -> bool:
-        """Queue messages, all or none; ``False`` when the worker does not read, and then it is cut."""
-        if self.outbound.qsize() + len(messages) > MAX_OUTBOUND:
+    def say(self, *frames: str | bytes) -> bool:
+        """Queue packed frames, all or none; ``False`` when the worker does not read, and then it is cut."""
+        if len(self._outbound) + len(frames) > MAX_OUTBOUND:
             self.close()
             return False
-        for message in messages:
-            self.outbound.put_nowait(message)
+        self._outbound.extend(frames)
+        self._news.set()
         return True
+
+    async def message(self) -> str | bytes:
+        """Wait for something to send, and return as much of it as leaves together."""
+        waiting = self._outbound
+        while not waiting:
+            self._news.clear()
+            await self._news.wait()
+        frames, size = [waiting.popleft()], 0
+        while waiting and (size := size + len(frames[-1])) + len(waiting[0]) <= BUNDLE_BYTES:
+            frames.append(waiting.popleft())
+        return bundle(frames)
 
     def close(self) -> None:
         """End the connection."""

@@ -7,6 +7,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from rma_coordinator.domain.fleet import ATTACHABLE
+from rma_coordinator.domain.traffic import POOL
 from rma_core.models.worker import lane
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from rma_coordinator.domain.fleet import Worker
     from rma_coordinator.domain.models import ModelView
+    from rma_coordinator.domain.speeds import Expected
     from rma_coordinator.pool import Pool
     from rma_core.model_catalog import ModelEntry
 
@@ -40,6 +42,8 @@ def stats(pool: Pool) -> dict[str, Any]:
             "failed": dispatcher.failed,
         },
         "services": services(pool),
+        "traffic": pool.traffic.show(POOL, pool.settings.bytes_per_month),
+        "webhooks": {"waiting": pool.webhooks.waiting},
         "uptime_s": pool.uptime_s,
         "tier_policy": pool.settings.tier_policy,
         "signed_catalog": False,
@@ -127,8 +131,25 @@ def _why_nowhere(pool: Pool, name: str) -> str:
 
 
 def speeds(pool: Pool, worker_id: str) -> list[dict[str, Any]]:
-    """Return what a worker's next task of each kind would take, as dispatch reckons it: the parts in seconds."""
+    """Return what a worker's next task of each kind would take, as dispatch reckons it: the parts in seconds.
+
+    ``shut_s`` are the seconds for which it is not given that kind at all, because it failed again and again.
+    """
+    dispatcher, now = pool.dispatcher, pool.clock()
     return [
-        {"lane": one_lane, "service_s": round(one.service, 4), "failure_s": round(one.failure, 4), "known": one.known}
-        for one_lane, one in sorted(pool.dispatcher.speeds.known(worker_id).items())
+        {"lane": name, **parts(one), "shut_s": round(max(0.0, dispatcher.breakers.until(worker_id, name) - now), 1)}
+        for name, one in sorted(dispatcher.speeds.known(worker_id).items())
     ]
+
+
+def parts(expected: Expected) -> dict[str, Any]:
+    """Return the parts of a score in seconds, and whether they are known or an average stands in for them."""
+    return {
+        "wait_s": round(expected.wait, 4),
+        "load_s": round(expected.load, 4),
+        "prefill_s": round(expected.prefill, 4),
+        "service_s": round(expected.service, 4),
+        "saved_s": round(expected.saved, 4),
+        "failure_s": round(expected.failure, 4),
+        "known": expected.known,
+    }

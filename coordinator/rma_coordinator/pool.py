@@ -5,24 +5,32 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from collections import Counter
 from datetime import UTC, datetime
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from rma_coordinator import tokens
 from rma_coordinator.books import Books
+from rma_coordinator.domain import addresses
 from rma_coordinator.domain.credentials import SCOPES, JoinTokenRecord, KeyRecord, Nonces, Principal
 from rma_coordinator.domain.dispatch import Dispatcher
 from rma_coordinator.domain.fleet import ATTACHABLE, SWEEP_S, Fleet, Worker, WorkerRecord
 from rma_coordinator.domain.keyring import Keyring
+from rma_coordinator.domain.limits import Limiter, counted
 from rma_coordinator.domain.models import ModelRecord, Models
-from rma_coordinator.domain.placement import place
+from rma_coordinator.domain.placement import could_run, place
+from rma_coordinator.domain.repeats import Repeats
+from rma_coordinator.domain.tasks import NO_LANES, NO_SHARES
+from rma_coordinator.domain.traffic import Traffic, TrafficRecord
+from rma_coordinator.domain.webhooks import WebhookSecrets
 from rma_coordinator.hub import Hub
 from rma_coordinator.relay import Relay
 from rma_coordinator.spool import Spools
 from rma_coordinator.store import Delete, Put, StoreFailed
+from rma_coordinator.webhooks import Webhooks
 from rma_core.errors import NotFound, RMAError, SettingProblem, TryLater
 from rma_core.interfaces import PolicyInput, TierDecision
 from rma_core.models.worker import HeartbeatAnswer
@@ -31,6 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
     from pathlib import Path
 
+    from rma_coordinator.domain.limits import Limits, Reservation
     from rma_coordinator.domain.models import ModelView
     from rma_coordinator.domain.placement import Placement
     from rma_coordinator.domain.records import LedgerEntry
@@ -52,14 +61,18 @@ TICK_S = 0.5
 KEPT_BACKUPS = 7
 #: Below this share of `max_channels` nobody is parked.
 CHANNELS_LOW = 0.9
-#: Workers with room that each service keeps reachable while others are parked.
+#: Workers with room that each lane keeps reachable while others are parked.
 SPARE_SEATS = 8
 #: Models that a client is told of when it names another, and the longest wait it is told when one is made ready.
 SHOWN_MODELS, MOST_WAIT_S = 20, 3600.0
+#: Machines whose reasons a client is told when none of all could do what it asks.
+SHOWN_MACHINES = 3
 #: Counters that only heartbeats and finished tasks move are written at most this often.
 FLUSH_S = 10.0
 #: Workers' records that are whole in memory at a time, 10 KB each, when many are read or written.
 FLUSHED_AT_ONCE = 50
+#: Counts of bytes that are written in one commit.
+COUNTS_AT_ONCE = 1000
 
 #: What anyone may know of a store that takes nothing; the whole reason, with its paths, is the admin's to read.
 UNWELL: dict[str, str] = {
@@ -124,16 +137,24 @@ class Pool:
             disk_bytes=settings.spool_bytes,
         )
         self.seen_models = Models(wall=wall, offered=self.model_entries)
+        self.webhooks = Webhooks(store=store, clock=clock, wall=wall, allowed=_networks(settings.webhook_networks))
+        self.limiter = Limiter()
+        #: Tokens that were reserved for tasks which have not ended.
+        self.reserved: dict[str, Reservation] = {}
+        self.traffic = Traffic(most=settings.bytes_per_month, most_worker=settings.worker_bytes_per_month, now=wall())
         self.books = Books(
             store=store,
             spools=self.spools,
             dispatcher=self.dispatcher,
             hub=self.hub,
+            webhooks=self.webhooks,
             settings=settings,
             clock=clock,
             wall=wall,
             on_credited=self._credited,
         )
+        #: Runs under /v1, by what was asked for.
+        self.repeats: Repeats[Any] = Repeats(clock)
         # They end with the process, so no step of the wall clock need cost anyone theirs.
         self.nonces = Nonces(clock)
         #: What the plugin host says of the coordinator's own plugins.
@@ -142,9 +163,10 @@ class Pool:
         self.pin = pin
         self._made_at = clock()
         self._started = False
+        self._renewing = asyncio.Lock()
         self._need = 0
         self._channels = 0
-        self._spare: dict[str, int] = {}
+        self._spare: Counter[str] = Counter()
 
     @property
     def unwell(self) -> str:
@@ -179,7 +201,10 @@ class Pool:
         await self.store.commit([Put("pool", self.record)])
         self.worker_tokens = tokens.WorkerTokens(self.record.token_secret, issuer=self.record.issuer, clock=self.wall)
         self.keyring = Keyring(
-            await self.store.load(KeyRecord), await self.store.load(JoinTokenRecord), clock=self.wall
+            await self.store.load(KeyRecord),
+            await self.store.load(JoinTokenRecord),
+            clock=self.wall,
+            webhooks=await self.store.load(WebhookSecrets),
         )
         self.fleet = Fleet(
             clock=self.clock,
@@ -190,7 +215,9 @@ class Pool:
         async for records in self.store.pages(WorkerRecord, FLUSHED_AT_ONCE):
             self.fleet.restore(records)
         self.seen_models.restore(await self.store.load(ModelRecord))
+        self.traffic.restore(await self.store.load(TrafficRecord))
         await self.books.open(self.record.starts)
+        await self.webhooks.open(self.keyring, kept=self.books.known)
         completed = self.books.completed()
         for worker in self.fleet.workers.values():
             worker.completed = completed[worker.id]
@@ -206,6 +233,7 @@ class Pool:
             return
         self._started = False
         try:
+            await self.webhooks.close()
             self.fleet.changed |= {worker.id for worker in self.fleet.workers.values() if worker.heard}
             await self.flush()
             await self.books.close()
@@ -224,6 +252,8 @@ class Pool:
             await asyncio.sleep(TICK_S)
             try:
                 self.dispatcher.tick()
+                self.webhooks.tick()
+                self.traffic.tick(self.wall())
                 self._count_channels()
                 if self.clock() - swept >= SWEEP_S:
                     swept = self.clock()
@@ -246,9 +276,9 @@ class Pool:
         """Look for workers that fell silent: their attempts are lost, and they are given nothing new."""
         for worker in self.fleet.sweep():
             self._gone(worker, worker.reason, blame=True)
-        for seat in self.dispatcher.seats.values():
+        for seat in list(self.dispatcher.seats.values()):
             found = self.fleet.workers.get(seat.worker_id)
-            seat.usable = found is not None and found.usable
+            self.dispatcher.set_usable(seat, usable=found is not None and self._usable(found))
 
     async def flush(self) -> None:
         """Write the records that changed; what cannot be written now is tried again the next time."""
@@ -260,6 +290,7 @@ class Pool:
                 await self.store.commit([Put(worker.id, self._seen(worker)) for worker in workers])
                 changed.difference_update(some)
             await self._write_models()
+            await self._write_traffic()
         except BaseException as error:
             self.fleet.changed |= changed
             if not isinstance(error, RMAError):
@@ -275,6 +306,17 @@ class Pool:
         await self.store.commit([*puts, *(Delete(ModelRecord, name) for name in gone)])
         models.changed -= changed
         models.gone -= gone
+
+    async def _write_traffic(self) -> None:
+        records, gone = self.traffic.take()
+        try:
+            for start in range(0, len(records), COUNTS_AT_ONCE):
+                await self.store.commit([Put(one.key, one) for one in records[start : start + COUNTS_AT_ONCE]])
+            if gone:
+                await self.store.commit([Delete(TrafficRecord, key) for key in gone])
+        except BaseException:
+            self.traffic.put_back(records, gone)
+            raise
 
     def _seen(self, worker: Worker) -> WorkerRecord:
         worker.record = record = msgspec.structs.replace(worker.record, last_seen_at=self.fleet.last_seen(worker))
@@ -297,14 +339,25 @@ class Pool:
     # -- keys --------------------------------------------------------------------------------------------------
 
     async def create_key(
-        self, *, kind: str, label: str, scopes: tuple[str, ...], ttl_s: float | None
+        self, *, kind: str, label: str, scopes: tuple[str, ...], ttl_s: float | None, limits: Limits | None = None
     ) -> tuple[str, KeyRecord]:
         """Make a key and keep it; the secret is shown this once."""
-        secret, record = self.keyring.create_key(kind=kind, label=label, scopes=scopes, ttl_s=ttl_s)
+        secret, record = self.keyring.create_key(kind=kind, label=label, scopes=scopes, ttl_s=ttl_s, limits=limits)
         await self.store.commit([Put(record.hash, record)])
         about = {"action": "key_created", "key": record.key_id}
         logger.info("key %s was made: %s (%s)", record.key_id, label or kind, " ".join(scopes), extra=about)
         return secret, record
+
+    async def renew_webhook_secret(self, key_id: str) -> WebhookSecrets:
+        """Make a new secret that signs a key's webhooks, beside the former for a day. Raises NotFound, Refused."""
+        # Of two at once the later must know the earlier, which has been shown to somebody.
+        async with self._renewing:
+            renewed = self.keyring.renewed_webhook_secrets(key_id)
+            await self.store.commit([Put(key_id, renewed)])
+            self.keyring.sign_with(renewed)
+        words, about = "a webhook secret of key %s was made", {"action": "webhook_secret_made", "key": key_id}
+        logger.info(words, key_id, extra=about)
+        return renewed
 
     async def first_key(self) -> str:
         """Make an admin key with every scope: what `rma up` prints."""
@@ -322,6 +375,7 @@ class Pool:
     async def revoke(self, key_id: str) -> None:
         """End a key or join token at once."""
         record = self.keyring.revoke(key_id)
+        self.limiter.forget(f"key:{key_id}")
         await self.store.commit([Put(record.hash, record)])
         kind = "token" if isinstance(record, JoinTokenRecord) else "key"
         what = "join token" if kind == "token" else "key"
@@ -384,6 +438,8 @@ class Pool:
         What it runs stays as long as it fits, unless the choice is made ``anew``, as after a change of tier.
         """
         record = worker.record
+        if worker.could is None:
+            worker.could = could_run(self.catalog.values(), record)
         current = () if anew else {assignment.lane for assignment in record.assignment}
         chosen = self.placement(record, record.report, record.tier, worker_id=worker.id, current=current)
         changed = chosen.assignments != record.assignment
@@ -446,6 +502,7 @@ class Pool:
             tier_reason=decision.reason,
         )
         self.fleet.changed.add(worker.id)
+        worker.could = None
         self.place(worker, anew=decision.tier != record.tier)
 
     def unwanted(self, worker: Worker, refs: Collection[AttemptRef]) -> tuple[AttemptRef, ...]:
@@ -480,16 +537,18 @@ class Pool:
         has = seat.reachable
         if has and self._channels <= self.settings.max_channels:
             return True
-        wanted = any(self._spare.get(service, 0) < SPARE_SEATS for service, slots in seat.slots.items() if slots)
+        lanes = seat.lanes()
+        # Those beside it count, not it itself.
+        wanted = any(self._spare[lane] - has < SPARE_SEATS for lane in lanes)
         if has != wanted:
             step = 1 if wanted else -1
             self._channels += step
-            for service in seat.slots:
-                self._spare[service] = self._spare.get(service, 0) + step
+            for lane in lanes:
+                self._spare[lane] += step
         return wanted
 
     def _count_channels(self) -> None:
-        """Look how many channels are open, and for how many seats on them each service has room."""
+        """Look how many channels are open, and how many workers on them have room for each lane."""
         self._channels = self.hub.channels
         if self._channels > self.settings.max_channels * CHANNELS_LOW:
             self._spare = self.dispatcher.spare()
@@ -499,14 +558,22 @@ class Pool:
 
         Only services that it was assigned count: nobody draws other requests to a machine by claiming to serve them.
         """
-        offered, models, shares, usable = worker.offered(slots), worker.models, worker.shares, worker.usable
+        offered, models, usable = worker.offered(slots), worker.models, self._usable(worker)
+        cold, shares = (worker.cold, worker.shares) if models else (NO_LANES, NO_SHARES)
         seat = self.dispatcher.seats.get(worker.id)
         # Most heartbeats change nothing, and what waits is looked at every TICK_S anyway.
-        same = seat is not None and seat.slots is offered and seat.models is models and seat.shares is shares
+        same = seat is not None and seat.slots is offered and seat.models is models and seat.cold is cold
+        same = same and seat is not None and seat.shares is shares
         if seat is None or not same or seat.usable != usable:
             if any(one.models for one in worker.containers):
                 self.seen_models.note(worker.containers)
-            self.dispatcher.offers(worker.id, offered, models=models, shares=shares, usable=usable)
+            self.dispatcher.offers(worker.id, offered, models=models, shares=shares, cold=cold, usable=usable)
+            seat = self.dispatcher.seats[worker.id]
+        seat.load = worker.current_load
+
+    def _usable(self, worker: Worker) -> bool:
+        """Say whether a worker may be given new work, now and this month."""
+        return worker.usable and not self.traffic.full_for(worker.id)
 
     def models(self) -> dict[str, ModelView]:
         """Return the pool's models by name: what can be asked for now, then what was there before."""
@@ -548,10 +615,18 @@ class Pool:
     # -- requests ----------------------------------------------------------------------------------------------
 
     def _accepted(self, attempt: Attempt) -> None:
+        worker = self.fleet.workers.get(attempt.worker_id)
+        if worker is not None and attempt.task.model:
+            attempt.model_state = worker.state_of(attempt.task.service, attempt.task.model)
         self.books.accepted(attempt)
 
     def _closing(self, task: Task) -> None:
+        self._tally(task)
         self.books.closing(task)
+
+    def _tally(self, task: Task) -> None:
+        if (relay := self.hub.relays.get(task.id)) is not None:
+            relay.tally()
 
     def check_store(self) -> None:
         """Refuse new work while nothing can be written: its end could not be kept. Raises StoreFailed, OutOfSpace."""
@@ -570,22 +645,40 @@ class Pool:
         principal.need(f"infer:{service}")
         return entry
 
+    def impossible(self, entry: CatalogEntry) -> str:
+        """Say why no machine of the pool could ever run a service, whatever else it runs; empty while one could."""
+        service = entry.service
+        if self.dispatcher.can_serve(service):
+            return ""
+        known = [worker for worker in self.fleet.workers.values() if not worker.brief.disabled]
+        # Of a machine that has not spoken since the start nothing is known.
+        if not known or any(
+            worker.could is None or service in worker.could or any(one.service == service for one in worker.containers)
+            for worker in known
+        ):
+            return ""
+        reasons = {worker.record.placement.get(service, "") for worker in known[:SHOWN_MACHINES]} - {""}
+        return "; ".join(sorted(reasons)) or "they lack what it needs"
+
     def check_served(self, service: str) -> None:
         """Raise TryLater, with the reason, unless a worker offers the service or is about to."""
         if self.dispatcher.can_serve(service):
             return
-        coming = [
+        theirs = [
             w
             for w in self.fleet.workers.values()
             if w.present and not w.draining and any(a.service == service for a in w.brief.assignment)
         ]
+        coming = [w for w in theirs if not self.traffic.full_for(w.id)]
         states = [c for w in coming for c in w.containers if c.service == service]
         if any(c.state in ("pending", "pulling", "starting", "healthy", "backoff") for c in states) or (
             coming and not states
         ):
             return
-        reasons = sorted({f"{c.state}: {c.reason}" if c.reason else c.state for c in states})
-        why = "; ".join(reasons) or "no worker offers it"
+        reasons = {f"{c.state}: {c.reason}" if c.reason else c.state for c in states}
+        if len(coming) < len(theirs):
+            reasons.add("its workers have used up their bytes of this month")
+        why = "; ".join(sorted(reasons)) or "no worker offers it"
         raise TryLater(
             f"{service} cannot be served now: {why}",
             retry_after_s=30,
@@ -594,7 +687,7 @@ class Pool:
 
     def submit(self, task: Task, body: Body) -> Relay:
         """Queue a task and return the relay of its answer. Raises TryLater when too many wait."""
-        relay = Relay(task, body)
+        relay = Relay(task, body, self.clock)
         self.hub.relays[task.id] = relay
         try:
             self.dispatcher.submit(task)
@@ -603,7 +696,20 @@ class Pool:
             raise
         return relay
 
+    def unreserve(self, task_id: str) -> None:
+        """Give back the tokens that were reserved for a task which does not come to be."""
+        if (reservation := self.reserved.pop(task_id, None)) is not None:
+            reservation.settle(0, self.clock())
+
     def _finished(self, task: Task) -> None:
+        if not task.durable:
+            self._tally(task)
+        self.traffic.task(task)
+        if self.reserved and (reservation := self.reserved.pop(task.id, None)) is not None:
+            tokens = counted(task.usage)
+            # Who leaves has had the work done all the same, as far as anyone knows.
+            if tokens is not None or task.state == "failed":
+                reservation.settle(tokens or 0, self.clock())
         # The books have written a durable one before this.
         if task.state == "succeeded" and not task.durable:
             self.books.credit(task)
@@ -612,6 +718,16 @@ class Pool:
         worker = self.fleet.workers.get(entry.worker_id)
         if worker is not None:
             worker.completed += 1
+
+
+def _networks(texts: Sequence[str]) -> tuple[addresses.Network, ...]:
+    """Return networks as settings name them. Raises SettingProblem."""
+    try:
+        return tuple(map(addresses.network, texts))
+    except ValueError as error:
+        raise SettingProblem(
+            f"webhook_networks: {error}", hints=("a network looks like 10.0.0.0/8 or fd00::/8",)
+        ) from None
 
 
 def _keep_newest(folder: Path, pattern: str, count: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -47,17 +48,23 @@ class Head(NamedTuple):
 
 
 class Relay:
-    """One task's answer on its way: fed by the current attempt, read by the client, at most a window between."""
+    """One task's answer on its way: fed by the current attempt, read by the client, at most a window between.
 
-    def __init__(self, task: Task, body: Body) -> None:
+    ``clock`` is the dispatcher's.
+    """
+
+    def __init__(self, task: Task, body: Body, clock: Callable[[], float] = time.monotonic) -> None:
         self.task = task
         self.body = body
+        self._clock = clock
         self.head: Head | None = None
         #: Whether all of the answer has come.
         self.complete = False
         self._chunks: deque[bytes] = deque()
         self._buffered = 0
         self._received = 0
+        #: The size that the head announced, where it did.
+        self._length: int | None = None
         self._changed = asyncio.Event()
         self._taken: Callable[[int], None] | None = None
         self._source: tuple[Attempt, object] | None = None
@@ -85,7 +92,9 @@ class Relay:
             raise Overrun("an answer has one head")
         if head.status < LEAST_STATUS:
             raise Overrun(f"an answer's status is not {head.status}")
-        self.head = head
+        self.head, self._length = head, head.length
+        if self.task.holder is not None:
+            self.task.holder.first_byte_at = self._clock()
         self._changed.set()
 
     def put(self, data: bytes) -> None:
@@ -96,12 +105,13 @@ class Relay:
             raise Overrun("nothing follows the end of an answer")
         if self._buffered + len(data) > WINDOW_BYTES:
             raise Overrun(f"more than {WINDOW_BYTES} bytes without credit")
-        if self.head.length is not None and self._received + len(data) > self.head.length:
-            raise Overrun(f"the answer is longer than the {self.head.length} bytes that it announced")
-        if data:
+        size = len(data)
+        if self._length is not None and self._received + size > self._length:
+            raise Overrun(f"the answer is longer than the {self._length} bytes that it announced")
+        if size:
             self._chunks.append(data)
-            self._buffered += len(data)
-            self._received += len(data)
+            self._buffered += size
+            self._received += size
             self._changed.set()
 
     async def room(self, wanted: int) -> None:
@@ -114,15 +124,21 @@ class Relay:
         """The answer is whole. Raises Overrun when it cannot be."""
         if self.head is None:
             raise Overrun("an answer begins with its head")
-        if self.head.length not in (None, self._received):
-            raise Overrun(f"the answer announced {self.head.length} bytes and has {self._received}")
+        if self._length is not None and self._length != self._received:
+            raise Overrun(f"the answer announced {self._length} bytes and has {self._received}")
         self.complete = True
         self.task.answer_bytes = self._received
         self._changed.set()
 
+    def tally(self) -> None:
+        """Note how much has come of the attempt that feeds; once, when it ends."""
+        if self._source is not None:
+            self._source[0].answer_bytes += self._received
+
     def restart(self) -> None:
         """Forget what a lost attempt sent; nothing of it has reached the client."""
-        self.head, self.complete, self._source, self._taken = None, False, None, None
+        self.tally()
+        self.head, self.complete, self._source, self._taken, self._length = None, False, None, None, None
         self._chunks.clear()
         self._buffered = self._received = 0
         self.starts += 1
@@ -142,15 +158,16 @@ class Relay:
     async def ready(self) -> Head | None:
         """Wait for the head, and for the whole answer when it is announced as small; ``None`` when the task failed."""
         while True:
-            if self.head is not None and (self.complete or not self._worth_holding(self.head)):
+            if self.head is not None and (self.complete or not self._worth_holding):
                 return self.head
             if self.over:
                 return None
             self._changed.clear()
             await self._changed.wait()
 
-    def _worth_holding(self, head: Head) -> bool:
-        return head.length is not None and head.length <= HOLD_BYTES
+    @property
+    def _worth_holding(self) -> bool:
+        return self._length is not None and self._length <= HOLD_BYTES
 
     async def pieces(self) -> AsyncIterator[bytes]:
         """Yield the answer as it comes and give room back for each piece.

@@ -1,4 +1,7 @@
-"""The server: Hypercorn in this very process, HTTP/1.1, with limits of our own and an end that cannot hang."""
+"""The server in this very process: HTTP/1.1, with limits of our own and an end that cannot hang.
+
+`hypercorn_server` serves it by default, `uvicorn_server` in large pools.
+"""
 
 from __future__ import annotations
 
@@ -9,43 +12,36 @@ import gc
 import logging
 import socket
 import sys
-from typing import TYPE_CHECKING, NamedTuple, cast
-
-from hypercorn.asyncio import run as hypercorn_run
-from hypercorn.asyncio import serve
-from hypercorn.asyncio.tcp_server import TCPServer
-from hypercorn.config import Config
-from hypercorn.events import Updated
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from rma_coordinator.app import pool_of
 from rma_core.errors import SettingProblem
-from rma_core.settings import CoordinatorSettings
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
     from pathlib import Path
     from typing import Any
 
-    from hypercorn.config import Sockets
-    from hypercorn.events import Event
-    from hypercorn.typing import Framework
     from quart import Quart
 
-    from rma_coordinator.app import Lanes
+    from rma_coordinator.app import ASGI, Lanes
 
 logger = logging.getLogger(__name__)
 
 #: Seconds that open requests get when the coordinator is told to stop.
 GRACE_S = 3.0
-#: Hypercorn can fail to stop (an application that no longer reads); this long after the grace we stop without it.
+#: A server can fail to stop (Hypercorn does while an application no longer reads); so long after the grace we stop
+#: without it.
 HARD_STOP_S = 5.0
 #: Seconds for what is left once the server itself is cancelled.
 LAST_STOP_S = 1.0
-#: What Hypercorn calls the task of a connection.
-CONNECTION = "worker_serve.<locals>._server_callback"
 #: A connection that has not finished its request's header by then is closed.
 KEEP_ALIVE_S = 75.0
 HANDSHAKE_S = 10.0
+#: The longest head of a request, and the longest message of a channel.
+MAX_HEAD_BYTES, MAX_WEBSOCKET_BYTES = 64 * 1024, 2 * 1024 * 1024
+#: Connections that wait to be accepted.
+BACKLOG = 1024
 #: A connection whose other side takes nothing of what waits for it is closed after this.
 UNREAD_S = 60.0
 #: A coordinator that was full says it is again only after so large a share of its connections was free for others.
@@ -90,45 +86,6 @@ class Places:
             self._refused = 0
 
 
-class Connection(TCPServer):
-    """Hypercorn's connection, which has a place among those there may be, and ends when its client has left.
-
-    Hypercorn 0.18 keeps one that its client closed between two requests until the keep-alive time is over: its socket,
-    its tasks, and its place.
-    """
-
-    _left = False
-
-    async def run(self) -> None:
-        """Serve the connection, or close it at once where there are too many."""
-        # Another server in this process has a configuration without places.
-        places = getattr(self.config, "places", None) or Places(1)
-        if not places.take():
-            # No answer and no farewell: either could make us wait for somebody who means harm.
-            self.writer.transport.abort()
-            return
-        try:
-            await super().run()
-        except asyncio.CancelledError:
-            # The server's end. Nothing waits for what comes of this, and Python before 3.12 would log a traceback.
-            self.writer.transport.abort()
-        finally:
-            places.give()
-
-    async def protocol_send(self, event: Event) -> None:
-        """Send, or begin and end the idle time; who has left is not waited for."""
-        if not (self._left and isinstance(event, Updated)):
-            await super().protocol_send(event)
-
-    async def _read_data(self) -> None:
-        await super()._read_data()
-        self._left = True
-        await self.idle_task.stop()
-
-
-hypercorn_run.TCPServer = Connection  # type: ignore[attr-defined]  # it has no setting for this
-
-
 class Listener(NamedTuple):
     """An address to listen on; with a certificate it speaks https."""
 
@@ -163,53 +120,57 @@ def free_port(host: str, port: int) -> int:
         return int(probe.getsockname()[1])
 
 
-class BoundedConfig(Config):
-    """Hypercorn's configuration, with a limit to connections, and sockets that give up on clients after UNREAD_S.
+class Server(Protocol):
+    """What serves an application, and can be made to stop."""
 
-    The server itself waits for a client that takes nothing for ever once its answer was given up.
-    """
+    places: Places
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.places = Places(CoordinatorSettings().max_connections)
+    async def serve(self, app: ASGI, stop: asyncio.Event) -> None:
+        """Serve ``app``, its lifespan included, until ``stop`` is set. Raises OSError for an address in use."""
 
-    def create_sockets(self) -> Sockets:
-        """Return the listening sockets."""
-        sockets = super().create_sockets()
-        option = getattr(socket, "TCP_USER_TIMEOUT", None)  # Linux
-        for listening in (*sockets.secure_sockets, *sockets.insecure_sockets):
-            if option is not None:
-                listening.setsockopt(socket.IPPROTO_TCP, option, int(UNREAD_S * 1000))
-        return sockets
+    async def cut(self, serving: asyncio.Task[None]) -> None:
+        """Cancel a `serve` that cannot stop, and its connections: they wait for clients that take nothing any more."""
 
 
-def make_config(plain: Listener | None, secure: Listener | None) -> BoundedConfig:
-    """Return Hypercorn's configuration for a plain and/or a TLS listener."""
-    config = BoundedConfig()
-    config.bind = [listener.address for listener in (secure or plain,) if listener]
-    config.insecure_bind = [plain.address] if secure and plain else []
-    if secure:
-        config.certfile, config.keyfile = str(secure.cert), str(secure.key)
-    # Over HTTP/2, data after an early answer kills a connection with all its streams; a front proxy may speak it.
-    config.alpn_protocols = ["http/1.1"]
-    config.graceful_timeout = GRACE_S
-    config.shutdown_timeout = GRACE_S
-    config.keep_alive_timeout = KEEP_ALIVE_S
-    config.ssl_handshake_timeout = HANDSHAKE_S
-    config.h11_max_incomplete_size = 64 * 1024
-    config.websocket_max_message_size = 2 * 1024 * 1024
-    # The agent sends pings. The server's own would keep each closed channel for another interval, and hold up the end.
-    config.websocket_ping_interval = None
-    config.include_server_header = False
-    config.backlog = 1024
-    config.accesslog = None
-    config.errorlog = logging.getLogger("hypercorn.error")
-    return config
+def make_config(plain: Listener | None, secure: Listener | None, *, server: str = "hypercorn") -> Server:
+    """Return a server for a plain and/or a TLS listener. Raises SettingProblem for one that is not installed."""
+    if server == "hypercorn":
+        from rma_coordinator.hypercorn_server import make_config as made
+
+        return made(plain, secure)
+    try:
+        from rma_coordinator.uvicorn_server import UvicornServer
+    except ImportError:
+        hints = ("pip install 'rma-coordinator[uvicorn]'", "or leave the setting `server` as it is")
+        raise SettingProblem("uvicorn is not installed here", hints=hints) from None
+    return UvicornServer(plain, secure)
+
+
+def listening(listener: Listener) -> socket.socket:
+    """Return a bound socket that gives up on clients which take nothing for UNREAD_S. Raises OSError."""
+    family = socket.AF_INET6 if ":" in listener.host else socket.AF_INET
+    found = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        patient(found)
+        found.bind((listener.host, listener.port))
+    except OSError:
+        found.close()
+        raise
+    found.setblocking(False)  # noqa: FBT003 - the standard library takes it so
+    return found
+
+
+def patient(listening: socket.socket) -> None:
+    """Let what is accepted here end when its client takes nothing of what waits for it, for UNREAD_S."""
+    option = getattr(socket, "TCP_USER_TIMEOUT", None)  # Linux
+    if option is not None:
+        listening.setsockopt(socket.IPPROTO_TCP, option, int(UNREAD_S * 1000))
 
 
 async def run_server(
     app: Quart,
-    config: BoundedConfig,
+    config: Server,
     *,
     until: Callable[[], Awaitable[None]],
     ready: Callable[[], Awaitable[None]] | None = None,
@@ -230,10 +191,10 @@ async def run_server(
     stop = asyncio.Event()
     trigger = asyncio.create_task(_until(until, stop), name="stop")
     # Quart would only hand each call on to them.
-    server = asyncio.create_task(serve(cast("Framework", lanes), config, shutdown_trigger=stop.wait), name="server")
+    server = asyncio.create_task(config.serve(lanes, stop), name="server")
     try:
         await asyncio.wait({server, trigger}, return_when=asyncio.FIRST_COMPLETED)
-        cut = not await _end(app, server)
+        cut = not await _end(app, config, server)
     finally:
         trigger.cancel()
         server.cancel()
@@ -243,7 +204,7 @@ async def run_server(
     _raise(server, trigger, failures, cut=cut)
 
 
-async def _end(app: Quart, server: asyncio.Task[None]) -> bool:
+async def _end(app: Quart, config: Server, server: asyncio.Task[None]) -> bool:
     """Let the server finish what it has within the grace, then end it; say whether it ended by itself."""
     lanes: Lanes = app.extensions["rma_lanes"]
     pool_of(app).hub.close_all()
@@ -253,26 +214,8 @@ async def _end(app: Quart, server: asyncio.Task[None]) -> bool:
     if server.done():
         return True
     logger.warning("some connections did not end within %.0f s and are cut", GRACE_S + HARD_STOP_S)
-    await _cut(server)
+    await config.cut(server)
     return False
-
-
-async def _cut(server: asyncio.Task[None]) -> None:
-    """Cancel a server that cannot stop, and its connections: each waits for a client that takes nothing any more."""
-    loop = asyncio.get_running_loop()
-    usual = loop.get_exception_handler()
-    # Until Python 3.12 each connection that is cancelled is logged with a traceback.
-    loop.set_exception_handler(lambda _, context: logger.debug("while stopping: %s", context.get("message")))
-    try:
-        ending = {task for task in asyncio.all_tasks() if getattr(task.get_coro(), "__qualname__", "") == CONNECTION}
-        ending.add(server)
-        for _ in range(2):  # what waits for its connection to close takes the first for the end of that wait
-            for task in ending:
-                task.cancel()
-            await asyncio.wait(ending, timeout=LAST_STOP_S / 2)
-        await asyncio.sleep(0)
-    finally:
-        loop.set_exception_handler(usual)
 
 
 def _raise(server: asyncio.Task[None], trigger: asyncio.Task[None], failures: list[Exception], *, cut: bool) -> None:

@@ -41,7 +41,7 @@ async def coordinate(settings: CoordinatorSettings, *, insecure_http: bool) -> i
     listener = Listener(settings.host, free_port(settings.host, settings.port), cert, key)
     settings = msgspec.structs.replace(settings, public_url=settings.public_url or listener.url)
     app = make_app(settings, pin=pin_of(cert) if cert else "")
-    config = make_config(None, listener) if cert else make_config(listener, None)
+    config = make_config(None if cert else listener, listener if cert else None, server=settings.server)
 
     async def greet() -> None:
         spare_pauses()

@@ -19,10 +19,10 @@ from rma_coordinator.certificate import own_pair, pin_of
 from rma_coordinator.engine_choice import choose_runtimes, service_sources
 from rma_coordinator.server import Listener, free_port, make_config, run_server, spare_pauses
 from rma_coordinator.serving import client_key, first_key, make_app, stopped
-from rma_core.agent.attached import addresses
+from rma_core.agent.attachable import addresses
 from rma_core.agent.own_models import LLAMA_CPP, own_files
 from rma_core.agent.state import StateFolder
-from rma_core.commands import common
+from rma_core.commands import common, sharing
 from rma_core.commands.machine import settings_of
 from rma_core.errors import SettingProblem, UsageProblem
 from rma_core.models.worker import ATTACHED
@@ -111,7 +111,7 @@ class Up:
         """Run until Ctrl-C."""
         common.say("Starting the coordinator …")
         app = make_app(self.settings, pin=self.pin)
-        config = make_config(self.plain, self.secure)
+        config = make_config(self.plain, self.secure, server=self.settings.server)
         local: list[asyncio.Task[None]] = []
 
         async def ready() -> None:
@@ -282,8 +282,14 @@ class Up:
             for s in services
             if s.state != "healthy"
         ]
-        lines += ["", *ill, *await self._join_lines(app), "Ctrl-C stops everything."]
+        beside = [] if self.no_agent else await self._beside()
+        lines += ["", *ill, *beside, *await self._join_lines(app), "Ctrl-C stops everything."]
         common.say("\n".join(lines))
+
+    async def _beside(self) -> list[str]:
+        """Return what runs here and could be shared, too."""
+        found = await sharing.found_by(settings_of(str(self.home)), self.plain.url, self.lan_url, *self.attach)
+        return [common.printable(f"  {sharing.sentence(one, 'rma up')}", keep="") for one in found]
 
     async def _join_lines(self, app: Quart) -> list[str]:
         if not self.lan_url:

@@ -5,96 +5,43 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import re
-from typing import TYPE_CHECKING, NamedTuple
-from urllib.parse import urlsplit
+import time
+from typing import TYPE_CHECKING
 
-from rma_core.addresses import is_loopback
 from rma_core.agent import model_server
+from rma_core.agent.attachable import MAX_SLOTS
 from rma_core.agent.endpoint import Endpoint, EndpointError
 from rma_core.agent.guarded import Guarded
 from rma_core.agent.keeper import Slot
-from rma_core.agent.model_server import LOOK_TIMEOUT_S, StillLoading, quoted
+from rma_core.agent.model_server import LLAMA_CPP, LOOK_TIMEOUT_S, StillLoading, quoted
+from rma_core.agent.ollama import Ollama
+from rma_core.agent.others import Others
 from rma_core.backoff import Backoff
-from rma_core.errors import UsageProblem
 from rma_core.models.worker import ATTACHED, ContainerStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
+    from rma_core.agent.attachable import Address
+    from rma_core.agent.guarded import Asked
     from rma_core.agent.model_server import Found
+    from rma_core.agent.ollama_look import Loaded, Shown
     from rma_core.models.worker import ContainerState
 
 logger = logging.getLogger(__name__)
 
 #: The service that an attached server is part of.
 SERVICE = "llm"
-#: Addresses that can be attached, and the slots that all of them share.
-MAX_ATTACHED, MAX_SLOTS = 16, 64
-#: Seconds between two looks at a server that is well, and at one that loads its model.
-LOOK_EVERY_S, LOADING_EVERY_S = 10.0, 2.0
+#: Seconds between two looks at a server that is well, at one that loads its model, and at one that others use.
+LOOK_EVERY_S, LOADING_EVERY_S, OTHERS_EVERY_S = 10.0, 2.0, 2.0
 #: Seconds until one that is away is looked at again: at first, and at most.
 AWAY_BASE_S, AWAY_CAP_S = 1.0, 30.0
 #: Seconds between a task's failure to reach a server and the look that it brings about.
 NUDGED_AFTER_S = 0.25
-
-_HINT = "the address is http://127.0.0.1:PORT, http://localhost:PORT, http://[::1]:PORT or unix:/path"
-
-
-class Address(NamedTuple):
-    """One address as the owner gave it: ``name`` goes to the pool, ``url`` does not; ``slots`` 0 where not told."""
-
-    url: str
-    slots: int
-    name: str
-
-
-def addresses(texts: Iterable[str]) -> tuple[Address, ...]:
-    """Return what the owner attached, each once. Raises UsageProblem for what is not on this machine."""
-    found: dict[str, Address] = {}
-    for text in texts:
-        one = _address(text)
-        if one.url not in found:
-            taken = sum(other.name.partition("--")[0] == one.name for other in found.values())
-            found[one.url] = one._replace(name=f"{one.name}--{taken + 1}") if taken else one
-    if len(found) > MAX_ATTACHED:
-        raise UsageProblem(f"at most {MAX_ATTACHED} model servers can be attached, not {len(found)}")
-    return tuple(found.values())
-
-
-def _address(text: str) -> Address:
-    if "," in text:
-        raise UsageProblem(f"{text!r} cannot be attached: an address has no comma; --attach can be repeated")
-    url, _, fragment = text.strip().partition("#")
-    slots = _told_slots(text, fragment)
-    if url.startswith("unix:/"):
-        name = re.sub(r"[^a-z0-9]+", "-", url.rpartition("/")[2].lower()).strip("-")[:40]
-        return Address(url, slots, f"attached-{name or 'socket'}")
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname or "", parts.port
-    except ValueError as error:
-        raise UsageProblem(f"{text!r} cannot be attached: {error}", hints=(_HINT,)) from None
-    if parts.scheme != "http" or "@" in parts.netloc or not (host == "localhost" or _is_own(host)):
-        raise UsageProblem(f"{text!r} cannot be attached: it is not an address on this machine", hints=(_HINT,))
-    # The address that clients are told often ends in /v1; the paths are known.
-    if not port or parts.path not in ("", "/", "/v1", "/v1/") or parts.query:
-        raise UsageProblem(f"{text!r} cannot be attached: it needs a port, and nothing behind that", hints=(_HINT,))
-    return Address(f"http://{parts.netloc}", slots, f"attached-{port}")
-
-
-def _is_own(host: str) -> bool:
-    # Not names that end in .localhost: some resolvers ask a name server for those.
-    return not host.endswith("localhost") and is_loopback(host)
-
-
-def _told_slots(text: str, fragment: str) -> int:
-    if not fragment:
-        return 0
-    number = fragment.removeprefix("slots=")
-    if number == fragment or not (number.isascii() and number.isdecimal() and 1 <= int(number[:9]) <= MAX_SLOTS):
-        raise UsageProblem(f"{text!r} cannot be attached: only #slots=1 to #slots={MAX_SLOTS} may stand behind it")
-    return int(number)
+#: Seconds for which it is known how many slots of a llama.cpp are at work, and for which one that did not say is not
+#: asked again; how often it is asked before a task is given back, and the seconds between: it lets go of a slot a
+#: moment after it has answered.
+SLOTS_FRESH_S, SLOTS_BLIND_S, SLOTS_TRIES, SLOTS_AGAIN_S = 1.0, 60.0, 3, 0.1
 
 
 class AttachedServer:
@@ -107,8 +54,9 @@ class AttachedServer:
         most_slots: int = MAX_SLOTS,
         changed: Callable[[], None] = lambda: None,
         freed: Callable[[], None] = lambda: None,
-        look: Callable[[Endpoint, str], Awaitable[Found]] = model_server.look,
+        look: Callable[[Endpoint, str, dict[str, Shown]], Awaitable[Found]] = model_server.look,
         uniform: Callable[[float, float], float] = random.uniform,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.address = address
         self.state: ContainerState = "pending"
@@ -118,18 +66,34 @@ class AttachedServer:
         #: Set while no attempt is at it.
         self.idle = asyncio.Event()
         self.idle.set()
-        self.client = Guarded(address.url, models=self.names, failed=self._nudge)
+        self.others = Others(clock)
+        self.client = Guarded(
+            address.url, models=self.names, failed=self._nudge, full=self._full, asked=self._in_its_words
+        )
+        self._ollama = Ollama(keep_alive=address.keep_alive, seen=self._seen_loaded, loaded=self._nudge, clock=clock)
         self._probe = Endpoint(address.url)
         self._most_slots, self._changed, self._freed, self._look = most_slots, changed, freed, look
-        self._uniform = uniform
+        self._uniform, self._clock = uniform, clock
         self._backoff = Backoff(base_s=AWAY_BASE_S, cap_s=AWAY_CAP_S, uniform=uniform)
         self._nudged = asyncio.Event()
         self._way = self._logged = ""
+        self._shown: dict[str, Shown] = {}
+        self._slots_until = clock()
+        self._told_slots = 0
 
     @property
     def slots(self) -> int:
-        """Requests it takes at once: what the owner said, else what it says, within what a machine may attach."""
-        return min(self._most_slots, self.address.slots or (self.found.slots if self.found else 1))
+        """Requests it takes at once: what the owner said, else what it says, within what a machine may attach.
+
+        Less what others use of it: its owner has it first.
+        """
+        told = self._all_slots
+        room = max(told, self.found.slots if self.found else 1) - self.others.taken
+        return max(0, min(self._most_slots, told, room))
+
+    @property
+    def _all_slots(self) -> int:
+        return self.address.slots or (self.found.slots if self.found else 1)
 
     @property
     def free(self) -> int:
@@ -174,7 +138,10 @@ class AttachedServer:
     async def look(self) -> float:
         """Look at it once and return the seconds until the next look."""
         try:
-            return self._judge(await self._look(self._probe, self._way))
+            async with asyncio.timeout(LOOK_TIMEOUT_S):
+                found = await self._look(self._probe, self._way, self._shown)
+                await self._look_at_others(found)
+            return self._judge(found)
         except StillLoading as error:
             return self._away("starting", error.message, LOADING_EVERY_S)
         except EndpointError as error:
@@ -195,11 +162,69 @@ class AttachedServer:
             words = f"{found.server} has no model to share" + (f": {found.missing}" if found.missing else "")
             return self._away("unhealthy", words)
         self._here(found)
-        return LOOK_EVERY_S
+        return OTHERS_EVERY_S if self.others.taken else LOOK_EVERY_S
 
     def place(self) -> Slot | None:
         """Take one of its slots, or nothing when none is free."""
-        return Slot(self, self.client, self._freed) if self.free else None
+        if not self.free:
+            return None
+        self.others.ours()
+        return Slot(self, self.client, self._released)
+
+    def _released(self) -> None:
+        self.others.ours()
+        self._freed()
+
+    # What others use of it.
+
+    async def _look_at_others(self, found: Found) -> None:
+        """See what others use, where that can be seen without waking up what sleeps."""
+        if found.ollama is not None:
+            self._seen_loaded(found.ollama.loaded)
+        elif found.way == LLAMA_CPP and (self.busy or self.others.taken) and self._clock() >= self._slots_until:
+            before = self.busy
+            self._seen_at_work(await model_server.at_work(self._probe), max(before, self.busy))
+
+    def _seen_loaded(self, loaded: dict[str, Loaded]) -> None:
+        self.others.expiries_seen({name: one.expires for name, one in loaded.items()}, self.busy)
+
+    def _seen_at_work(self, at_work: int | None, ours: int) -> None:
+        self._slots_until = self._clock() + (SLOTS_BLIND_S if at_work is None else SLOTS_FRESH_S)
+        self.others.slots_seen(at_work or 0, ours)
+
+    async def _full(self) -> str:
+        """Say why a task that has a slot here cannot have it after all: its owner has just taken it.
+
+        Asked now, when the server is to work anyway: asked all the time, it would never sleep.
+        """
+        if self.found is None or self.found.way != LLAMA_CPP:
+            return ""
+        for left in reversed(range(SLOTS_TRIES)):
+            if self._clock() >= self._slots_until or self._is_full:
+                try:
+                    async with asyncio.timeout(LOOK_TIMEOUT_S):
+                        # The task that asks has a slot of ours, and is not at work yet.
+                        self._seen_at_work(await model_server.at_work(self._probe), max(0, self.busy - 1))
+                except TimeoutError:
+                    # One that is too busy to say so may still queue a request.
+                    self._seen_at_work(None, 0)
+            if not self._is_full:
+                break
+            if left:
+                await asyncio.sleep(SLOTS_AGAIN_S)
+        if self.slots != self._told_slots:
+            # The pool is told by the next look.
+            self._nudge()
+        if not self._is_full:
+            return ""
+        return f"{self.address.name} is used by others on this machine just now"
+
+    @property
+    def _is_full(self) -> bool:
+        return self.slots < self.busy
+
+    def _in_its_words(self) -> Asked | None:
+        return self._ollama if self.found is not None and self.found.ollama is not None else None
 
     async def aclose(self) -> None:
         """Close every connection."""
@@ -212,23 +237,31 @@ class AttachedServer:
     def _here(self, found: Found) -> None:
         self._backoff.reset()
         self._way = found.way
-        before = (self.found, self.state)
-        self.found = found
-        self.reason = _described(found, self.slots)
-        self.state = "healthy"
-        if before == (found, "healthy"):
+        if found.ollama is not None:
+            self._ollama.heard(found.ollama)
+        before = (self.found and self.found._replace(ollama=None), self.state, self._told_slots)
+        self.found, self.state = found, "healthy"
+        self._told_slots = self.slots
+        described = _described(found, min(self._most_slots, self._all_slots))
+        taken = self.others.taken
+        self.reason = f"{described}; {taken} in use by others" if taken else described
+        if before == (found._replace(ollama=None), "healthy", self._told_slots):
             return
-        if self.reason != self._logged:
-            about = {"action": "attached_healthy", "container": self.address.name}
-            logger.info("%s", self.sentence(), extra=about)
-            for reason, names in found.left_out:
-                logger.info("%s keeps back models %s: %s", self.address.name, reason, quoted(names), extra=about)
-            self._logged = self.reason
+        if described != self._logged:
+            self._log(found, described)
         self._changed()
+
+    def _log(self, found: Found, described: str) -> None:
+        about = {"action": "attached_healthy", "container": self.address.name}
+        logger.info("%s", self.sentence(), extra=about)
+        for reason, names in found.left_out:
+            logger.info("%s keeps back models %s: %s", self.address.name, reason, quoted(names), extra=about)
+        self._logged = described
 
     def _away(self, state: ContainerState, reason: str, wait_s: float | None = None) -> float:
         before = (self.state, self.reason)
         self.state, self.reason, self.found, self._way, self._logged = state, reason, None, "", ""
+        self.others.forget()
         if before[0] != state:
             about = {"action": f"attached_{state}", "container": self.address.name}
             logger.info("%s", self.sentence(), extra=about)
@@ -289,9 +322,10 @@ class AttachedServers:
         return sum(one.free for one in self.servers)
 
     def busy_share(self) -> float:
-        """Return how busy they are together, from 0 to 1."""
-        slots = self.slots()
-        return min(1.0, sum(one.busy for one in self.servers) / slots) if slots else 0.0
+        """Return how busy they are together, with what others do there, from 0 to 1."""
+        taken = sum(one.others.taken for one in self.servers if one.state == "healthy")
+        slots = self.slots() + taken
+        return min(1.0, (sum(one.busy for one in self.servers) + taken) / slots) if slots else 0.0
 
     def lists(self, model: str) -> bool:
         """Say whether one of them has a model."""

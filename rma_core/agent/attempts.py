@@ -19,7 +19,7 @@ from rma_core.models.worker import AttemptRef
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 
-    from rma_core.agent.endpoint import Endpoint
+    from rma_core.agent.endpoint import Client
     from rma_core.agent.uplink import Uplink
     from rma_core.models.worker import Fault, TaskOffer
 
@@ -61,7 +61,7 @@ class Place(Protocol):
     """A healthy container, or attached server, with a free slot; the slot is taken until `release`."""
 
     @property
-    def client(self) -> Endpoint:
+    def client(self) -> Client:
         """The connections to it."""
 
     @property

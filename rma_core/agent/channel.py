@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import time
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Protocol
 
 from rma_core import http
 from rma_core.agent.answers import LinkLostError
-from rma_core.agent.gathered import Gathered
+from rma_core.agent.outbox import Outbox
 from rma_core.agent.streams import ChannelStream
 from rma_core.backoff import Backoff
 from rma_core.errors import CoordinatorError, NotAuthenticated, NotFound, TryLater, ValidationProblem
@@ -100,6 +101,7 @@ class Channel:
         self._backoff = backoff or Backoff(base_s=RETRY_BASE_S, cap_s=RETRY_CAP_S)
         self._streams: dict[int, ChannelStream] = {}
         self._connection: ClientConnection | None = None
+        self._outbox: Outbox | None = None
         self._resume: asyncio.TimerHandle | None = None
         self._refusals = 0
         #: The channel is open, and nothing has been heard on it yet.
@@ -154,18 +156,11 @@ class Channel:
         """Send a heartbeat; its answer comes as `Events.assigned`. Raises LinkLostError."""
         await self.send(frames.pack(frames.Beat(beat=beat, slots=self._events.slots())))
 
-    async def send(self, message: str | bytes, *, more: bool = False) -> None:
-        """Send one message now, or, when ``more`` is expected to follow, together with that. Raises LinkLostError."""
-        from websockets.exceptions import ConnectionClosed
-
-        connection = self._connection
-        if connection is None:
+    async def send(self, frame: str | bytes, *, more: bool = False) -> None:
+        """Send a packed frame now, or together with ``more`` that is expected to follow. Raises LinkLostError."""
+        if self._outbox is None:
             raise LinkLostError("the channel is down")
-        cast("Gathered", connection.transport).patient = more
-        try:
-            await connection.send(message)
-        except ConnectionClosed as error:
-            raise LinkLostError(f"the channel broke: {error}") from None
+        await self._outbox.put(frame, more=more)
 
     async def sign(self, frame: frames.Frame) -> bool:
         """Send a frame and say whether it was read."""
@@ -185,13 +180,14 @@ class Channel:
         """Say whether everything sent until now was read: the other side reads in order, pings too."""
         from websockets.exceptions import ConnectionClosed
 
-        connection = self._connection
-        if connection is None:
+        connection, outbox = self._connection, self._outbox
+        if connection is None or outbox is None:
             return False
         try:
             async with asyncio.timeout(PING_TIMEOUT_S):
+                await outbox.flush()
                 await (await connection.ping())
-        except (ConnectionClosed, TimeoutError):
+        except (ConnectionClosed, LinkLostError, TimeoutError):
             return False
         return connection is self._connection
 
@@ -254,11 +250,7 @@ class Channel:
         return True
 
     async def _session(self, token: str) -> None:
-        from websockets.asyncio.client import ClientConnection, connect
-
-        class Gathering(ClientConnection):
-            def connection_made(self, transport: asyncio.BaseTransport) -> None:
-                super().connection_made(cast("asyncio.Transport", Gathered(cast("asyncio.Transport", transport))))
+        from websockets.asyncio.client import connect
 
         class Connect(connect):
             def process_redirect(self, exc: Exception) -> Exception | str:
@@ -278,19 +270,24 @@ class Channel:
             close_timeout=CLOSE_TIMEOUT_S,
             user_agent_header=None,
             proxy=None if self._client.local else True,
-            create_connection=Gathering,
         ) as connection:
             self._opened = True
-            confirming = asyncio.create_task(self._confirm(), name="answers are confirmed")
+            outbox = Outbox(functools.partial(_send, connection))
+            beside = [
+                asyncio.create_task(self._confirm(), name="answers are confirmed"),
+                asyncio.create_task(outbox.run(), name="the channel's frames leave"),
+            ]
             try:
-                await self._open(connection)
+                await self._open(connection, outbox)
                 await self._read(connection)
             finally:
-                confirming.cancel()
+                for task in beside:
+                    task.cancel()
                 self._broken()
-                await asyncio.wait({confirming})
-        if not confirming.cancelled():
-            confirming.result()
+                await asyncio.wait(beside)
+        for task in beside:
+            if not task.cancelled() and not isinstance(task.exception(), LinkLostError):
+                task.result()
 
     async def _confirm(self) -> None:
         """Let go of answers that were sent, once they have been read."""
@@ -299,7 +296,7 @@ class Channel:
             await asyncio.sleep(CONFIRM_AFTER_S)
             await self.confirm()
 
-    async def _open(self, connection: ClientConnection) -> None:
+    async def _open(self, connection: ClientConnection, outbox: Outbox) -> None:
         """Say HELLO, which lists what goes on from before the break."""
         hello = frames.Hello(
             worker_id=self._client.worker_id,
@@ -308,14 +305,14 @@ class Channel:
             attempts=self._events.held(),
         )
         await connection.send(frames.pack(hello))
-        self._connection = connection
+        self._connection, self._outbox = connection, outbox
         if self._resume is not None:
             self._resume.cancel()
             self._resume = None
         for stream in list(self._streams.values()):
             stream.go.set()
             # The first one may have been lost, and the coordinator waits for it only for some seconds.
-            await connection.send(frames.pack(frames.Accept(stream=stream.number)))
+            await self.send(frames.pack(frames.Accept(stream=stream.number)))
         self._events.connected()
 
     async def _read(self, connection: ClientConnection) -> None:
@@ -326,23 +323,22 @@ class Channel:
                 heard = True
                 self._opened, self._refusals = False, 0
                 self._backoff.reset()
-            if isinstance(message, bytes):
-                await self._body(message)
-            else:
-                await self._control(frames.unpack_down(message))
+            try:
+                for number, kind, content in frames.records(message):
+                    if kind == frames.CONTROL:
+                        self._control(frames.unpack_down(content))
+                    else:
+                        self._body(number, content, end=kind == frames.DATA_LAST)
+            except ValueError as error:
+                logger.warning("the coordinator sent a broken message: %s", error)
 
-    async def _body(self, message: bytes) -> None:
-        try:
-            number, end, data = frames.unpack_data(message)
-        except ValueError as error:
-            logger.warning("the coordinator sent a broken data frame: %s", error)
-            return
+    def _body(self, number: int, data: bytes, *, end: bool) -> None:
         stream = self._streams.get(number)
         if stream is not None and not stream.take_body(data, end=end):
             self.drop(stream)
             self._events.withdrawn(stream, "the coordinator sent more than it was allowed to")
 
-    async def _control(self, frame: frames.Down) -> None:
+    def _control(self, frame: frames.Down) -> None:
         if isinstance(frame, frames.Task):
             self._task(frame)
         elif isinstance(frame, frames.Assign):
@@ -364,7 +360,7 @@ class Channel:
 
     def _broken(self) -> None:
         """Sort the attempts: some wait for the channel to come back, some go on without it, the others are lost."""
-        self._connection = None
+        self._connection = self._outbox = None
         self._answers.broke()
         for stream in list(self._streams.values()):
             if not stream.broke():
@@ -386,3 +382,13 @@ class Channel:
         self.drop(stream)
         stream.detach()
         self._events.lost(stream)
+
+
+async def _send(connection: ClientConnection, message: str | bytes) -> None:
+    """Send one message. Raises LinkLostError."""
+    from websockets.exceptions import ConnectionClosed
+
+    try:
+        await connection.send(message)
+    except ConnectionClosed as error:
+        raise LinkLostError(f"the channel broke: {error}") from None

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import math
 import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from rma_core.agent.incoming import EndpointError
 
@@ -159,8 +159,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin."""
-        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - a stream's transport is one
-        self._transport = transport
+        # Not asserted: uvloop, which `rma up` runs on, has transports of its own.
+        self._transport = cast("asyncio.Transport", transport)
         self._everyone.add(self)
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - the protocol's signature

@@ -10,7 +10,7 @@ import asyncio
 import os
 import re
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlsplit
 
 from rma_core.addresses import is_loopback
@@ -21,7 +21,7 @@ from rma_core.errors import UsageProblem
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterable
 
-__all__ = ["Answer", "Endpoint", "EndpointError"]
+__all__ = ["Answer", "Client", "Endpoint", "EndpointError", "Reply"]
 
 #: Seconds to reach a service.
 ENDPOINT_CONNECT_S = 5.0
@@ -37,6 +37,49 @@ OWN_HEADERS = frozenset({"connection", "content-length", "host", "transfer-encod
 
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _VALUE = re.compile(r"[^\x00-\x08\x0a-\x1f\x7f\ud800-\udfff]*")
+
+
+class Reply(Protocol):
+    """What a request is answered with; its body is read piece by piece. An `Answer`, or what was made of one."""
+
+    @property
+    def status(self) -> int:
+        """The status."""
+
+    @property
+    def headers(self) -> tuple[tuple[str, str], ...]:
+        """The headers, with names in small letters."""
+
+    @property
+    def over(self) -> bool:
+        """Whether all of it has come and been taken."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether the next `read` returns at once."""
+
+    async def read(self, limit_bytes: int, *, within_s: float | None = None) -> bytes:
+        """Return 1 to ``limit_bytes`` bytes as soon as they are there, or none at the end."""
+
+    async def aclose(self) -> None:
+        """Let go of it."""
+
+
+class Client(Protocol):
+    """What takes a task's request to its service: an `Endpoint`, or what stands before one."""
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        headers: Iterable[tuple[str, str]] = (),
+        body: AsyncGenerator[bytes, None] | bytes | None = None,
+        length: int | None = None,
+        write_s: float | None = None,
+        answer_s: float | None = None,
+    ) -> Reply:
+        """Send a request and return its answer, as `Endpoint.request` does."""
 
 
 class Endpoint:

@@ -13,7 +13,7 @@ from rma_core.models.channel import MAX_DATA_BYTES
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterable
 
-    from rma_core.agent.endpoint import Answer, Endpoint
+    from rma_core.agent.endpoint import Client, Reply
     from rma_core.agent.uplink import Uplink
     from rma_core.models.worker import Fault, TaskOffer
 
@@ -54,7 +54,7 @@ class Timings(NamedTuple):
 
 async def forward(
     offer: TaskOffer,
-    endpoint: Endpoint,
+    endpoint: Client,
     body: AsyncGenerator[bytes, None] | bytes | None,
     uplink: Uplink,
     *,
@@ -83,7 +83,7 @@ async def forward(
     return timings
 
 
-async def _ask(offer: TaskOffer, endpoint: Endpoint, body: AsyncGenerator[bytes, None] | bytes | None) -> Answer:
+async def _ask(offer: TaskOffer, endpoint: Client, body: AsyncGenerator[bytes, None] | bytes | None) -> Reply:
     """Send the request and return the answer with its body unread."""
     if body is not None and not isinstance(body, bytes):
         body = _steady(body, offer)
@@ -129,7 +129,7 @@ async def _steady(body: AsyncGenerator[bytes, None], offer: TaskOffer) -> AsyncG
         raise AttemptFailed("coordinator", f"the request's body has not the {offer.body_bytes} bytes it should have")
 
 
-async def _relay(answer: Answer, uplink: Uplink, gap_s: float, crowded: Callable[[], bool]) -> None:
+async def _relay(answer: Reply, uplink: Uplink, gap_s: float, crowded: Callable[[], bool]) -> None:
     """Send the answer's body up; the service is read only as fast as it goes."""
     while data := await _read(answer, gap_s):
         await uplink.data(data, more=answer.ready)
@@ -137,7 +137,7 @@ async def _relay(answer: Answer, uplink: Uplink, gap_s: float, crowded: Callable
             await asyncio.sleep(GATHER_S)
 
 
-async def _read(answer: Answer, gap_s: float) -> bytes:
+async def _read(answer: Reply, gap_s: float) -> bytes:
     """Return what has come of the answer. Only the service's own silence counts, not the time it waits for room."""
     try:
         return await answer.read(MAX_DATA_BYTES, within_s=gap_s)

@@ -7,17 +7,18 @@ closed, whatever a task asks for.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
 from rma_core.agent.endpoint import Endpoint, EndpointError
+from rma_core.agent.execute import AttemptFailed
 from rma_core.errors import UsageProblem
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Iterable
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 
-    from rma_core.agent.endpoint import Answer
+    from rma_core.agent.endpoint import Reply
 
 #: What a task may ask for.
 PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings"})
@@ -27,15 +28,31 @@ PASSED_ON = frozenset({"accept", "accept-encoding", "content-type", "user-agent"
 MAX_BODY_BYTES = 8 * 1024 * 1024
 
 
-class Guarded(Endpoint):
-    """The connections to an attached server that tasks use: nothing but the shared calls and models gets through.
+class Asked(Protocol):
+    """What a server is asked, in words of its own where it has some."""
 
-    ``models`` gives the names that are shared now; ``failed`` is told when the server could not be reached.
+    async def __call__(self, endpoint: Endpoint, path: str, body: bytes, model: str, answer_s: float | None) -> Reply:
+        """Ask it. Raises what `Endpoint.request` raises, and AttemptFailed."""
+
+
+class Guarded:
+    """What sends tasks to an attached server: nothing but the shared calls and models gets through.
+
+    ``models`` gives the names that are shared now; ``failed`` is told when the server could not be reached; ``full``
+    says why the server has no room just now, if so; ``asked`` gives another way to ask it than OpenAI's, if it has one.
     """
 
-    def __init__(self, url: str, *, models: Callable[[], frozenset[str]], failed: Callable[[], None]) -> None:
-        super().__init__(url)
-        self._models, self._failed = models, failed
+    def __init__(
+        self,
+        url: str,
+        *,
+        models: Callable[[], frozenset[str]],
+        failed: Callable[[], None],
+        full: Callable[[], Awaitable[str]],
+        asked: Callable[[], Asked | None],
+    ) -> None:
+        self._endpoint = Endpoint(url)
+        self._models, self._failed, self._full, self._asked = models, failed, full, asked
 
     async def request(
         self,
@@ -47,21 +64,34 @@ class Guarded(Endpoint):
         length: int | None = None,  # noqa: ARG002 - the body is whole before it is sent, and knows its length
         write_s: float | None = None,
         answer_s: float | None = None,
-    ) -> Answer:
-        """Send a request as `Endpoint.request` does. Raises UsageProblem for one that is not shared."""
+    ) -> Reply:
+        """Send a request as `Endpoint.request` does.
+
+        Raises UsageProblem for one that is not shared, AttemptFailed where its owner needs the server now.
+        """
         if method != "POST" or path not in PATHS:
             raise UsageProblem(f"{method} {path[:200]!r} is not open on a model server that its owner attached")
         whole = await _whole(body)
-        self._check(whole)
+        model = self._check(whole)
         kept = [(name, value) for name, value in headers if name.lower() in PASSED_ON]
         try:
-            return await super().request(method, path, headers=kept, body=whole, write_s=write_s, answer_s=answer_s)
+            if reason := await self._full():
+                raise AttemptFailed("owner", reason)
+            if (asked := self._asked()) is not None:
+                return await asked(self._endpoint, path, whole, model, answer_s)
+            return await self._endpoint.request(
+                method, path, headers=kept, body=whole, write_s=write_s, answer_s=answer_s
+            )
         except EndpointError:
             self._failed()
             raise
 
-    def _check(self, body: bytes) -> None:
-        """See that the request names no other model than those that are shared. Raises UsageProblem."""
+    async def aclose(self) -> None:
+        """Close every connection."""
+        await self._endpoint.aclose()
+
+    def _check(self, body: bytes) -> str:
+        """Return the model that a request names, an empty string for none. Raises UsageProblem for one not shared."""
         try:
             given = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
             # Some servers take any spelling of a name: `Model` would be read there, and not here.
@@ -73,6 +103,7 @@ class Guarded(Endpoint):
             raise UsageProblem("the request's body names its model twice")
         if named and model not in self._models():
             raise UsageProblem(f"the model {model[:200]!r} is not shared here")
+        return model
 
 
 async def _whole(body: AsyncGenerator[bytes, None] | bytes | None) -> bytes:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from rma_core.agent.context import Context
+    from rma_core.agent.endpoint import Client
     from rma_core.agent.engines import Engine
     from rma_core.interfaces import ContainerHandle, GivenFiles, PullProgress
     from rma_core.models.hardware import Device
@@ -387,7 +388,7 @@ class Holder(Protocol):
 class Slot:
     """One of a container's slots, or of an attached server's, taken by an attempt."""
 
-    def __init__(self, holder: Holder, client: Endpoint, released: Callable[[], None]) -> None:
+    def __init__(self, holder: Holder, client: Client, released: Callable[[], None]) -> None:
         self.owner, self.client, self._released = holder, client, released
         holder.busy += 1
         holder.idle.clear()

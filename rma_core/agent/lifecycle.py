@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import rma_core
 from rma_core import http
 from rma_core.agent.answers import Answers
-from rma_core.agent.attached import AttachedServers, addresses
+from rma_core.agent.attachable import addresses
+from rma_core.agent.attached import AttachedServers
 from rma_core.agent.attempts import Attempts, Stop, lease_clock
 from rma_core.agent.channel import Channel
 from rma_core.agent.client import CoordinatorClient

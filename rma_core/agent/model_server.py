@@ -1,7 +1,8 @@
 """What a model server says of itself: which one it is, its models and its slots, read from its own small answers.
 
-llama.cpp is told by `/props`, Ollama by `/api/version` or `/api/tags`, LM Studio by `/api/v0/models`; anything else
-must have OpenAI's `/v1/models`. Whatever it answers is taken as hostile: limited in size and time, decoded strictly.
+KoboldCpp is told by `/api/extra/version`, llama.cpp by `/props`, Ollama by `/api/version` or `/api/tags`, LM Studio by
+`/api/v0/models`; anything else must have OpenAI's `/v1/models`. Whatever it answers is taken as hostile: limited in
+size and time, decoded strictly. Nothing that is asked here makes a server load a model, or keep one loaded.
 """
 
 from __future__ import annotations
@@ -13,28 +14,27 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
+from rma_core.agent import ollama_look
+from rma_core.agent.asking import OK, UNAVAILABLE, capabilities, get, read, tokens
 from rma_core.agent.incoming import EndpointError
-from rma_core.errors import ValidationProblem
-from rma_core.models.strict import decode
 from rma_core.models.weights import ModelName
 from rma_core.models.worker import ModelStatus
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
-    from rma_core.agent.endpoint import Endpoint
+    from rma_core.agent.endpoint import Client
+    from rma_core.agent.ollama_look import Known, Shown
 
-#: Seconds for everything that is asked of a server in one look, and bytes of one answer.
-LOOK_TIMEOUT_S, MAX_ANSWER_BYTES = 10.0, 1024 * 1024
+#: Seconds for everything that is asked of a server in one look.
+LOOK_TIMEOUT_S = 10.0
 #: Models that one server can share; a heartbeat lists no more.
 MAX_MODELS = 64
-#: Tokens of a context at most; more is nonsense.
-MAX_CONTEXT = 2**31
 #: Names of models that a sentence of the log quotes, and the characters of each.
 QUOTED, QUOTED_CHARS = 5, 60
-OK, NOT_AUTHENTICATED, FORBIDDEN, UNAVAILABLE = 200, 401, 403, 503
 
 LLAMA_CPP, OLLAMA, LM_STUDIO, PLAIN = "llama.cpp", "Ollama", "LM Studio", "OpenAI-compatible server"
+KOBOLD_CPP = "KoboldCpp"
 #: Who says so in ``owned_by`` of its models.
 OWNERS = {"vllm": "vLLM", "sglang": "SGLang", "llamacpp": LLAMA_CPP}
 #: Why a model is left out.
@@ -54,13 +54,17 @@ class StillLoading(EndpointError):
 
 
 class Found(NamedTuple):
-    """One look at a server: ``server`` for people, ``way`` how it was asked; ``left_out`` are names by reason."""
+    """One look at a server: ``server`` for people, ``way`` how it was asked; ``left_out`` are names by reason.
+
+    ``ollama`` is what an Ollama says beyond that, and changes from look to look.
+    """
 
     way: str
     server: str
     models: tuple[ModelStatus, ...]
     slots: int = 1
     left_out: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    ollama: Known | None = None
 
     @property
     def missing(self) -> str:
@@ -73,6 +77,8 @@ class _Props(msgspec.Struct):
     n_ctx: Any = None
     default_generation_settings: Any = None
     is_sleeping: Any = False
+    modalities: Any = None
+    chat_template_caps: Any = None
 
 
 class _Listed(msgspec.Struct):
@@ -83,116 +89,146 @@ class _Listed(msgspec.Struct):
 
 class _Models(msgspec.Struct):
     data: list[_Listed]
+    # llama.cpp lists them a second time, as Ollama does.
+    models: Any = None
 
 
-class _Version(msgspec.Struct):
-    version: str
+class _Slot(msgspec.Struct):
+    is_processing: bool
 
 
-class _Tag(msgspec.Struct):
-    name: str
-    remote_host: Any = None
-    context_length: Any = None
-
-
-class _Tags(msgspec.Struct):
-    # An Ollama without models has been seen to say null.
-    models: list[_Tag] | None
+class _Kobold(msgspec.Struct):
+    result: str
 
 
 class _StudioModel(msgspec.Struct):
     id: str
     state: str
     loaded_context_length: Any = None
+    type: Any = None
+    capabilities: Any = None
 
 
 class _StudioModels(msgspec.Struct):
     data: list[_StudioModel]
 
 
-T = typing.TypeVar("T", bound=msgspec.Struct)
-
-
-async def look(endpoint: Endpoint, way: str = "") -> Found:
+async def look(
+    endpoint: Client, way: str = "", shown: dict[str, Shown] | None = None, *, within_s: float | None = None
+) -> Found:
     """Ask a server what it is and has; ``way`` is how it was asked the last time, and is tried first.
 
-    Raises EndpointError with the reason, StillLoading, TimeoutError after LOOK_TIMEOUT_S.
+    ``shown`` remembers what models' files say, from one look to the next; without it nobody is asked for that. Raises
+    EndpointError with the reason, StillLoading, TimeoutError after ``within_s`` (LOOK_TIMEOUT_S).
     """
     order = sorted(WAYS, key=lambda one: one != way)
-    async with asyncio.timeout(LOOK_TIMEOUT_S):
+    async with asyncio.timeout(LOOK_TIMEOUT_S if within_s is None else within_s):
         for one in order:
-            if (found := await WAYS[one](endpoint)) is not None:
+            if (found := await WAYS[one](endpoint, shown)) is not None:
                 return found
     raise EndpointError("it is no model server that is known: GET /v1/models gave no list of models")
 
 
-async def _llama_cpp(endpoint: Endpoint) -> Found | None:
-    status, body = await _get(endpoint, "/props")
+async def at_work(endpoint: Client) -> int | None:
+    """Return how many slots of a llama.cpp are at work, nothing where it does not say.
+
+    To it this is work: it wakes a server that sleeps, and keeps one awake that would go to sleep.
+    """
+    try:
+        status, body = await get(endpoint, "/slots")
+        return sum(slot.is_processing for slot in _slots(body)) if status == OK else None
+    except (EndpointError, msgspec.MsgspecError, UnicodeError, RecursionError):
+        # Old ones repeat every prompt here, which can be too much. One that is away says so to what is asked next.
+        return None
+
+
+_slots = msgspec.json.Decoder(list[_Slot]).decode
+
+
+async def _kobold_cpp(endpoint: Client, _: dict[str, Shown] | None) -> Found | None:
+    # It answers to the names of all the others, too.
+    told = read((await get(endpoint, "/api/extra/version"))[1], _Kobold)
+    if told is None or told.result != KOBOLD_CPP:
+        return None
+    listed = read((await get(endpoint, "/v1/models"))[1], _Models)
+    if listed is None:
+        raise EndpointError(f"it is {KOBOLD_CPP}, but GET /v1/models gave no list of models")
+    return _found(KOBOLD_CPP, KOBOLD_CPP, [ModelStatus(name=one.id) for one in listed.data])
+
+
+async def _llama_cpp(endpoint: Client, _: dict[str, Shown] | None) -> Found | None:
+    status, body = await get(endpoint, "/props")
     if status == UNAVAILABLE and b"Loading model" in body:
         raise StillLoading("it loads its model")
-    props = _read(body, _Props) if status == OK else None
+    props = read(body, _Props) if status == OK else None
     if props is None:
         return None
     defaults = props.default_generation_settings
     context = props.n_ctx if props.n_ctx is not None else defaults.get("n_ctx") if isinstance(defaults, dict) else None
-    listed = _read((await _get(endpoint, "/v1/models"))[1], _Models)
+    listed = read((await get(endpoint, "/v1/models"))[1], _Models)
     if listed is None:
         raise EndpointError("it is llama.cpp, but GET /v1/models gave no list of models")
     state: typing.Literal["cold", "loaded"] = "cold" if props.is_sleeping is True else "loaded"
     # It serves one model under any name, and often gives a path of this machine as its own.
-    found = [ModelStatus(name=_file_name(one.id), state=state, context=_tokens(context)) for one in listed.data]
+    told = listed.models[0] if isinstance(listed.models, list) and listed.models else None
+    said = told.get("capabilities") if isinstance(told, dict) else None
+    can = capabilities(said, props.modalities, props.chat_template_caps)
+    found = [
+        ModelStatus(name=_file_name(one.id), state=state, context=tokens(context), capabilities=can)
+        for one in listed.data
+    ]
     return _found(LLAMA_CPP, LLAMA_CPP, found, slots=max(1, props.total_slots))
 
 
-async def _ollama(endpoint: Endpoint) -> Found | None:
-    told = _read((await _get(endpoint, "/api/version"))[1], _Version)
-    tags = _read((await _get(endpoint, "/api/tags"))[1], _Tags)
-    if tags is None:
-        if told is not None:
-            raise EndpointError("it is Ollama, but GET /api/tags gave no list of models")
+async def _ollama(endpoint: Client, shown: dict[str, Shown] | None) -> Found | None:
+    listing = await ollama_look.listing(endpoint, shown)
+    if listing is None:
         return None
-    running = _read((await _get(endpoint, "/api/ps"))[1], _Tags)
-    loaded = {one.name: _tokens(one.context_length) for one in (running.models if running else None) or ()}
-    local = [one for one in tags.models or () if not one.remote_host]
+    known = listing.known
     found = [
-        ModelStatus(name=one.name, state="loaded" if one.name in loaded else "cold", context=loaded.get(one.name, 0))
-        for one in local
+        ModelStatus(
+            name=name,
+            state="loaded" if name in known.loaded else "cold",
+            context=(known.loaded[name].context if name in known.loaded else 0) or known.of(name).context,
+            capabilities=known.of(name).can or can,
+        )
+        for name, can in listing.local.items()
     ]
-    # What Ollama only passes on to a computer elsewhere, on its owner's account, is not this machine's to share.
-    remote = [one.name for one in tags.models or () if one.remote_host]
-    return _found(OLLAMA, OLLAMA, found, left_out={ELSEWHERE: remote})
+    return _found(OLLAMA, OLLAMA, found, left_out={ELSEWHERE: list(listing.elsewhere)})._replace(ollama=known)
 
 
-async def _lm_studio(endpoint: Endpoint) -> Found | None:
-    listed = _read((await _get(endpoint, "/api/v0/models"))[1], _StudioModels)
+async def _lm_studio(endpoint: Client, _: dict[str, Shown] | None) -> Found | None:
+    listed = read((await get(endpoint, "/api/v0/models"))[1], _StudioModels)
     if listed is None:
         return None
     found = [
         ModelStatus(
             name=one.id,
             state="loaded" if one.state == "loaded" else "cold",
-            context=_tokens(one.loaded_context_length),
+            context=tokens(one.loaded_context_length),
+            capabilities=capabilities([one.type], one.capabilities),
         )
         for one in listed.data
     ]
     return _found(LM_STUDIO, LM_STUDIO, found)
 
 
-async def _plain(endpoint: Endpoint) -> Found | None:
-    status, body = await _get(endpoint, "/v1/models")
+async def _plain(endpoint: Client, _: dict[str, Shown] | None) -> Found | None:
+    status, body = await get(endpoint, "/v1/models")
     if status != OK:
         raise EndpointError(f"GET /v1/models answered {status}")
-    listed = _read(body, _Models)
+    listed = read(body, _Models)
     if listed is None:
         return None
     owners = {one.owned_by for one in listed.data if isinstance(one.owned_by, str)}
     server = next((name for owner, name in OWNERS.items() if owner in owners), PLAIN)
-    found = [ModelStatus(name=one.id, context=_tokens(one.max_model_len)) for one in listed.data]
+    found = [ModelStatus(name=one.id, context=tokens(one.max_model_len)) for one in listed.data]
     return _found(PLAIN, server, found)
 
 
 #: How each is asked, in the order in which they are tried.
-WAYS: dict[str, Callable[[Endpoint], Awaitable[Found | None]]] = {
+WAYS: dict[str, Callable[[Client, dict[str, Shown] | None], Awaitable[Found | None]]] = {
+    KOBOLD_CPP: _kobold_cpp,
     LLAMA_CPP: _llama_cpp,
     OLLAMA: _ollama,
     LM_STUDIO: _lm_studio,
@@ -226,36 +262,6 @@ def quoted(names: tuple[str, ...]) -> str:
     """Return a few names as a log may show them, whatever is in them."""
     shown = [repr(name[:QUOTED_CHARS]) for name in names[:QUOTED]]
     return ", ".join(shown) + (", …" if len(names) > QUOTED else "")
-
-
-async def _get(endpoint: Endpoint, path: str) -> tuple[int, bytes]:
-    """Return the status and the body of an answer, no body where that means nothing. Raises EndpointError."""
-    answer = await endpoint.request("GET", path, headers=(("accept", "application/json"),))
-    try:
-        if answer.status in (NOT_AUTHENTICATED, FORBIDDEN):
-            raise EndpointError("it wants an API key, and none can be given to it")
-        body = bytearray()
-        if answer.status in (OK, UNAVAILABLE):
-            while data := await answer.read(MAX_ANSWER_BYTES):
-                body += data
-                if len(body) > MAX_ANSWER_BYTES:
-                    raise EndpointError(f"its answer to GET {path} is larger than {MAX_ANSWER_BYTES} bytes")
-        return answer.status, bytes(body)
-    finally:
-        await answer.aclose()
-
-
-def _read(body: bytes, kind: type[T]) -> T | None:
-    """Return the record in an answer, or nothing where it is another one."""
-    try:
-        return decode(body, kind, subject="answer")
-    except ValidationProblem:
-        return None
-
-
-def _tokens(value: object) -> int:
-    """Return a context's size, 0 for what is none."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_CONTEXT else 0
 
 
 def _file_name(name: str) -> str:

@@ -142,6 +142,7 @@ def status(agent: Agent) -> AgentStatus:
         runtimes=tuple(engine.report() for engine in agent.engines),
         plugins=tuple(agent.plugins()),
         probes=agent.report.probes,
+        attached=tuple(one.address.url for one in agent.attached.servers),
         current_load=agent.current_load,
         draining=agent.draining,
         paused=agent.owner.pause.sentence if agent.owner.pause else "",

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from rma_core import http
-from rma_core.agent.attached import addresses
+from rma_core.agent.attachable import addresses
 from rma_core.agent.consent import Consent
 from rma_core.agent.join import enrol, invited, registration
 from rma_core.agent.lifecycle import Agent
+from rma_core.agent.nearby import find
 from rma_core.agent.own_models import own_files
 from rma_core.agent.state import StateFolder
 from rma_core.errors import UsageProblem
@@ -72,7 +73,16 @@ async def run_agent(
         )
         ready(agent)
         with _signals(agent) if handle_signals else contextlib.nullcontext():
+            await tell_found(settings, record.coordinator_url)
             await agent.run()
+
+
+async def tell_found(settings: AgentSettings, coordinator_url: str) -> None:
+    """Log which model servers run here and are not shared; nobody shares them but the owner."""
+    if settings.find_model_servers:
+        for one in await find((*settings.attach, coordinator_url)):
+            words = "%s is not shared; to share it: --attach %s"
+            logger.info(words, one.words(), one.url, extra={"action": "attachable"})
 
 
 def discover(settings: AgentSettings) -> Plugins:

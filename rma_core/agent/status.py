@@ -29,6 +29,8 @@ class AgentStatus(msgspec.Struct, frozen=True, kw_only=True):
     runtimes: tuple[RuntimeReport, ...] = ()
     plugins: tuple[PluginReport, ...] = ()
     probes: tuple[ProbeReport, ...] = ()
+    #: Addresses of the model servers that the owner attached.
+    attached: tuple[str, ...] = ()
     current_load: float = 0.0
     draining: bool = False
     #: Since when the owner has paused the machine; empty while it works.

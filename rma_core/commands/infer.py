@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 #: Longest wait between two pieces of an answer.
 GAP_S = 600.0
 PIECE_BYTES = 64 * 1024
+#: What a request may be given.
+SECONDS = click.FloatRange(min=0, min_open=True)
 
 
 @click.command()
@@ -34,6 +36,8 @@ PIECE_BYTES = 64 * 1024
 @click.option("--detach", is_flag=True, help="Print the task's id at once; `rma result ID` waits for its answer.")
 @click.option("--idempotency-key", metavar="KEY", help="Sent again under the same key, the request is not done again.")
 @click.option("--priority", type=click.Choice(["high", "normal", "low"]), help="How urgent it is [default: normal].")
+@click.option("--timeout", "timeout_s", type=SECONDS, metavar="SECONDS", help="How long it may take in all.")
+@click.option("--webhook", metavar="URL", help="With --detach: an https address that is told of its end, signed.")
 @common.pool_options
 @common.json_option
 def infer(
@@ -44,6 +48,8 @@ def infer(
     detach: bool,
     idempotency_key: str | None,
     priority: str | None,
+    timeout_s: float | None,
+    webhook: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -61,6 +67,12 @@ def infer(
         headers["idempotency-key"] = idempotency_key
     if priority:
         headers["rma-priority"] = priority
+    if timeout_s is not None:
+        headers["rma-timeout"] = f"{timeout_s:g}"
+    if webhook:
+        if not detach:
+            raise UsageProblem("--webhook goes with --detach", hints=("who waits for the answer is told by it",))
+        headers["rma-webhook"] = webhook
     for name, value in headers.items():
         if not value.isascii() or not value.isprintable():
             raise UsageProblem(f"the header {name} cannot be {value!r}", hints=("use ASCII, on one line",))

@@ -11,6 +11,7 @@ import click
 
 from rma_core.commands import common
 from rma_core.errors import Problem, UsageProblem, ValidationProblem
+from rma_core.models.sizes import parse_size, traffic_text
 from rma_core.settings import AgentSettings, CoordinatorSettings, load_settings
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ DEFAULT_SCOPES = {"admin": ("admin:read", "tasks:read"), "client": ("infer:*",)}
 
 #: A file of machines is never read further: 100,000 short reports are 20 MB.
 MAX_REPORT_BYTES = 64 * 1024 * 1024
+
+#: Of what a key may have.
+COUNT = click.IntRange(min=1)
 
 MARKS = {"healthy": "●", "degraded": "▲", "offline": "■"}
 
@@ -76,9 +80,19 @@ def _worker(out: Any, one: dict[str, Any]) -> None:
     common.table(("service", "state", "runtime", "why"), rows, empty="  No services.")(out)
     ill = [(p["detector"], p["state"], p["reason"]) for p in one["hardware"]["probes"]]
     common.table(("detector", "state", "why"), ill, empty="  No detectors reported.")(out)
-    speeds = [(s["lane"], f"{s['service_s']:.3g} s", f"{s['failure_s']:.3g} s") for s in one.get("speeds", ())]
+    speeds = [
+        (
+            s["lane"],
+            f"{s['prefill_s'] + s['service_s']:.3g} s",
+            f"{s['failure_s']:.3g} s",
+            f"not for {s['shut_s']:.0f} s: it failed again and again" if s["shut_s"] else "",
+        )
+        for s in one.get("speeds", ())
+    ]
     if speeds:
-        common.table(("work", "takes", "failures cost"), speeds, empty="")(out)
+        common.table(("work", "takes", "failures cost", "given"), speeds, empty="")(out)
+    if "traffic" in one:
+        out.print(common.safe(f"  passed this month: {_passed(one['traffic'])}"))
     plugins = [(p["name"], p["kind"], p["state"], p["reason"]) for p in one["plugins"] if p["state"] != "active"]
     if plugins:
         common.table(("plugin", "kind", "state", "why"), plugins, empty="")(out)
@@ -126,10 +140,37 @@ def keys(ctx: click.Context, /, as_json: bool, **options: Any) -> None:
                 k["label"],
                 " ".join(k["scopes"]),
                 "revoked" if k["revoked_at"] else k["expires_at"] or "never",
+                _limits(k),
+                _passed(k["traffic"]),
             )
             for k in found["keys"]
         ]
-        common.show(found, as_json, common.table(("key", "kind", "label", "scopes", "ends"), rows, empty="No keys."))
+        columns = ("key", "kind", "label", "scopes", "ends", "a minute", "this month")
+        common.show(found, as_json, common.table(columns, rows, empty="No keys."))
+
+
+def _limits(key: dict[str, Any]) -> str:
+    named = {"requests": key["requests_per_minute"], "tokens": key["tokens_per_minute"]}
+    return ", ".join(f"{count} {what}" for what, count in named.items() if count is not None) or "-"
+
+
+def _passed(traffic: dict[str, Any]) -> str:
+    """Return what passed this month, and of how much, as people read it."""
+    passed, limit = traffic_text(traffic["request_bytes"] + traffic["answer_bytes"]), traffic["limit_bytes"]
+    return passed if limit is None else f"{passed} of {traffic_text(limit)}"
+
+
+def _size(ctx: click.Context, parameter: click.Parameter, text: str | None) -> int | None:  # noqa: ARG001 - click's form
+    """Return a size as people write it, in bytes."""
+    if text is None:
+        return None
+    try:
+        size = int(text) if text.isdecimal() else parse_size(text, binary=False)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+    if size < 1:
+        raise click.BadParameter("that is nothing at all")
+    return size
 
 
 @keys.command("create")
@@ -139,14 +180,53 @@ def keys(ctx: click.Context, /, as_json: bool, **options: Any) -> None:
 @click.option(
     "--ttl", type=click.FloatRange(min=60), default=90 * 86_400.0, show_default=True, help="Seconds it lasts."
 )
+@click.option("--requests-per-minute", type=COUNT, help="Requests it may make a minute [default: any number].")
+@click.option("--tokens-per-minute", type=COUNT, help="Tokens of language models it may use a minute [default: any].")
+@click.option(
+    "--bytes-per-month",
+    metavar="SIZE",
+    callback=_size,
+    help="Requests and answers of a month (UTC), such as 20GB [default: any].",
+)
 @common.json_option
 @common.pool_options
-def keys_create(client: bool, scopes: tuple[str, ...], label: str, ttl: float, as_json: bool, **options: Any) -> None:
+def keys_create(
+    client: bool,
+    scopes: tuple[str, ...],
+    label: str,
+    ttl: float,
+    requests_per_minute: int | None,
+    tokens_per_minute: int | None,
+    bytes_per_month: int | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Make a key. It is shown this once."""
     kind = "client" if client else "admin"
-    body = {"kind": kind, "label": label, "scopes": list(scopes or DEFAULT_SCOPES[kind]), "ttl_s": ttl}
+    body = {
+        "kind": kind,
+        "label": label,
+        "scopes": list(scopes or DEFAULT_SCOPES[kind]),
+        "ttl_s": ttl,
+        "requests_per_minute": requests_per_minute,
+        "tokens_per_minute": tokens_per_minute,
+        "bytes_per_month": bytes_per_month,
+    }
     made = common.call(common.outer(options), "POST", "/api/admin/keys", body=body)
     common.show(made, as_json, lambda out: out.print(common.safe(made["key"])))
+
+
+@keys.command("webhook-secret")
+@click.argument("key_id")
+@common.json_option
+@common.pool_options
+def keys_webhook_secret(key_id: str, as_json: bool, **options: Any) -> None:
+    """Make the secret that signs a key's webhooks. It is shown this once; a former one signs too for a day."""
+    path = f"/api/admin/keys/{common.part(key_id)}/webhook-secret"
+    made = common.call(common.outer(options), "POST", path)
+    common.show(made, as_json, lambda out: out.print(common.safe(made["secret"])))
+    if made["former_until"] and not as_json:
+        common.say(f"The former secret signs too until {made['former_until']}.")
 
 
 @keys.command("revoke")

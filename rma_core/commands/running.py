@@ -5,12 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
 
-from rma_core.commands import common
+from rma_core.commands import common, sharing
 from rma_core.commands.machine import agent_home, settings_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
+
+    from rma_core.agent.nearby import Nearby
 
 
 @click.command()
@@ -21,11 +26,17 @@ def status(home: str | None, as_json: bool) -> None:
     from rma_core.agent.control import ask
 
     settings = settings_of(home)
-    now = common.run_async(ask(agent_home(settings), "status"))
-    common.show(now, as_json, lambda out: _print_status(out, now))
+
+    async def look() -> tuple[dict[str, Any], tuple[Nearby, ...]]:
+        now = await ask(agent_home(settings), "status")
+        return now, await sharing.found_by(settings, now["coordinator"], *now.get("attached", ()))
+
+    now, found = common.run_async(look())
+    now["attachable"] = [msgspec.to_builtins(one) for one in found]
+    common.show(now, as_json, lambda out: _print_status(out, now, found))
 
 
-def _print_status(out: Console, now: dict[str, Any]) -> None:
+def _print_status(out: Console, now: dict[str, Any], found: Sequence[Nearby] = ()) -> None:
     why = f" ({now['standing_reason']})" if now["standing_reason"] else ""
     where = f"{now['worker_id']} at {now['coordinator']}"
     out.print(common.safe(f"{where}: {now['standing']}{why}, connection: {now['connection']}"))
@@ -42,6 +53,8 @@ def _print_status(out: Console, now: dict[str, Any]) -> None:
     ill = [(p["detector"], p["state"], p["reason"]) for p in now["probes"] if p["state"] == "unhealthy"]
     if ill:
         common.table(("detector", "state", "why"), ill, empty="")(out)
+    for one in found:
+        out.print(common.safe(f"  {sharing.sentence(one, 'rma agent')}"))
 
 
 def _lane(container: dict[str, Any]) -> str:

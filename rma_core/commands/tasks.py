@@ -65,22 +65,47 @@ def life(task: dict[str, Any]) -> Iterator[str]:
     """Yield a task's life in lines, the oldest first."""
     what = f"{task['service']} {task['model']}" if task["model"] else task["service"]
     yield f"{task['task_id']}  {what}, {task['priority']} priority, of {task['key']}: {task['status']}"
-    events = [Event(0.0, f"came at {task['created_at']}, {task['body_bytes']} bytes"), *_attempts(task)]
+    limit = f", to be done within {task['deadline_s']:g} s"
+    events = [Event(0.0, f"came at {task['created_at']}, {task['body_bytes']} bytes{limit}"), *_attempts(task)]
+    if task.get("waits_for"):
+        events.append(Event(0.0, f"waits for {task['waits_for']}, which is busy and will have it done soonest"))
     if task["ended_s"] is not None:
         events.append(Event(task["ended_s"], _end(task)))
     # An end that comes with the last attempt's stands behind it.
     for event in sorted(events, key=lambda event: event.at):
         yield f"  {event.at:+9.3f} s  {event.words}"
+    if webhook := task.get("webhook"):
+        yield f"  {_webhook(webhook)}"
+
+
+def _webhook(webhook: dict[str, Any]) -> str:
+    tries = f"{webhook['tries']} tries" if webhook["tries"] != 1 else "1 try"
+    moment = next((webhook[name] for name in ("delivered_at", "given_up_at", "next_at") if webhook.get(name)), None)
+    why = f": {webhook['reason']}" if webhook.get("reason") else ""
+    status = {"given_up": "given up", "waiting": "waiting, next"}.get(webhook["status"], webhook["status"])
+    return f"its webhook to {webhook['url']}: {status}{f' {moment}' if moment else ''} after {tries}{why}"
 
 
 def _attempts(task: dict[str, Any]) -> Iterator[Event]:
     for one in task["attempts"]:
         name = f"attempt {one['attempt']}"
-        yield Event(one["offered_s"], f"{name} was offered to {one['worker_id']}")
+        yield Event(one["offered_s"], f"{name} was offered to {one['worker_id']}{_expected(one.get('expected'))}")
         if one["started_s"] is not None:
-            yield Event(one["started_s"], f"{name} began")
+            model = f", its model {one['model_state']}" if one.get("model_state") else ""
+            yield Event(one["started_s"], f"{name} began{model}")
+        if one.get("first_byte_s") is not None:
+            yield Event(one["first_byte_s"], f"{name}: its answer began")
         if one["ended_s"] is not None:
             yield Event(one["ended_s"], f"{name} {one['status']}" + (f": {one['reason']}" if one["reason"] else ""))
+
+
+def _expected(parts: dict[str, Any] | None) -> str:
+    """Return why a worker was chosen: what the task was expected to take there, and of what that is the sum."""
+    if parts is None or not parts["known"]:
+        return ""
+    shown = {name.removesuffix("_s"): value for name, value in parts.items() if name.endswith("_s") and value}
+    total = sum(shown.values()) - 2 * shown.get("saved", 0.0)
+    return f" (expected {total:.3g} s: {', '.join(f'{name} {value:.3g}' for name, value in shown.items())})"
 
 
 def _end(task: dict[str, Any]) -> str:

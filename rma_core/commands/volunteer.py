@@ -8,24 +8,24 @@ import os
 import shlex
 import sys
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 import msgspec
 
-from rma_core.commands import common
+from rma_core.commands import common, sharing
 from rma_core.commands.machine import agent_settings, print_report, settings_of
 from rma_core.errors import AgentAbsent, SettingProblem, UsageProblem
 from rma_core.models.sizes import human
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from rich.console import Console
 
-    from rma_core.agent.attached import Address
     from rma_core.agent.join import Invitation
     from rma_core.agent.lifecycle import Agent
+    from rma_core.agent.nearby import Nearby
     from rma_core.agent.own_models import Offered
     from rma_core.agent.state import StateFolder
     from rma_core.models.hardware import HardwareReport
@@ -47,6 +47,7 @@ LEAVE_WITHIN_S, LOOK_S = 90.0, 0.2
 @click.option("--insecure-http", is_flag=True, help="Speak plain http to a coordinator that is not this machine.")
 @common.attach_option
 @common.model_option
+@click.option("--attach-found", is_flag=True, help="Share all model servers that are found at their usual ports, too.")
 @common.home_option
 @common.json_option
 def join(
@@ -57,6 +58,7 @@ def join(
     runtimes: tuple[str, ...],
     insecure_http: bool,
     attach: tuple[str, ...],
+    attach_found: bool,
     models: tuple[str, ...],
     home: str | None,
     as_json: bool,
@@ -64,43 +66,59 @@ def join(
     """Give this machine to the pool at URL.
 
     Shows what was detected, the tier the machine would get and what it would run, and asks before anything is kept.
+    Model servers that run here already are found, shown, and asked for one by one: without your word none is shared.
     """
-    flags = {"insecure_http": insecure_http or None, "runtimes": list(runtimes) or None}
-    shared = {"attach": list(attach) or None, "models": list(models) or None}
-    settings = settings_of(home, coordinator_url=url, **flags, **shared)
-    answer = common.run_async(_join(settings, token, yes=yes, as_json=as_json))
+    flags = {"runtimes": list(runtimes) or None, "insecure_http": insecure_http or None}
+    given = {"attach": list(attach) or None, "models": list(models) or None}
+    settings = settings_of(home, coordinator_url=url, **flags, **given)
+    joined = common.run_async(_join(settings, token, yes=yes, as_json=as_json, attach_found=attach_found))
+    settings = msgspec.structs.replace(settings, attach=[*settings.attach, *joined.shared])
     if as_json:
-        common.show(_joined(settings, answer), as_json, lambda _: None)
+        common.show(_joined(settings, joined), as_json, lambda _: None)
+    again = sharing.options((*attach, *joined.shared))
+    again += "".join(f" --model {shlex.quote(one)}" for one in models)
     if enrol_only:
-        again = "".join(f" --attach {shlex.quote(one)}" for one in attach)
-        again += "".join(f" --model {shlex.quote(one)}" for one in models)
         common.say(f"Enrolled. Start working with:  rma agent{again}")
         return
+    if joined.shared:
+        common.say(f"The next time, share it again with:  rma agent{again}")
     common.set_up_logging(settings.log_level, as_json=settings.log_json)
     _run_agent(settings)
 
 
-def _joined(settings: AgentSettings, answer: RegisterResponse) -> dict[str, object]:
+class Joined(NamedTuple):
+    """What came of joining: the pool's answer, and of the servers found here the shared ones and the others."""
+
+    answer: RegisterResponse
+    shared: tuple[str, ...]
+    left: tuple[Nearby, ...]
+
+
+def _joined(settings: AgentSettings, joined: Joined) -> dict[str, object]:
     """Return what `join --json` prints."""
+    answer = joined.answer
     return {
         "worker_id": answer.worker_id,
         "coordinator": settings.coordinator_url,
         "tier": answer.tier,
         "tier_reason": answer.tier_reason,
         "services": [assignment.service for assignment in answer.containers],
+        "attached": settings.attach,
+        "attachable": [msgspec.to_builtins(one) for one in joined.left],
     }
 
 
-async def _join(settings: AgentSettings, token: str, *, yes: bool, as_json: bool) -> RegisterResponse:
+async def _join(settings: AgentSettings, token: str, *, yes: bool, as_json: bool, attach_found: bool) -> Joined:
     from rma_core.agent import start
-    from rma_core.agent.attached import addresses
+    from rma_core.agent.attachable import addresses
     from rma_core.agent.consent import Consent
     from rma_core.agent.join import enrol, invited, registration
     from rma_core.agent.own_models import offered as offered_files
     from rma_core.agent.own_models import own_files
     from rma_core.agent.state import StateFolder
 
-    attached = addresses(settings.attach)
+    # Before anything is asked of anyone: a wrong address is the owner's to mend.
+    addresses(settings.attach)
     files = own_files(settings.models)
     folder = StateFolder(settings.home_path)
     known = folder.load_record() if settings.home_path.exists() else None
@@ -112,7 +130,10 @@ async def _join(settings: AgentSettings, token: str, *, yes: bool, as_json: bool
     invitation = await invited(settings.coordinator_url, token, insecure_http=settings.insecure_http)
     common.say("Detecting this machine's hardware …")
     plugins = start.discover(settings)
-    report, engines = await asyncio.gather(start.look(settings, plugins), _probe(settings, plugins))
+    report, engines, found = await asyncio.gather(
+        start.look(settings, plugins), _probe(settings, plugins), sharing.found_by(settings)
+    )
+    shared = [one.url for one in found] if attach_found else []
     services = tuple(settings.services) or None
     own = await asyncio.to_thread(offered_files, files, report, engines)
     request = registration(
@@ -126,10 +147,15 @@ async def _join(settings: AgentSettings, token: str, *, yes: bool, as_json: bool
     # Whoever agrees must see it; stdout is the program's that asked for JSON.
     out = common.console(err=as_json)
     offered = await _shown(out, invitation, request, report, engines)
-    await _show_attached(out, attached)
     _show_own(out, own)
+    await sharing.show_attached(out, addresses((*settings.attach, *shared)))
+    found = tuple(one for one in found if one.url not in shared)
+    sharing.show_found(out, found)
     if not yes:
         _ask()
+        shared += sharing.ask_which(found)
+    elif found:
+        common.say("What is found here is shared with --attach URL, or all of it with --attach-found.")
     folder.prepare()
     folder.lock()
     try:
@@ -139,7 +165,7 @@ async def _join(settings: AgentSettings, token: str, *, yes: bool, as_json: bool
     finally:
         folder.unlock()
     common.say(f"This machine is {answer.worker_id} in the pool.")
-    return answer
+    return Joined(answer, tuple(shared), tuple(one for one in found if one.url not in shared))
 
 
 async def _probe(settings: AgentSettings, plugins: Any) -> tuple[RuntimeReport, ...]:
@@ -192,19 +218,6 @@ def _model_row(model: AssignedModel) -> tuple[str, str, str, str]:
     hosts = sorted({urlsplit(file.url).hostname or "" for file in model.files if file.url})
     terms = f"{model.licence} ({model.licence_url})" if model.licence_url else model.licence
     return model.name, human(model.size_bytes), ", ".join(hosts) or "a file on this machine", terms
-
-
-async def _show_attached(out: Console, attached: Sequence[Address]) -> None:
-    """Show what the owner shares besides; one that is away now is shared once it is there."""
-    from rma_core.agent.attached import AttachedServers
-
-    servers = AttachedServers(attached)
-    try:
-        await servers.look()
-    finally:
-        await servers.aclose()
-    for server in servers.servers:
-        out.print(common.safe(server.sentence()))
 
 
 def _show_own(out: Console, own: Offered) -> None:

@@ -1,15 +1,17 @@
-"""The frames of the worker's channel: control as JSON text messages, bytes as binary messages.
+"""The frames of the worker's channel: control as JSON, bytes as they are; several may share one message.
 
 Down: TASK, BODY, CANCEL, ASSIGN, CREDIT. Up: HELLO, HEARTBEAT, ACCEPT, HEAD, DATA, PROGRESS, END, ERROR, CREDIT.
 Every frame about an attempt carries its ``stream``, a number the coordinator chose, unique on that channel.
-BODY (down) and DATA (up) are binary: a six-byte head (stream, end flag), then bytes. Each direction of a stream may
-have WINDOW_BYTES on the way that the receiver has not yet given back as CREDIT.
+A text message is one control frame. A binary message is a row of records, each with a head of nine bytes (stream, kind,
+length of what follows): DATA_PART and DATA_LAST are bytes of a BODY (down) or DATA (up), CONTROL is a control frame's
+JSON. A message costs both sides more than a small frame in it, so what is ready to leave leaves together. Each
+direction of a stream may have WINDOW_BYTES on the way that the receiver has not yet given back as CREDIT.
 """
 
 from __future__ import annotations
 
 import struct
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 from msgspec import Meta
@@ -27,6 +29,9 @@ from rma_core.models.worker import (
     WorkerId,
 )
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
 #: Bytes of one stream and direction that may be on the way before the receiver gives CREDIT.
 WINDOW_BYTES = 256 * 1024
 #: A data frame is never larger, so that one stream cannot hold the channel for long.
@@ -39,8 +44,11 @@ ACCEPT_WITHIN_S = 5.0
 RESUME_WITHIN_S = 10.0
 
 Stream = Annotated[int, Meta(ge=1, le=2**32 - 1)]
-_HEAD = struct.Struct("!IBB")
-_END_FLAG = 1
+#: Kinds of records: bytes of a stream, its last bytes, a control frame (of stream 0).
+DATA_PART, DATA_LAST, CONTROL = range(3)
+#: Small frames share a message up to about this many bytes.
+BUNDLE_BYTES = 64 * 1024
+_RECORD = struct.Struct("!IBI")
 
 
 class Frame(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="type"):
@@ -132,29 +140,51 @@ Down = Task | Cancel | Assign | Credit
 
 
 def pack(frame: Frame) -> str:
-    """Return a control frame as the text message that carries it."""
+    """Return a control frame as text, which is a message by itself."""
     return encode(frame).decode()
 
 
-def unpack_up(text: str) -> Up:
-    """Return the control frame in a worker's text message. Raises ValidationProblem."""
+def unpack_up(text: str | bytes) -> Up:
+    """Return a worker's control frame. Raises ValidationProblem."""
     return decode(text, Up, subject="channel frame")  # type: ignore[arg-type]
 
 
-def unpack_down(text: str) -> Down:
-    """Return the control frame in a coordinator's text message. Raises ValidationProblem."""
+def unpack_down(text: str | bytes) -> Down:
+    """Return a coordinator's control frame. Raises ValidationProblem."""
     return decode(text, Down, subject="channel frame")  # type: ignore[arg-type]
 
 
 def pack_data(stream: int, data: bytes, *, end: bool = False) -> bytes:
-    """Return a BODY or DATA frame as the binary message that carries it."""
-    return _HEAD.pack(stream, _END_FLAG if end else 0, 0) + data
+    """Return bytes of a stream as the record that carries them; a record by itself is a message."""
+    return _RECORD.pack(stream, DATA_LAST if end else DATA_PART, len(data)) + data
 
 
-def unpack_data(message: bytes) -> tuple[int, bool, bytes]:
-    """Return (stream, whether this is the end, bytes) of a binary message. Raises ValueError on a short one."""
-    if len(message) < _HEAD.size:
-        text = f"a data frame has at least {_HEAD.size} bytes, this one has {len(message)}"
-        raise ValueError(text)
-    stream, flags, _ = _HEAD.unpack_from(message)
-    return stream, bool(flags & _END_FLAG), message[_HEAD.size :]
+def bundle(frames: Sequence[str | bytes]) -> str | bytes:
+    """Return the message that carries packed frames, control as `pack` gives it and records, in their order."""
+    if len(frames) == 1:
+        return frames[0]
+    return b"".join([_control(frame) if isinstance(frame, str) else frame for frame in frames])
+
+
+def _control(text: str) -> bytes:
+    data = text.encode()
+    return _RECORD.pack(0, CONTROL, len(data)) + data
+
+
+def records(message: str | bytes) -> Iterator[tuple[int, int, bytes]]:
+    """Yield (stream, kind, bytes) of each record of a message. Raises ValueError for what is none."""
+    if isinstance(message, str):
+        yield 0, CONTROL, message.encode()
+        return
+    position, size = 0, len(message)
+    while position < size:
+        start = position + _RECORD.size
+        if start > size:
+            text = f"a record's head has {_RECORD.size} bytes, this one has {size - position}"
+            raise ValueError(text)
+        stream, kind, length = _RECORD.unpack_from(message, position)
+        position = start + length
+        if position > size or kind > CONTROL:
+            text = f"no record of kind {kind} with {length} bytes is here: {size - start} bytes follow"
+            raise ValueError(text)
+        yield stream, kind, message[start:position]

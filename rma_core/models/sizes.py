@@ -38,6 +38,15 @@ def storage_text(size_bytes: int) -> str:
     return f"{size_bytes / GB:.0f}GB" if size_bytes >= 100 * GB else f"{size_bytes / GB:.1f}GB"
 
 
+def traffic_text(size_bytes: int) -> str:
+    """Return what passed a network as those who charge for it count: ``1.5 GB``, ``812 MB``, decimal."""
+    for unit, scale in (("TB", 1000 * GB), ("GB", GB), ("MB", 10**6), ("kB", 1000)):
+        if size_bytes >= scale:
+            number = size_bytes / scale
+            return f"{number:.3g} {unit}" if number < 100 else f"{number:.0f} {unit}"  # noqa: PLR2004 - .3g would write 1e+03
+    return f"{size_bytes} bytes"
+
+
 def human(size_bytes: float) -> str:
     """Return a size for a sentence: ``62.7 GiB``, ``812 MiB``."""
     whole_from = 100  # three digits say enough

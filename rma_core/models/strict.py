@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import math
 import types
 import typing
-from typing import Annotated, Any, TypeVar, Union
+from typing import Annotated, Any, TypeVar, Union, cast
 
 import msgspec
 
@@ -47,17 +47,25 @@ def parse(data: bytes | str, *, subject: str) -> Any:  # noqa: ANN401 - plain JS
     return value
 
 
+@functools.cache
+def _decoder(kind: Any) -> msgspec.json.Decoder[Any]:  # noqa: ANN401 - a type, or a union of types
+    """Return what decodes a type; the types are ours, so there are few."""
+    return msgspec.json.Decoder(kind)
+
+
 def decode(data: bytes | str, kind: type[T], *, subject: str) -> T:
     """Return JSON as a record of type ``kind``; unknown fields are ignored, wrong ones are all named.
 
     ``subject`` names the data in the error ("registration"). Raises ValidationProblem.
     """
     # What fits is decoded without building what nobody asked for; only what does not fit is walked, to explain it.
-    with contextlib.suppress(msgspec.MsgspecError, UnicodeError, RecursionError):
-        return msgspec.json.decode(data, type=kind)
-    if len(data) > MAX_EXPLAINED_BYTES:
-        problem = Problem("$", f"does not fit, and is too large ({len(data)} bytes) to say where")
-        raise ValidationProblem(subject, [problem])
+    try:
+        found: T = _decoder(cast("Any", kind)).decode(data)
+        return found
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        if len(data) > MAX_EXPLAINED_BYTES:
+            problem = Problem("$", f"does not fit, and is too large ({len(data)} bytes) to say where")
+            raise ValidationProblem(subject, [problem]) from None
     return convert(parse(data, subject=subject), kind, subject=subject)
 
 

@@ -21,6 +21,9 @@ Generation = Annotated[int, Meta(ge=0, le=2**53)]
 HeaderPair = tuple[Annotated[str, Meta(max_length=256)], Annotated[str, Meta(max_length=8192)]]
 Headers = Annotated[tuple[HeaderPair, ...], Meta(max_length=64)]
 
+#: What a model can do.
+Capability = Annotated[str, Meta(pattern=r"^[a-z_]{1,32}$")]
+
 WorkerStatus = Literal["healthy", "degraded", "offline"]
 ContainerState = Literal[
     "pending", "pulling", "starting", "healthy", "unhealthy", "backoff", "failed", "refused", "stopping"
@@ -91,12 +94,14 @@ class Assignment(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class ModelStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One model that a service can answer with; ``context`` in tokens, 0 where it is not known.
 
+    ``capabilities`` are words such as ``completion``, ``embedding``, ``vision`` or ``tools``, where its server says so.
     While it is ``loading``, ``progress`` is the share done and ``eta_s`` the seconds left, where they are known.
     """
 
     name: ModelName
     state: Literal["loaded", "loading", "cold"] = "loaded"
     context: Annotated[int, Meta(ge=0, le=2**31)] = 0
+    capabilities: Annotated[tuple[Capability, ...], Meta(max_length=16)] = ()
     progress: Load | None = None
     eta_s: Seconds | None = None
 

@@ -98,10 +98,15 @@ class Front:
 
     async def _models(self, exchange: Exchange, _: Request) -> None:
         if self._engine.settled and not self._engine.ready.is_set():
-            listed = {"id": self._engine.settings.model, "object": "model", "owned_by": "llamacpp"}
-            await answered(exchange, 200, {"object": "list", "data": [listed]})
+            known = {"id": self._engine.settings.model, "object": "model", "owned_by": "llamacpp"}
+            await answered(exchange, 200, {"object": "list", "data": [known]})
             return
-        await answered(exchange, *(await self._asked("/v1/models")))
+        status, listed = await self._asked("/v1/models")
+        if status == 200 and self._engine.settings.embeddings:  # noqa: PLR2004 - HTTP's OK
+            # llama.cpp says `completion` of everything, and completes nothing while it makes vectors.
+            models = [{**model, "capabilities": ["embedding"]} for model in listed.get("models", ())]
+            listed = {**listed, "models": models}
+        await answered(exchange, status, listed)
 
     async def _slots(self, exchange: Exchange, request: Request) -> None:
         """Which slots are at work, and nothing of what they work on."""

@@ -9,10 +9,12 @@ import msgspec
 import rma_core
 from rma_coordinator import overview
 from rma_coordinator.api import pages
-from rma_coordinator.api.bodies import KeyRequest, PolicyPreview, TokenMake
+from rma_coordinator.api.bodies import KeyRequest, PolicyPreview, TokenMake, WebhookSecretAnswer
 from rma_coordinator.api.openapi import document
+from rma_coordinator.api.tasks import attempt, since, webhook
 from rma_coordinator.domain.credentials import JoinTokenRecord, KeyRecord, check_scopes
 from rma_coordinator.domain.fleet import iso
+from rma_coordinator.domain.limits import Limits
 from rma_core.errors import NotFound
 from rma_core.models.hardware import read_reports
 from rma_core.models.strict import convert, decode, parse
@@ -20,6 +22,7 @@ from rma_core.models.strict import convert, decode, parse
 if TYPE_CHECKING:
     from rma_coordinator.api.web import Web
     from rma_coordinator.domain.fleet import Worker
+    from rma_coordinator.domain.records import TaskRecord
     from rma_coordinator.domain.tasks import Task
     from rma_coordinator.pool import Pool
     from rma_core.models.hardware import HardwareReport
@@ -78,7 +81,11 @@ async def workers(pool: Pool, web: Web) -> object:
 async def worker(pool: Pool, web: Web) -> object:
     """One worker with everything known of it."""
     found = pool.fleet.get(web.parts["worker_id"])
-    return {**pool.fleet.show(found, full=True), "speeds": overview.speeds(pool, found.id)}
+    return {
+        **pool.fleet.show(found, full=True),
+        "speeds": overview.speeds(pool, found.id),
+        "traffic": pool.traffic.show(found.id, pool.settings.worker_bytes_per_month),
+    }
 
 
 async def disable(pool: Pool, web: Web) -> object:
@@ -141,24 +148,48 @@ async def tasks(pool: Pool, web: Web) -> object:
 
 
 async def task(pool: Pool, web: Web) -> object:
-    """The whole life of one task; times are seconds since it came."""
-    found = pool.dispatcher.find(web.parts["task_id"])
+    """The whole life of one task; times are seconds since it came. A durable one is known as long as it is kept."""
+    task_id = web.parts["task_id"]
+    found: Task | None = None
+    try:
+        found = pool.dispatcher.find(task_id)
+    except NotFound:
+        record = await pool.books.record(task_id)
+        if record is None:
+            raise
+    else:
+        record = pool.books.written(found, decided=found.final)
+    shown = await _life(pool, record)
+    shown["seconds"] = round((record.ended_at or pool.wall()) - record.created_at, 4)
+    return shown | _reckoned(found, shown["attempts"]) if found is not None else shown
 
-    def since(moment: float | None) -> float | None:
-        return None if moment is None else round(moment - found.created_at, 4)
 
-    times = [
-        {"offered_s": since(a.offered_at), "started_s": since(a.started_at), "ended_s": since(a.ended_at)}
-        for a in found.attempts
-    ]
-    shown = _task(pool, found)
+def _reckoned(task: Task, attempts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what dispatch expected of each attempt, beside what is shown of it, and for whom the task waits."""
+    expected = {a.number: overview.parts(a.expected) for a in task.attempts if a.expected is not None}
+    waits = {"waits_for": task.promise.worker_id} if task.promise is not None else {}
+    return {"attempts": [{**one, "expected": expected.get(one["attempt"])} for one in attempts], **waits}
+
+
+async def _life(pool: Pool, record: TaskRecord) -> dict[str, Any]:
+    told = {"webhook": webhook(record, await pool.webhooks.record(record.task_id))} if record.webhook else {}
     return {
-        **shown,
-        "body_bytes": found.body_bytes,
-        "answer_bytes": found.answer_bytes,
-        "deadline_s": since(found.deadline),
-        "ended_s": since(found.ended_at),
-        "attempts": [{**one, **when} for one, when in zip(shown["attempts"], times, strict=True)],
+        "task_id": record.task_id,
+        "service": record.service,
+        "model": record.model,
+        "status": record.state,
+        "created_at": iso(record.created_at),
+        "http_status": record.http_status,
+        "key": record.key_id,
+        "priority": record.priority,
+        "reasons": record.reasons,
+        "usage": record.usage,
+        "body_bytes": record.body_bytes,
+        "answer_bytes": record.answer_bytes,
+        "deadline_s": round(record.timeout_s, 4),
+        "ended_s": since(record, record.ended_at),
+        "attempts": [{**attempt(record, one), "offered_at": iso(one.offered_at)} for one in record.attempts],
+        **told,
     }
 
 
@@ -263,7 +294,7 @@ def _would_be(pool: Pool, policy: str, found: Worker) -> dict[str, Any]:
 
 async def keys(pool: Pool, web: Web) -> object:  # noqa: ARG001 - every handler has the same form
     """All keys, without their secrets."""
-    return {"keys": [_key(record) for record in pool.keyring.all_keys()]}
+    return {"keys": [_key(pool, record) for record in pool.keyring.all_keys()]}
 
 
 async def create_key(pool: Pool, web: Web) -> object:
@@ -271,8 +302,22 @@ async def create_key(pool: Pool, web: Web) -> object:
     principal = pool.keyring.principal(web.bearer)
     asked = decode(await web.body(), KeyRequest, subject="key")
     scopes = check_scopes(asked.scopes, principal)
-    secret, record = await pool.create_key(kind=asked.kind, label=asked.label, scopes=scopes, ttl_s=asked.ttl_s)
-    return {"key": secret, **_key(record)}
+    limits = Limits(
+        requests_per_minute=asked.requests_per_minute,
+        tokens_per_minute=asked.tokens_per_minute,
+        bytes_per_month=asked.bytes_per_month,
+    )
+    secret, record = await pool.create_key(
+        kind=asked.kind, label=asked.label, scopes=scopes, ttl_s=asked.ttl_s, limits=limits
+    )
+    return {"key": secret, **_key(pool, record)}
+
+
+async def webhook_secret(pool: Pool, web: Web) -> object:
+    """Make a new secret that signs a key's webhooks; it is shown this once, and the former signs too for a day."""
+    made = await pool.renew_webhook_secret(web.parts["key_id"])
+    until = next((one.until for one in made.secrets[1:]), None)
+    return WebhookSecretAnswer(key_id=made.key_id, secret=made.shown, former_until=iso(until or 0))
 
 
 async def revoke_key(pool: Pool, web: Web) -> object:
@@ -281,7 +326,8 @@ async def revoke_key(pool: Pool, web: Web) -> object:
     return {"revoked": web.parts["key_id"]}
 
 
-def _key(record: KeyRecord) -> dict[str, Any]:
+def _key(pool: Pool, record: KeyRecord) -> dict[str, Any]:
+    limits, subject = record.limits or Limits(), f"key:{record.key_id}"
     return {
         "key_id": record.key_id,
         "kind": record.kind,
@@ -290,6 +336,11 @@ def _key(record: KeyRecord) -> dict[str, Any]:
         "created_at": iso(record.created_at),
         "expires_at": iso(record.expires_at or 0),
         "revoked_at": iso(record.revoked_at or 0),
+        "requests_per_minute": limits.requests_per_minute,
+        "tokens_per_minute": limits.tokens_per_minute,
+        "bytes_per_month": limits.bytes_per_month,
+        "traffic": pool.traffic.show(subject, limits.bytes_per_month),
+        "webhook_secret": bool(pool.keyring.webhook_secrets(record.key_id)),
     }
 
 

@@ -1,8 +1,4 @@
-"""Small helpers for the handlers below Quart: bodies with limits and timeouts, answers whose every send is bounded.
-
-Waits are bounded with `asyncio.timeout`: before Python 3.12, `wait_for` can swallow a cancellation, and a handler that
-was told to end would go on.
-"""
+"""Small helpers for the handlers below Quart: bodies with limits and timeouts, answers whose every send is bounded."""
 
 from __future__ import annotations
 
@@ -11,10 +7,11 @@ import functools
 import ipaddress
 import re
 import types
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 
 from rma_coordinator.api.problems import HTTPProblem, problem
+from rma_coordinator.api.waiting import within
 from rma_coordinator.relay import BODILESS
 from rma_core.errors import NotAuthenticated
 from rma_core.models.strict import encode
@@ -24,7 +21,6 @@ if TYPE_CHECKING:
         AsyncIterator,
         Awaitable,
         Callable,
-        Generator,
         Mapping,
         MutableMapping,
         Sequence,
@@ -35,8 +31,6 @@ if TYPE_CHECKING:
     Message = MutableMapping[str, Any]
     Receive = Callable[[], Awaitable[Message]]
     Send = Callable[[Message], Awaitable[None]]
-
-T = TypeVar("T")
 
 #: A client or worker that sends nothing for this long, or does not take what it asked for, is cut.
 PATIENCE_S = 30.0
@@ -120,42 +114,6 @@ class Lingering:
             await self.receive()
 
 
-async def within(seconds: float, awaitable: Awaitable[T]) -> T:
-    """Return what ``awaitable`` gives, as under `asyncio.timeout`. Raises TimeoutError.
-
-    Most receives and sends need not wait at all; then no timer is made, which would cost more than they do.
-    """
-    steps = awaitable.__await__()
-    try:
-        waits_for = next(steps)
-    except StopIteration as done:
-        value: T = done.value
-        return value
-    async with asyncio.timeout(seconds):
-        return await go_on(steps, waits_for)
-
-
-@types.coroutine
-def go_on(steps: Generator[Any, Any, T], waits_for: object) -> Generator[Any, Any, T]:
-    """Go on with what was begun, as ``yield from`` would have from its first step."""
-    while True:
-        try:
-            sent = yield waits_for
-        except GeneratorExit:
-            # Whoever is thrown away is closed, which what it waited for may have been before it.
-            steps.close()
-            raise
-        except BaseException as error:  # noqa: BLE001 - handed on to what waits, which decides
-            go_on = functools.partial(steps.throw, error)
-        else:
-            go_on = functools.partial(steps.send, sent)
-        try:
-            waits_for = go_on()
-        except StopIteration as done:
-            value: T = done.value
-            return value
-
-
 class Call(Lingering):
     """One HTTP request below Quart: its scope in convenient form, and bounded ways to read and answer."""
 
@@ -174,6 +132,17 @@ class Call(Lingering):
         #: The headers as they came; servers hand their names over in lower case.
         self.raw: dict[bytes, bytes] = dict(scope["headers"])
         self._proxies = proxies
+
+    def mark(self, extra: list[tuple[bytes, bytes]]) -> None:
+        """Give the answer further headers, whatever it becomes."""
+        send = self._send
+
+        async def marked(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], *extra]}
+            await send(message)
+
+        self._send = marked
 
     @functools.cached_property
     def headers(self) -> dict[str, str]:

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from rma_coordinator.domain.limits import Count
+
 Label = Annotated[str, Meta(max_length=100)]
 #: Ninety days: long enough to be no nuisance, short enough that a lost key ends.
 KEY_TTL_S = 90 * 86_400.0
@@ -27,6 +29,18 @@ class KeyRequest(msgspec.Struct, frozen=True, kw_only=True):
     label: Label = ""
     scopes: Annotated[tuple[Label, ...], Meta(max_length=32)] = ("infer:*",)
     ttl_s: Annotated[float, Meta(ge=60, le=315_360_000)] | None = KEY_TTL_S
+    #: How much it may ask for; ``None`` is as much as it likes.
+    requests_per_minute: Count | None = None
+    tokens_per_minute: Count | None = None
+    bytes_per_month: Count | None = None
+
+
+class WebhookSecretAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """A secret that signs a key's webhooks, shown this once; the one before it signs too until ``former_until``."""
+
+    key_id: str
+    secret: str
+    former_until: str | None = None
 
 
 class TokenMake(msgspec.Struct, frozen=True, kw_only=True):

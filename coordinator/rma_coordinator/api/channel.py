@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rma_coordinator import enrolment
 from rma_coordinator.api.asgi import Gone, bearer, client_address
 from rma_coordinator.api.problems import HTTPProblem, problem
+from rma_coordinator.api.waiting import within
 from rma_coordinator.hub import Channel, stream_of
 from rma_coordinator.relay import Head, Overrun
 from rma_core.errors import RMAError
@@ -95,8 +96,7 @@ async def _closing(channel: Channel) -> None:
 async def _say(send: Send, event: Message, within_s: float) -> None:
     """Send one event in a limited time. Raises Gone."""
     try:
-        async with asyncio.timeout(within_s):
-            await send(event)
+        await within(within_s, send(event))
     except (TimeoutError, OSError):
         raise Gone from None
 
@@ -118,7 +118,7 @@ async def _deny(scope: Message, send: Send, error: RMAError) -> None:
 async def _send_all(channel: Channel, send: Send) -> None:
     """Empty the channel's queue into the connection; ends when the worker does not read."""
     while True:
-        message = await channel.outbound.get()
+        message = await channel.message()
         event: dict[str, Any] = {"type": "websocket.send", "bytes": None, "text": None}
         event["text" if isinstance(message, str) else "bytes"] = message
         try:
@@ -144,8 +144,7 @@ class Session:
         try:
             self._hello(await self._first(receive))
             while True:
-                async with asyncio.timeout(self.pool.fleet.interval_s * SILENT_BEATS):
-                    message = await receive()
+                message = await within(self.pool.fleet.interval_s * SILENT_BEATS, receive())
                 # What an older connection still brings is no longer this worker's word.
                 if message["type"] != "websocket.receive" or self.channel.closing.is_set():
                     return
@@ -202,10 +201,14 @@ class Session:
         relay.begin(attempt, self.channel, lambda taken: self.channel.credit(stream, taken, at_least=CREDIT_STEP))
 
     def _take(self, message: Message) -> None:
-        data, text = message.get("bytes"), message.get("text") or ""
-        if data is not None:
-            self._data(data)
-            return
+        found = message.get("bytes")
+        for stream, kind, content in frames.records(message.get("text") or "" if found is None else found):
+            if kind == frames.CONTROL:
+                self._control(content)
+            else:
+                self._data(stream, content, end=kind == frames.DATA_LAST)
+
+    def _control(self, text: bytes) -> None:
         if len(text) > frames.MAX_CONTROL_BYTES:
             raise HTTPProblem(400, "a control frame is too large")
         frame = frames.unpack_up(text)
@@ -265,16 +268,16 @@ class Session:
         self.channel.done(stream)
         self.pool.dispatcher.delivered(attempt, usage=usage)
 
-    def _data(self, message: bytes) -> None:
-        stream, end, data = frames.unpack_data(message)
+    def _data(self, stream: int, data: bytes, *, end: bool) -> None:
         found = self._stream(stream)
         if found is None:
             return
         attempt, relay = found
+        way = relay.way_of(attempt)
         try:
             if len(data) > frames.MAX_DATA_BYTES:
                 raise Overrun(f"a data frame has at most {frames.MAX_DATA_BYTES} bytes")
-            if relay.way_of(attempt) not in (None, self.channel):
+            if way is not self.channel and way is not None:
                 raise Overrun("its answer comes by a request of its own")
             relay.put(data)
             self.pool.dispatcher.accept(attempt)

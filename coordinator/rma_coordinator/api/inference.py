@@ -10,15 +10,18 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import math
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
-from rma_coordinator.api import tasks
+from rma_coordinator.api import limits, tasks
 from rma_coordinator.api.asgi import Gone
 from rma_coordinator.api.problems import HTTPProblem, problem, wrong_method
 from rma_coordinator.api.tasks import ANSWER_HEADERS, SAFETY
+from rma_coordinator.domain.fleet import ATTACHABLE
 from rma_coordinator.domain.records import idempotency_key
 from rma_coordinator.domain.tasks import PRIORITIES, Task, new_task_id
+from rma_coordinator.domain.webhooks import refusal
 from rma_core.errors import NotFound, RMAError, TryLater
 
 if TYPE_CHECKING:
@@ -47,35 +50,51 @@ async def infer(pool: Pool, call: Call) -> None:
     entry = pool.check_service(service, principal)
     _check_route(entry, call.method, path)
     _request_headers(call)
-    ask = Ask(principal, entry, path, priority(call, principal))
     key = _idempotency_key(call)
     detached = _respond_async(call)
-    call.check_body(pool.settings.max_body_bytes)
+    webhook = _webhook(pool, call, principal, detached=detached)
+    ask = Ask(principal, entry, path, priority(call, principal), deadline_s(call), webhook)
+    call.check_body(_most_bytes(pool, entry))
+    if why := pool.impossible(entry):
+        raise HTTPProblem(501, f"no machine of this pool could ever run {service}: {why}", code="impossible")
+    pool.check_store()
+    if not key and not detached:
+        pool.check_served(service)
+    limits.admit(pool, call, principal)
     if key or detached:
         await _durable(pool, call, ask, key=key, detached=detached)
         return
-    pool.check_store()
-    pool.check_served(service)
     body = pool.spools.make()
     try:
-        async for chunk in call.chunks(pool.settings.max_body_bytes):
+        async for chunk in call.chunks(_most_bytes(pool, entry)):
             await body.write(chunk)
-        await _run(pool, call, _task(pool, call, ask, body), body)
+        await _run(pool, call, ask, _task(pool, call, ask, body), body)
     finally:
         await body.close()
 
 
 class Ask(NamedTuple):
-    """A request that has been looked at: who asks, for which service, at which path of it, how urgent."""
+    """A request that has been looked at: who asks, for which service, at which path of it, how urgent, and so on."""
 
     principal: Principal
     entry: CatalogEntry
     path: str
     priority: Priority
+    #: Seconds that the client gives it in all.
+    asked_s: float
+    #: Where its end is to be told, if anywhere.
+    webhook: str
+
+
+def _most_bytes(pool: Pool, entry: CatalogEntry) -> int:
+    """Return how large a request may be: what the pool takes, or the service."""
+    most = pool.settings.max_body_bytes
+    return most if entry.max_body_bytes is None else min(most, entry.max_body_bytes)
 
 
 def _task(pool: Pool, call: Call, ask: Ask, body: Body, *, durable: bool = False) -> Task:
     settings = pool.settings
+    own_s = settings.async_timeout_s if durable else ask.entry.timeout_s or settings.task_timeout_s
     return Task(
         task_id=body.name,
         service=ask.entry.service,
@@ -85,11 +104,12 @@ def _task(pool: Pool, call: Call, ask: Ask, body: Body, *, durable: bool = False
         body_bytes=body.size,
         key_id=ask.principal.id,
         now=pool.clock(),
-        timeout_s=settings.async_timeout_s if durable else ask.entry.timeout_s or settings.task_timeout_s,
+        timeout_s=min(own_s, ask.asked_s),
         durable=durable,
         first_byte_s=ask.entry.first_byte_s,
         gap_s=ask.entry.gap_s,
         priority=ask.priority,
+        webhook=ask.webhook,
     )
 
 
@@ -100,6 +120,20 @@ def priority(call: Call, principal: Principal) -> Priority:
     if found is None:
         raise HTTPProblem(400, f"RMA-Priority is one of: {', '.join(PRIORITIES)}", code="header")
     return "normal" if found == "high" and not principal.may("priority:high") else found
+
+
+def deadline_s(call: Call) -> float:
+    """Return how many seconds the client gives its request in all; any number unless it says. Raises HTTPProblem."""
+    text = call.raw.get(b"rma-timeout")
+    if text is None:
+        return math.inf
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise HTTPProblem(400, "RMA-Timeout is a number of seconds, more than 0", code="header")
+    return seconds
 
 
 # -- durable tasks -----------------------------------------------------------------------------------------------
@@ -119,24 +153,46 @@ def _respond_async(call: Call) -> bool:
     return "respond-async" in preferences
 
 
+def _webhook(pool: Pool, call: Call, principal: Principal, *, detached: bool) -> str:
+    """Return where the client wants the task's end to be told, if anywhere. Raises HTTPProblem (400, 429)."""
+    url: str = call.headers.get("rma-webhook", "")
+    if "rma-webhook" not in call.headers:
+        return ""
+    if not detached:
+        raise HTTPProblem(400, "RMA-Webhook goes with Prefer: respond-async", code="header")
+    if why := refusal(url, plain_http=pool.settings.webhook_http):
+        raise HTTPProblem(400, f"RMA-Webhook cannot be this address: {why}", code="header")
+    if not pool.keyring.webhook_secrets(principal.id.removeprefix("key:")):
+        hint = f"the pool's admin makes one: rma keys webhook-secret {principal.id.removeprefix('key:')}"
+        raise HTTPProblem(400, "this key has no secret to sign webhooks with", code="header", hints=(hint,))
+    try:
+        pool.webhooks.check_room()
+    except TryLater as error:
+        raise HTTPProblem(429, error.message, code="queue_full", retry_after_s=error.retry_after_s) from None
+    return url
+
+
 async def _durable(pool: Pool, call: Call, ask: Ask, *, key: str, detached: bool) -> None:
     """Keep the request as a durable task, or find the one that it is a repetition of; then answer as was asked."""
     scope = idempotency_key(key_id=ask.principal.id, method=call.method, path=ask.path, key=key) if key else ""
-    pool.check_store()
     body = pool.books.make_body(new_task_id())
     digest = hashlib.sha256(call.headers.get("content-type", "").encode() + b"\0")
+    if ask.webhook:
+        digest.update(ask.webhook.encode() + b"\0")
     known: str | None = None
     try:
-        async for chunk in call.chunks(pool.settings.max_body_bytes):
+        async for chunk in call.chunks(_most_bytes(pool, ask.entry)):
             digest.update(chunk)
             await body.write(chunk)
         known = await pool.books.find(scope, digest.hexdigest()) if scope else None
         if known is None:
             _check_queue(pool)
+            _reserve(pool, ask, body.name, body)
             task = _task(pool, call, ask, body, durable=True)
             await pool.books.submit(task, body, key=scope, fingerprint=digest.hexdigest())
     except BaseException:
         await body.close()
+        pool.unreserve(body.name)
         raise
     if known is not None:
         await body.close()
@@ -202,10 +258,18 @@ async def _until_ended(pool: Pool, call: Call, task_id: str) -> bool:
 # -- requests whose client waits ---------------------------------------------------------------------------------
 
 
-async def _run(pool: Pool, call: Call, task: Task, body: Body) -> None:
+def _reserve(pool: Pool, ask: Ask, task_id: str, body: Body) -> None:
+    """Reserve what a request to a language model takes of its key's tokens. Raises OverLimit."""
+    if ask.entry.service == ATTACHABLE:
+        limits.reserve(pool, ask.principal, task_id, body.small(), size=body.size)
+
+
+async def _run(pool: Pool, call: Call, ask: Ask, task: Task, body: Body) -> None:
+    _reserve(pool, ask, task.id, body)
     try:
         relay = pool.submit(task, body)
     except TryLater as error:
+        pool.unreserve(task.id)
         raise HTTPProblem(429, error.message, code="queue_full", retry_after_s=error.retry_after_s) from None
     try:
         await _relay(call, task, relay)
@@ -288,7 +352,7 @@ class CutAnswer(Exception):
 
 def _answer_headers(task: Task, head: Head) -> dict[str, str]:
     kept = {name.lower(): value for name, value in head.headers if name.lower() in ANSWER_HEADERS}
-    return {**kept, **SAFETY, **trace(task)}
+    return {**kept, **SAFETY, **trace(task), **timings(task)}
 
 
 def trace(task: Task) -> dict[str, str]:
@@ -299,9 +363,21 @@ def trace(task: Task) -> dict[str, str]:
     return headers
 
 
+def timings(task: Task) -> dict[str, str]:
+    """Return the headers that say how long what took, as far as that is known when the answer begins."""
+    attempt, began = task.attempt, task.created_at
+    if attempt is None:
+        return tasks.timings(total_s=None if task.ended_at is None else task.ended_at - began)
+    return tasks.timings(
+        queue_s=attempt.offered_at - began,
+        first_byte_s=None if attempt.first_byte_at is None else attempt.first_byte_at - began,
+        total_s=None if task.ended_at is None else task.ended_at - began,
+        model_state=attempt.model_state,
+    )
+
+
 async def _failed(call: Call, task: Task) -> None:
     """Answer a task that ended without an answer, with every reason."""
-    too_late = task.ended_at is not None and task.ended_at >= task.deadline
-    error = tasks.failure(task.service, task.id, task.reasons, task.fault, too_late=too_late)
+    error = tasks.failure(task.service, task.id, task.reasons, task.fault, too_late=task.late)
     status, headers, body = problem(error, task_id=task.id, attempts=len(task.attempts))
-    await call.answer(status, {**headers, **trace(task)}, body)
+    await call.answer(status, {**headers, **trace(task), **timings(task)}, body)

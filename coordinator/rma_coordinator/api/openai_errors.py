@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from rma_coordinator.api import problems
+from rma_coordinator.api import limits, problems
 from rma_coordinator.api.problems import HTTPProblem
 from rma_coordinator.domain.tasks import new_task_id
 from rma_core import errors
@@ -18,13 +19,21 @@ if TYPE_CHECKING:
 
 #: What SDKs obey: Node's takes longer waits for no wait at all, Python's gives up.
 LEAST_WAIT_S, MOST_WAIT_S = 1, 60
+#: What is waited where nobody says how long, and after which statuses.
+USUAL_WAIT_S, WAITED_FOR = 5, (429, 503)
+#: Digits of a number of seconds.
+MOST_DIGITS = 9
 #: Characters of a service's own message that go on.
 MAX_MESSAGE = 4000
 #: Where a request's id stands in its ASGI scope.
 REQUEST_ID = "rma.request_id"
+#: What a client may call its own request.
+CLIENT_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+#: Where headers for a request's answer stand in its ASGI scope.
+NOTED = "rma.headers"
 #: Statuses that SDKs try again by themselves and that may then go well; below 500, that is.
 WORTH_RETRYING = frozenset({408, 429})
-TOO_LATE, BAD_GATEWAY, SERVER_ERROR, CLIENT_ERROR = 504, 502, 500, 400
+TOO_LATE, BAD_GATEWAY, SERVER_ERROR, CLIENT_ERROR, CONFLICT = 504, 502, 500, 400, 409
 
 
 class Words(NamedTuple):
@@ -43,6 +52,7 @@ WORDS: dict[int, Words] = {
     408: Words("invalid_request_error", "request_timeout"),
     413: Words("invalid_request_error", "request_too_large"),
     415: Words("invalid_request_error", "unsupported_encoding"),
+    422: Words("invalid_request_error", None),
     429: Words("rate_limit_error", "rate_limit_exceeded"),
     500: Words("server_error", "internal_error"),
     502: Words("server_error", "worker_failed"),
@@ -52,8 +62,9 @@ WORDS: dict[int, Words] = {
 
 #: Which statuses of a model server say something about the request; all others are the pool's own trouble.
 PASSED_ON: dict[int, int] = {400: 400, 404: 404, 405: 400, 413: 413, 415: 400, 422: 422, 429: 429, 501: 400}
-#: How engines name what OpenAI has a code for.
+#: How engines name what OpenAI has a code for, or say it where they have no name for it.
 ENGINE_CODES: dict[str, str] = {"exceed_context_size_error": "context_length_exceeded"}
+ENGINE_WORDS: dict[str, str] = {"maximum context length": "context_length_exceeded"}
 
 
 class APIProblem(HTTPProblem):
@@ -82,12 +93,35 @@ def request_id(call: Call) -> str:
     return str(known)
 
 
+def note(call: Call, headers: dict[str, str]) -> None:
+    """Give the answer to a request further headers, whatever it becomes: whole, streamed, or a failure."""
+    call.scope[NOTED] = {**call.scope.get(NOTED, {}), **headers}
+
+
+def noted(call: Call) -> dict[str, str]:
+    """Return the headers noted for the answer to a request, what is left to its key, and what its client calls it."""
+    found: dict[str, str] = {**call.scope.get(NOTED, {}), **limits.headers(call)}
+    theirs = client_id(call)
+    return {**found, "x-client-request-id": theirs} if theirs else found
+
+
+def client_id(call: Call) -> str:
+    """Return what a client calls its request, for its logs and ours; empty where it has no such name."""
+    theirs = call.raw.get(b"x-client-request-id") or call.raw.get(b"x-request-id")
+    return theirs.decode("ascii") if theirs is not None and CLIENT_ID.fullmatch(theirs) else ""
+
+
 def problem(error: RMAError, call: Call) -> tuple[int, dict[str, str], bytes]:
     """Return status, headers and body of a failure."""
     status, headers, _ = problems.problem(error)
-    headers |= {"content-type": "application/json", "x-request-id": request_id(call)}
-    if "retry-after" in headers:
-        headers["retry-after"] = str(min(MOST_WAIT_S, max(LEAST_WAIT_S, int(headers["retry-after"]))))
+    limits.failed(call)
+    if status == CONFLICT:
+        # SDKs take it for a lock, and try again.
+        status = CLIENT_ERROR
+    headers |= {"content-type": "application/json", "x-request-id": request_id(call), **noted(call)}
+    if "retry-after" in headers or status in WAITED_FOR:
+        wait_s = int(headers.get("retry-after", USUAL_WAIT_S))
+        headers["retry-after"] = str(min(MOST_WAIT_S, max(LEAST_WAIT_S, wait_s)))
     if status == TOO_LATE or (status < SERVER_ERROR and status not in WORTH_RETRYING):
         headers["x-should-retry"] = "false"
         headers.pop("retry-after", None)
@@ -106,6 +140,8 @@ def body(error: RMAError, status: int) -> dict[str, Any]:
     param = code = None
     if isinstance(error, APIProblem):
         param, code = error.param, error.api_code
+    elif isinstance(error, limits.OverLimit):
+        code = error.name
     elif isinstance(error, errors.ValidationProblem) and error.problems:
         param = error.problems[0].where.removeprefix("$").removeprefix(".") or None
     return {"message": said, "type": words.type, "param": param, "code": code or words.code}
@@ -117,8 +153,11 @@ def nothing_here() -> APIProblem:
     return APIProblem(404, "there is nothing at this address of the pool's OpenAI API", hints=hints)
 
 
-def of_service(status: int, data: bytes, who: str) -> APIProblem:
-    """Return a model server's refusal as ours, with its own message; ``who`` names the worker."""
+def of_service(status: int, data: bytes, who: str, *, retry_after: str = "") -> APIProblem:
+    """Return a model server's refusal as ours, with its own message; ``who`` names the worker.
+
+    ``retry_after`` is what it said of that in its header, if anything.
+    """
     try:
         found = msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeError, RecursionError):
@@ -128,9 +167,10 @@ def of_service(status: int, data: bytes, who: str) -> APIProblem:
     if ours is None:
         message = f"the model server of {who or 'a worker'} answered {status}: {said.message or 'without a reason'}"
         return APIProblem(BAD_GATEWAY, message, retry_after_s=5)
-    return APIProblem(
-        ours, said.message or f"the model server refused it ({status})", param=said.param, api_code=said.code
-    )
+    message = said.message or f"the model server refused it ({status})"
+    # A date, which it may be too, or nonsense is no number of seconds.
+    wait_s = float(retry_after) if retry_after.isdigit() and len(retry_after) <= MOST_DIGITS else None
+    return APIProblem(ours, message, param=said.param, api_code=said.code, retry_after_s=wait_s)
 
 
 class Said(NamedTuple):
@@ -150,6 +190,8 @@ def _said(found: object) -> Said:
     message = named if isinstance(named, str) else encode(named).decode()
     param, code, kind = inner.get("param"), inner.get("code"), inner.get("type")
     code = ENGINE_CODES.get(str(kind), code)
+    if not isinstance(code, str):
+        code = next((ours for words, ours in ENGINE_WORDS.items() if words in message), None)
     return Said(
         message[:MAX_MESSAGE],
         param if isinstance(param, str) and param else None,

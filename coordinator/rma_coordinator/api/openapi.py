@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from rma_coordinator.api import openai
+from rma_coordinator.api.openai_access import covers
 from rma_coordinator.api.problems import STATUS_WORDS
 from rma_coordinator.api.routes import OPENAI, ROUTES
 
@@ -141,7 +141,7 @@ def _good(route: Route, status: int) -> dict[str, Any]:
 
 
 def _problem(route: Route) -> dict[str, Any]:
-    if openai.covers(route.path):
+    if covers(route.path):
         return {"application/json": {"schema": {"$ref": "#/components/schemas/OpenAIError"}}}
     problem = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
     # A status may be the service's own, and then so is what comes with it.

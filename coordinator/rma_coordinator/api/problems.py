@@ -42,9 +42,10 @@ STATUS_WORDS: dict[int, tuple[str, str]] = {
     429: ("Too many requests", "try_later"),
     431: ("Header too large", "header"),
     500: ("Internal error", "internal"),
+    501: ("Not possible", "impossible"),
     502: ("Bad gateway", "task_failed"),
     503: ("Not now", "try_later"),
-    504: ("Too late", "task_failed"),
+    504: ("Too late", "deadline"),
 }
 CONTENT_TYPE = "application/problem+json"
 NOT_AUTHENTICATED, NOT_NOW = 401, 503

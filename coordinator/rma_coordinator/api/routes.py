@@ -76,14 +76,29 @@ ASYNC = {
         {"type": "string", "pattern": "^[!-~]{1,255}$"},
     ),
 }
-PRIORITY = {
+WEBHOOK = {
+    "RMA-Webhook": Parameter(
+        "with `respond-async`: an https address that is told of the task's end, signed as Standard Webhooks has it",
+        {"type": "string", "pattern": "^https://", "maxLength": 2048},
+    ),
+}
+ASKED = {
+    "RMA-Timeout": Parameter(
+        "seconds that the request may take in all, at most as many as the service gives it",
+        {"type": "number", "exclusiveMinimum": 0},
+    ),
     "RMA-Priority": Parameter(
         "how urgent it is; `high` needs the scope `priority:high`, without it is `normal`",
         {"type": "string", "enum": list(PRIORITIES), "default": "normal"},
     ),
 }
+OPENAI_HEADERS = {
+    **ASKED,
+    "Idempotency-Key": ASYNC["Idempotency-Key"],
+    "X-RMA-Keepalive": Parameter("`1`: an answer that takes long is kept alive by blank lines", TEXT),
+}
 #: What may become of a request that runs on a worker.
-RUN_FAILS = (400, 404, 405, 409, 414, 429, 502, 503, 504)
+RUN_FAILS = (400, 404, 405, 409, 414, 429, 501, 502, 503, 504)
 #: What an answer under /v1 is: an object, or events when `stream` is asked for.
 OPENAI = "application/json, text/event-stream"
 OPENAI_FAILS = (404, 422, 429, 502, 503, 504)
@@ -313,6 +328,16 @@ ROUTES: tuple[Route, ...] = (
         fails=(503,),
     ),
     Route(
+        "POST",
+        "/api/admin/keys/{key_id}/webhook-secret",
+        "webhook_secret",
+        "admin:keys",
+        "Make a new secret that signs a key's webhooks; shown this once.",
+        gives=bodies.WebhookSecretAnswer,
+        status=201,
+        fails=(409, 503),
+    ),
+    Route(
         "DELETE",
         "/api/admin/keys/{key_id}",
         "revoke_key",
@@ -390,7 +415,7 @@ ROUTES: tuple[Route, ...] = (
         lane="raw",
         takes="*/*",
         gives="*/*",
-        headers=PRIORITY | ASYNC,
+        headers=ASKED | ASYNC | WEBHOOK,
         also=(202,),
         fails=RUN_FAILS,
     ),
@@ -403,7 +428,7 @@ ROUTES: tuple[Route, ...] = (
         lane="raw",
         takes="*/*",
         gives="*/*",
-        headers=PRIORITY | ASYNC,
+        headers=ASKED | ASYNC | WEBHOOK,
         also=(202,),
         fails=RUN_FAILS,
     ),
@@ -417,7 +442,7 @@ ROUTES: tuple[Route, ...] = (
         lane="raw",
         takes=bodies.ChatCompletionRequest,
         gives=OPENAI,
-        headers=PRIORITY,
+        headers=OPENAI_HEADERS,
         fails=OPENAI_FAILS,
     ),
     Route(
@@ -429,7 +454,7 @@ ROUTES: tuple[Route, ...] = (
         lane="raw",
         takes=bodies.CompletionRequest,
         gives=OPENAI,
-        headers=PRIORITY,
+        headers=OPENAI_HEADERS,
         fails=OPENAI_FAILS,
     ),
     Route(
@@ -441,7 +466,7 @@ ROUTES: tuple[Route, ...] = (
         lane="raw",
         takes=bodies.EmbeddingRequest,
         gives="object",
-        headers=PRIORITY,
+        headers=OPENAI_HEADERS,
         fails=OPENAI_FAILS,
     ),
     Route("GET", "/v1/models", "models", "infer", "The models of the pool.", lane="raw", gives="object"),
@@ -481,13 +506,18 @@ class Router:
         plain = self._plain.get((method, path))
         if plain is not None:
             return plain, {}, (method,)
-        if path.startswith("/v1/"):
+        openai = path.startswith("/v1/")
+        if openai:
             # Clients of OpenAI's API write its addresses with and without a slash at their end.
             path = path.rstrip("/")
+            # A server sends no body with an answer to HEAD.
+            method = "GET" if method == "HEAD" else method
         allowed: list[str] = []
         for shape, route in self._routes:
             if found := shape.fullmatch(path):
                 if route.method == method:
                     return route, found.groupdict(), (method,)
                 allowed.append(route.method)
+        if openai and allowed:
+            allowed += ["OPTIONS", *(["HEAD"] if "GET" in allowed else [])]
         return None, {}, tuple(allowed)

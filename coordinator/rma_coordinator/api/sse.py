@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from rma_coordinator.domain.continuing import BadChunk, Delivered, Seam
+from rma_coordinator.api.choices import BREAKS, finish_of, guessed, mend_arguments, mend_call, usage_of
+from rma_coordinator.domain.continuing import Delivered, Seam
+from rma_coordinator.domain.stream_events import BadChunk
 from rma_core.models.strict import encode
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 #: An event longer than this is no piece of an answer.
 MAX_EVENT_BYTES = 1024 * 1024
@@ -28,11 +30,6 @@ DONE = b"data: [DONE]\n\n"
 COMMENT = b": rma\n"
 #: Says to who looks closely that another worker goes on.
 CONTINUED = b": rma continued\n"
-#: What a client may be told as the reason of an end.
-FINISHES = frozenset({"stop", "length", "tool_calls", "content_filter", "function_call"})
-#: Engines say these when an answer did not come to its end.
-BREAKS = frozenset({"abort", "cancelled", "error", "load", "unload"})
-
 _decode = msgspec.json.Decoder().decode
 
 
@@ -93,6 +90,8 @@ class Answer(NamedTuple):
     model: str
     chat: bool = True
     usage: bool = False
+    #: Tokens of the prompt, where no engine tells them.
+    prompt_guess: int = 1
 
     @property
     def object(self) -> str:
@@ -101,10 +100,11 @@ class Answer(NamedTuple):
 
 
 class Stream:
-    """The events of one answer, made right one by one."""
+    """The events of one answer, made right one by one; its last event tells ``facts`` of how it came about."""
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, answer: Answer, facts: Callable[[], dict[str, Any]] = dict) -> None:
         self.answer = answer
+        self._facts = facts
         #: Whether the engine has said its end.
         self.done = False
         #: Why no whole answer can come any more, once that is known.
@@ -112,7 +112,8 @@ class Stream:
         #: Events that were nothing a client could read, and were left out.
         self.skipped = 0
         self._events = Events()
-        self._usage: Any = None
+        self._usage: dict[str, Any] | None = None
+        self._estimated = False
         self._open: set[int] = set()
         self._finished: set[int] = set()
         self._tools: set[tuple[int, int]] = set()
@@ -131,8 +132,36 @@ class Stream:
         """Return what the client gets for events that no engine has sent."""
         out: list[bytes] = []
         for event in events:
+            self._estimated = self._estimated or bool(event.get("x_rma"))
             self._send(event, out)
         return b"".join(out)
+
+    def replay(self) -> bytes | None:
+        """Return all of the answer so far in a few events, for a client that comes later.
+
+        ``None`` where not all of it is kept: calls of tools, thoughts, probabilities, several choices, a long text.
+        """
+        if not self.begun:
+            return b""
+        seen = self.delivered
+        if self._open != {0} or seen.other or seen.logprobs or seen.too_long or seen.reasoned:
+            return None
+        chat, text = self.answer.chat, seen.text
+        out = [self._opening(0, {})] if chat else []
+        says: dict[str, Any] = {"delta": {"content": text}} if chat else {"text": text, "logprobs": None}
+        out.append(frame({**self._head(), "choices": [{"index": 0, **says, "finish_reason": None}]}))
+        if self._finished:
+            ends: dict[str, Any] = {"delta": {}} if chat else {"text": "", "logprobs": None}
+            finish = finish_of(seen.finished.get(0))
+            event = {**self._head(), "choices": [{"index": 0, **ends, "finish_reason": finish}]}
+            facts = {} if self.answer.usage else self._facts()
+            out.append(frame({**event, "x_rma": facts} if facts else event))
+        return b"".join(out)
+
+    @property
+    def usage(self) -> dict[str, Any] | None:
+        """What the engine said it took, if it did."""
+        return self._usage
 
     @property
     def begun(self) -> bool:
@@ -161,14 +190,20 @@ class Stream:
 
     def end(self) -> bytes:
         """Return what ends a whole answer: usage where the client asked for it, and the end marker."""
-        if not self.answer.usage or self._usage is None:
+        if not self.answer.usage:
             return DONE
-        return frame({**self._head(), "choices": [], "usage": self._usage}) + DONE
+        usage, estimated = self._usage, self._estimated
+        if usage is None:
+            seen, estimated = self.delivered, True
+            usage = guessed(prompt=seen.prompt_tokens or self.answer.prompt_guess, answer=seen.tokens)
+        facts = self._facts() | ({"estimated": True} if estimated else {})
+        return frame({**self._head(), "choices": [], "usage": usage, **({"x_rma": facts} if facts else {})}) + DONE
 
     def failure(self, error: dict[str, Any]) -> bytes:
         """Return what ends an answer that is not whole: SDKs raise at it, and no end marker follows."""
         choice: dict[str, Any] = {"index": 0, "delta": {}} if self.answer.chat else {"index": 0, "text": ""}
-        return frame({"error": error, **self._head(), "choices": [{**choice, "finish_reason": "error"}]})
+        event = {"error": error, **self._head(), "choices": [{**choice, "finish_reason": "error"}]}
+        return frame({**event, "x_rma": facts} if (facts := self._facts()) else event)
 
     def _head(self) -> dict[str, Any]:
         answer = self.answer
@@ -203,8 +238,10 @@ class Stream:
 
     def _send(self, event: dict[str, Any], out: list[bytes]) -> None:
         usage, choices = event.pop("usage", None), event["choices"]
-        if isinstance(usage, dict):
-            self._usage = usage
+        # What a worker says in our name is not passed on.
+        event.pop("x_rma", None)
+        if usage is not None:
+            self._usage = usage_of(usage) or self._usage
         if not all(map(_is_choice, choices)):
             self.skipped += 1
             return
@@ -214,6 +251,8 @@ class Stream:
             event["id"], event["object"] = answer.id, answer.object
             event["created"], event["model"] = answer.created, answer.model
             event["choices"] = kept
+            if self._finished == self._open and not answer.usage and (facts := self._facts()):
+                event["x_rma"] = facts
             out.append(frame(event))
 
     def _other(self, event: Any) -> None:  # noqa: ANN401 - plain JSON data has no narrower type
@@ -243,7 +282,7 @@ class Stream:
                 out.append(self._opening(index, delta))
         if finish:
             self._finished.add(index)
-        choice["finish_reason"] = (finish if finish in FINISHES else "stop") if finish else None
+        choice["finish_reason"] = finish_of(finish) if finish else None
         if chat:
             # Clients glue strings together: a role that is said twice becomes another one.
             delta.pop("role", None)
@@ -259,25 +298,27 @@ class Stream:
 
     def _mend_tools(self, index: int, delta: dict[str, Any]) -> None:
         """Number fragments of calls, say each call's name once, and give arguments as text."""
-        calls = delta["tool_calls"]
-        if not isinstance(calls, list) or not calls:
+        told = delta["tool_calls"]
+        calls = [call for call in told if isinstance(call, dict)] if isinstance(told, list) else []
+        if not calls:
             del delta["tool_calls"]
             return
+        delta["tool_calls"] = calls
         for position, call in enumerate(calls):
-            if not isinstance(call, dict):
-                continue
-            if not isinstance(call.get("index"), int):
+            if type(call.get("index")) is not int:
                 call["index"] = position
-            function = call.get("function")
-            function = function if isinstance(function, dict) else {}
-            if isinstance(function.get("arguments"), dict):
-                function["arguments"] = encode(function["arguments"]).decode()
-            if (index, call["index"]) in self._tools:
-                for name in ("id", "type"):
-                    call.pop(name, None)
+            if (index, call["index"]) not in self._tools:
+                mend_call(call, position=position)
+                if len(self._tools) < MAX_TOOLS:
+                    self._tools.add((index, call["index"]))
+                continue
+            for name in ("id", "type"):
+                call.pop(name, None)
+            if isinstance(function := call.get("function"), dict):
                 function.pop("name", None)
-            elif len(self._tools) < MAX_TOOLS:
-                self._tools.add((index, call["index"]))
+                mend_arguments(function)
+            else:
+                call.pop("function", None)
 
 
 def _is_choice(value: object) -> bool:

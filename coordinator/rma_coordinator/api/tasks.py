@@ -13,7 +13,8 @@ from rma_core.errors import NotFound, Refused
 if TYPE_CHECKING:
     from rma_coordinator.api.asgi import Call
     from rma_coordinator.domain.credentials import Principal
-    from rma_coordinator.domain.records import TaskRecord, TaskResult
+    from rma_coordinator.domain.records import AttemptRecord, TaskRecord, TaskResult
+    from rma_coordinator.domain.webhooks import WebhookRecord
     from rma_coordinator.pool import Pool
 
 #: Answers up to here stand in the task itself, when they are JSON.
@@ -102,20 +103,85 @@ async def view(pool: Pool, record: TaskRecord) -> dict[str, Any]:
         "status": "failed" if refused else record.state,
         "created_at": iso(record.created_at),
         "ended_at": iso(record.ended_at or 0),
-        "attempts": [
-            {"attempt": a.number, "worker_id": a.worker_id, "status": a.state, "reason": a.reason}
-            for a in record.attempts
-        ],
+        "deadline_at": iso(record.created_at + record.timeout_s),
+        "seconds": seconds(record),
+        "attempts": [attempt(record, one) for one in record.attempts],
     }
+    if record.webhook:
+        shown["webhook"] = webhook(record, await pool.webhooks.record(record.task_id))
     if result is not None:
         shown |= _result(record, result, "error" if refused else "result")
+        if "result" in shown or refused:
+            pool.traffic.answer(record.key_id, result.size)
     elif record.state in ("failed", "cancelled"):
         shown["error"] = {"code": _code(record), "message": "; ".join(record.reasons) or record.state}
     return shown
 
 
+def attempt(record: TaskRecord, one: AttemptRecord) -> dict[str, Any]:
+    """Return one attempt of a task; seconds count from when the task came."""
+    return {
+        "attempt": one.number,
+        "worker_id": one.worker_id,
+        "status": one.state,
+        "reason": one.reason,
+        "offered_s": since(record, one.offered_at),
+        "started_s": since(record, one.started_at),
+        "first_byte_s": since(record, one.first_byte_at),
+        "ended_s": since(record, one.ended_at),
+        "answer_bytes": one.answer_bytes,
+        **({"model_state": one.model_state} if one.model_state else {}),
+    }
+
+
+def since(record: TaskRecord, moment: float | None) -> float | None:
+    """Return how many seconds after a task came something happened; ``None`` for what has not."""
+    return None if not moment else round(max(0.0, moment - record.created_at), 4)
+
+
+def seconds(record: TaskRecord) -> dict[str, float | None]:
+    """Return how long what took since a task came: until its worker had it, its answer began, and all was over."""
+    last = _last(record)
+    return {
+        "queue": since(record, last.offered_at) if last else None,
+        "first_byte": since(record, last.first_byte_at) if last else None,
+        "total": since(record, record.ended_at),
+    }
+
+
+def _last(record: TaskRecord) -> AttemptRecord | None:
+    """Return the attempt that answered, else the newest."""
+    won = next((one for one in record.attempts if one.state == "succeeded"), None)
+    return won or (record.attempts[-1] if record.attempts else None)
+
+
+def webhook(record: TaskRecord, known: WebhookRecord | None) -> dict[str, Any]:
+    """Return how the webhook of a task stands, which there is from its end on."""
+    if known is None:
+        return {"url": record.webhook, "status": "waiting", "tries": 0}
+    moment = {"waiting": "next_at", "delivered": "delivered_at", "given_up": "given_up_at"}[known.state]
+    shown = {"url": known.url, "id": known.message_id, "status": known.state, "tries": known.tries}
+    return {**shown, moment: iso(known.at), **({"reason": known.reason} if known.reason else {})}
+
+
+def timings(
+    *,
+    queue_s: float | None = None,
+    first_byte_s: float | None = None,
+    total_s: float | None = None,
+    model_state: str = "",
+) -> dict[str, str]:
+    """Return the headers that say how long what took since a request came, as far as that is known."""
+    named = {"queue": queue_s, "first-byte": first_byte_s, "total": total_s}
+    metrics = [f"{name};dur={max(0.0, took_s) * 1000:.1f}" for name, took_s in named.items() if took_s is not None]
+    found = {"server-timing": ", ".join(metrics)} if metrics else {}
+    return found | ({"rma-model-state": model_state} if model_state else {})
+
+
 def _code(record: TaskRecord) -> str:
-    return "cancelled" if record.state == "cancelled" else "bad_request" if record.fault == "request" else "task_failed"
+    if record.state == "cancelled":
+        return "cancelled"
+    return "bad_request" if record.fault == "request" else "deadline" if record.late else "task_failed"
 
 
 def _result(record: TaskRecord, result: TaskResult, name: str) -> dict[str, Any]:
@@ -136,11 +202,20 @@ def _result(record: TaskRecord, result: TaskResult, name: str) -> dict[str, Any]
 async def answer(pool: Pool, call: Call, record: TaskRecord, *, extra: dict[str, str] | None = None) -> None:
     """Give a finished task's answer as the service gave it, or say why there is none."""
     result = await pool.books.result(record.task_id)
-    headers = {**(extra or {}), **trace(record)}
+    took, last = seconds(record), _last(record)
+    said = timings(
+        queue_s=took["queue"],
+        first_byte_s=took["first_byte"],
+        total_s=took["total"],
+        model_state=last.model_state if last else "",
+    )
+    headers = {**(extra or {}), **trace(record), **said}
     if result is None:
-        raise failure(record.service, record.task_id, list(record.reasons), record.fault, headers=headers)
+        reasons = list(record.reasons)
+        raise failure(record.service, record.task_id, reasons, record.fault, too_late=record.late, headers=headers)
     kept = {name.lower(): value for name, value in result.headers if name.lower() in ANSWER_HEADERS}
     pieces = pool.books.answer_pieces(result)
+    pool.traffic.answer(record.key_id, result.size)
     await call.start(result.status, {**kept, **SAFETY, **headers, "content-length": str(result.size)})
     async for piece in pieces:
         await call.write(piece)
@@ -168,7 +243,7 @@ def failure(
     return HTTPProblem(
         400 if wrong else 504 if too_late else 502,
         f"{service} did not answer: {'; '.join(reasons) or 'no reason known'}",
-        code="bad_request" if wrong else "task_failed",
+        code="bad_request" if wrong else "deadline" if too_late else "task_failed",
         retry_after_s=None if wrong else 5,
         hints=(f"`rma tasks` shows {task_id} with every attempt",),
         headers=headers,

@@ -18,46 +18,36 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import msgspec
 
-from rma_core.errors import RMAError
+from rma_coordinator.domain.stream_events import (
+    MOST_TEXT_BYTES,
+    REASONING,
+    choices_of,
+    common,
+    identity_of,
+    number,
+    read,
+)
+from rma_coordinator.domain.stream_requests import (
+    LIMITS,
+    begun,
+    expected,
+    limit_of,
+    member,
+    members,
+    obstacles,
+    positive,
+    rests,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
-#: Bytes of text that are kept of an answer; a longer one cannot be continued.
-MOST_TEXT_BYTES = 64 * 1024
-#: More choices than this no answer has.
-MOST_CHOICES = 2048
-#: Characters of an id, a model's name, or a reason of an end.
-MOST_NAME = 1024
-#: No number of tokens is larger; more would not be a whole number to every reader of JSON.
-MOST_TOKENS = 2**53
-#: A longer stop string is not looked for across the seam.
-MOST_STOP = 1024
+    from rma_coordinator.domain.stream_events import Part, Piece
+
 #: Characters of a token, where a number of tokens can only be guessed.
 TOKEN_CHARACTERS = 4
-#: What every event of one answer has in common.
-IDENTITY = ("id", "object", "created", "model", "system_fingerprint")
-#: Where engines put a model's thoughts.
-REASONING = ("reasoning_content", "reasoning")
-#: How thoughts begin that an engine leaves in the text; templates take them out of what was said before.
-THOUGHT = "<think>"
-#: Members of a request that bound an answer's tokens, the one that counts first.
-LIMITS = ("max_completion_tokens", "max_tokens", "n_predict")
-#: Members that make an engine's grammar start at its root again: what follows the seam would be nested or doubled.
-GRAMMARS = (
-    "format", "grammar", "guided_choice", "guided_grammar", "guided_json", "guided_regex", "json_schema",
-    "response_format", "structured_outputs",
-)  # fmt: skip
-#: Members that a continuation could not do justice to, whatever they say.
-UNCONTINUED = ("audio", "echo", "n_probs", "prompt_embeds", "suffix")
 
 Outcome = Literal["restart", "continue", "finish", "give_up"]
-
-
-class BadChunk(RMAError):
-    """An event of a stream is no piece of an answer; nothing was taken from it, and the stream can go on without it."""
-
-    code = "bad_chunk"
 
 
 class Decision(NamedTuple):
@@ -65,27 +55,6 @@ class Decision(NamedTuple):
 
     outcome: Outcome
     reason: str = ""
-
-
-class Part(NamedTuple):
-    """What one event says of one choice; ``other`` names the first thing in it that is neither text nor thought."""
-
-    choice: int
-    role: bool
-    text: str
-    reasoning: bool
-    other: str
-    logprobs: bool
-    finish: str
-
-
-class Piece(NamedTuple):
-    """One event, read: tokens of the prompt and of the answer so far where it tells them."""
-
-    parts: tuple[Part, ...]
-    prompt_tokens: int | None
-    tokens: int | None
-    usage: bool
 
 
 class Delivered:
@@ -158,7 +127,7 @@ class Delivered:
         """Note what the client gets."""
         new, self._noted = max(0, self.tokens - self._noted), self.tokens
         if not self.identity:
-            self.identity = _identity(event)
+            self.identity = identity_of(event)
         for part in piece.parts:
             self._note(part, new)
         if piece.usage and (self.finished or not piece.parts):
@@ -208,9 +177,9 @@ class Seam:
         self._delivered = delivered
         text = delivered.text
         self._gap = text[len(text.rstrip()) :]
-        asked = _asked(body)
-        self._rests = _rests(asked, text)
-        self._shows_stop = _member(asked, "include_stop_str_in_output") is True
+        asked = members(body)
+        self._rests = rests(asked, text)
+        self._shows_stop = member(asked, "include_stop_str_in_output") is True
         self._held = ""
         self._mute = delivered.reasoned or delivered.begun
         self._identity = dict(delivered.identity)
@@ -225,7 +194,7 @@ class Seam:
         if self.done:
             return []
         self._delivered.count(piece)
-        said = [self._choice(choice, part) for choice, part in zip(_choices(chunk), piece.parts, strict=True)]
+        said = [self._choice(choice, part) for choice, part in zip(choices_of(chunk), piece.parts, strict=True)]
         choices = [choice for choice in said if choice]
         out = []
         if choices or (not piece.parts and piece.usage):
@@ -259,7 +228,7 @@ class Seam:
 
     def _pass(self, part: Part) -> str:
         """Return the text that goes on; the rest is dropped or held."""
-        again = _common(self._gap, part.text)
+        again = common(self._gap, part.text)
         text = part.text[again:]
         self._gap = "" if text else self._gap[again:]
         if not self._rests:
@@ -284,21 +253,21 @@ class Seam:
             "total_tokens": prompt + completion,
         }
         details = usage.get("prompt_tokens_details")
-        if isinstance(details, dict) and (cached := _number(details, "cached_tokens")) is not None:
+        if isinstance(details, dict) and (cached := number(details, "cached_tokens")) is not None:
             told["prompt_tokens_details"] = {**details, "cached_tokens": min(cached, prompt)}
         return {**usage, **told}
 
 
 def decide(body: bytes, delivered: Delivered) -> Decision:
     """Say how an answer goes on whose stream was lost; ``body`` is the request as the client sent it."""
-    asked = _asked(body)
-    if delivered.finished and len(delivered.finished) >= _expected(asked):
+    asked = members(body)
+    if delivered.finished and len(delivered.finished) >= expected(asked):
         return Decision("finish")
     if not delivered.begun:
         return Decision("restart")
-    if reason := next(_obstacles(asked, delivered), ""):
+    if reason := next(obstacles(asked, delivered), ""):
         return Decision("give_up", reason)
-    if (limit := _limit(asked)) is not None and delivered.tokens >= limit:
+    if (limit := limit_of(asked)) is not None and delivered.tokens >= limit:
         return Decision("finish")
     return Decision("continue")
 
@@ -311,23 +280,23 @@ def continued(body: bytes, delivered: Delivered) -> bytes:
     """
     if not delivered.begun:
         return body
-    asked = _asked(body)
+    asked = members(body)
     said = delivered.text.rstrip()
     told: dict[str, Any] = dict(asked)
     if "messages" in asked:
-        told["messages"] = _begun(asked, said)
+        told["messages"] = begun(asked, said)
         told |= {"continue_final_message": True, "add_generation_prompt": False}
         if delivered.reasoned:
             # It has thought already; what it thought is not part of the answer that it goes on with.
-            options = _member(asked, "chat_template_kwargs")
+            options = member(asked, "chat_template_kwargs")
             told["chat_template_kwargs"] = {**(options if isinstance(options, dict) else {}), "enable_thinking": False}
     else:
-        prompt = _member(asked, "prompt")
+        prompt = member(asked, "prompt")
         told["prompt"] = [prompt[0] + said] if isinstance(prompt, list) else prompt + said
     for name in LIMITS:
-        if (limit := _positive(asked, name)) is not None:
+        if (limit := positive(asked, name)) is not None:
             told[name] = max(1, limit - delivered.kept)
-    if (least := _positive(asked, "min_tokens")) is not None:
+    if (least := positive(asked, "min_tokens")) is not None:
         told["min_tokens"] = max(0, least - delivered.kept)
     return msgspec.json.encode(told)
 
@@ -338,7 +307,7 @@ def ending(body: bytes, delivered: Delivered, finish_reason: str = "length") -> 
     They are noted as delivered. Where no engine has told the prompt's tokens they are guessed by its length, and
     ``x_rma.estimated`` says so.
     """
-    asked = _asked(body)
+    asked = members(body)
     chat = "messages" in asked
     head = {"id": "", "object": "chat.completion.chunk" if chat else "text_completion", "created": 0, "model": ""}
     head |= delivered.identity
@@ -346,7 +315,7 @@ def ending(body: bytes, delivered: Delivered, finish_reason: str = "length") -> 
     if not delivered.finished:
         says: dict[str, Any] = {"delta": {}} if chat else {"text": "", "logprobs": None}
         out.append({**head, "choices": [{"index": 0, **says, "finish_reason": finish_reason}]})
-    options = _member(asked, "stream_options")
+    options = member(asked, "stream_options")
     if not delivered.usage_given and isinstance(options, dict) and options.get("include_usage") is True:
         out.append({**head, "choices": [], **_summed(asked, delivered)})
     for event in out:
@@ -360,199 +329,3 @@ def _summed(asked: dict[str, msgspec.Raw], delivered: Delivered) -> dict[str, An
     prompt = max(1, length // TOKEN_CHARACTERS) if known is None else known
     usage = {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
     return {"usage": usage, **({"x_rma": {"estimated": True}} if known is None else {})}
-
-
-# -- requests ----------------------------------------------------------------------------------------------------
-
-
-def _asked(body: bytes) -> dict[str, msgspec.Raw]:
-    """Return a request's members as they are written; none where it is no JSON object, which no engine answers."""
-    try:
-        return msgspec.json.decode(body, type=dict[str, msgspec.Raw])
-    except (msgspec.MsgspecError, UnicodeError, RecursionError):
-        return {}
-
-
-def _member(asked: Mapping[str, msgspec.Raw], name: str) -> Any:  # noqa: ANN401 - plain JSON has no narrower type
-    try:
-        return msgspec.json.decode(asked.get(name, b"null"))
-    except (msgspec.MsgspecError, UnicodeError, RecursionError):
-        return None
-
-
-def _positive(asked: Mapping[str, msgspec.Raw], name: str) -> int | None:
-    value = _member(asked, name)
-    return value if type(value) is int and value > 0 else None
-
-
-def _limit(asked: Mapping[str, msgspec.Raw]) -> int | None:
-    return next((limit for name in LIMITS if (limit := _positive(asked, name)) is not None), None)
-
-
-def _expected(asked: Mapping[str, msgspec.Raw]) -> int:
-    """Return how many choices an answer has."""
-    prompt = _member(asked, "prompt")
-    several = isinstance(prompt, list) and not any(type(part) is int for part in prompt)
-    return (_positive(asked, "n") or 1) * (max(1, len(prompt)) if several else 1)
-
-
-def _obstacles(asked: Mapping[str, msgspec.Raw], delivered: Delivered) -> Iterator[str]:
-    """Say what makes an answer that was begun one that cannot be continued."""
-    if delivered.other:
-        yield f"a part of {delivered.other} was delivered"
-    if delivered.too_long:
-        yield f"it has more than {MOST_TEXT_BYTES} bytes of text"
-    if delivered.text.lstrip().startswith(THOUGHT):
-        yield "the model's thoughts are part of its text"
-    if _expected(asked) > 1 or (_positive(asked, "best_of") or 1) > 1:
-        yield "more than one choice was asked for"
-    # 0 asks too: for the probability of the chosen token alone.
-    wanted = [_member(asked, name) for name in ("logprobs", "prompt_logprobs")]
-    if delivered.logprobs or any(value is not None and value is not False for value in wanted):
-        yield "probabilities of tokens were asked for"
-    yield from _demands(asked)
-    if reason := _unopened(asked):
-        yield reason
-
-
-def _demands(asked: Mapping[str, msgspec.Raw]) -> Iterator[str]:
-    # Asked to continue, engines write text where they would have called a tool.
-    for tools, choice in (("tools", "tool_choice"), ("functions", "function_call")):
-        if _member(asked, tools) and _member(asked, choice) != "none":
-            yield "tools were offered"
-    for name in GRAMMARS:
-        if (form := _member(asked, name)) and form != {"type": "text"}:
-            yield f"its form was prescribed ({name})"
-    yield from (f"it was asked for with {name}" for name in UNCONTINUED if _member(asked, name))
-
-
-def _unopened(asked: Mapping[str, msgspec.Raw]) -> str:
-    """Return why the text so far cannot be put behind what the request says, if it cannot."""
-    if "messages" not in asked:
-        prompt = _member(asked, "prompt")
-        lone = prompt[0] if isinstance(prompt, list) and len(prompt) == 1 else prompt
-        return "" if isinstance(lone, str) else "its prompt is not text"
-    messages = _member(asked, "messages")
-    last = messages[-1] if isinstance(messages, list) and messages else None
-    if not isinstance(last, dict):
-        return "its messages cannot be read"
-    if last.get("role") != "assistant":
-        return ""
-    # Without the flag some engines go on from the assistant's words, and others begin a new answer behind them.
-    if _member(asked, "continue_final_message") is not True or not isinstance(last.get("content"), str):
-        return "the assistant has the last word in its messages"
-    return ""
-
-
-def _begun(asked: Mapping[str, msgspec.Raw], said: str) -> list[Any]:
-    """Return the messages with the answer's beginning: in the last one where that is already its beginning."""
-    messages: list[Any] = msgspec.json.decode(asked["messages"], type=list[msgspec.Raw])
-    last = msgspec.json.decode(messages[-1])
-    if last.get("role") == "assistant":
-        return [*messages[:-1], {**last, "content": last["content"] + said}]
-    return [*messages, {"role": "assistant", "content": said}]
-
-
-def _rests(asked: Mapping[str, msgspec.Raw], text: str) -> list[str]:
-    """Return what would complete a stop string that the text ends with the beginning of."""
-    stop = _member(asked, "stop")
-    stops = [one for one in (stop if isinstance(stop, list) else [stop]) if isinstance(one, str)]
-    tail = text[-MOST_STOP:]
-    return [
-        one[length:]
-        for one in stops
-        if len(one) <= MOST_STOP
-        for length in range(1, len(one))
-        if tail.endswith(one[:length])
-    ]
-
-
-# -- events ------------------------------------------------------------------------------------------------------
-
-
-def read(chunk: object) -> Piece:
-    """Read one event of a stream of chat or text completions; only what matters here. Raises BadChunk."""
-    if not isinstance(chunk, dict):
-        raise BadChunk("an event is no object")
-    parts = tuple(_part(choice) for choice in _choices(chunk))
-    usage, timings = chunk.get("usage"), chunk.get("timings")
-    prompt, tokens = _number(usage, "prompt_tokens"), _number(usage, "completion_tokens")
-    cached, fresh = _number(timings, "cache_n"), _number(timings, "prompt_n")
-    if prompt is None and cached is not None and fresh is not None:
-        prompt = cached + fresh
-    if tokens is None:
-        tokens = _number(timings, "predicted_n")
-    return Piece(parts, prompt, tokens, isinstance(usage, dict))
-
-
-def _choices(chunk: Mapping[str, Any]) -> list[Any]:
-    choices = chunk.get("choices")
-    if choices is None:
-        return []
-    if not isinstance(choices, list) or len(choices) > MOST_CHOICES:
-        raise BadChunk("an event's choices are no list")
-    return choices
-
-
-def _part(choice: object) -> Part:
-    if not isinstance(choice, dict):
-        raise BadChunk("a choice is no object")
-    index, finish, delta = choice.get("index", 0), choice.get("finish_reason"), choice.get("delta")
-    if type(index) is not int or not 0 <= index < MOST_CHOICES:
-        raise BadChunk("a choice has no index")
-    if finish is not None and (not isinstance(finish, str) or len(finish) > MOST_NAME):
-        raise BadChunk("the reason of an end is no name")
-    if delta is not None and not isinstance(delta, dict):
-        raise BadChunk("a delta is no object")
-    inside = {"content": choice.get("text")} if delta is None else delta
-    text = inside.get("content")
-    if isinstance(text, str) and not _is_text(text):
-        raise BadChunk("a text has half a character")
-    return Part(
-        choice=index,
-        role=bool(inside.get("role")),
-        text=text if isinstance(text, str) else "",
-        reasoning=any(inside.get(name) for name in REASONING),
-        other=_other(inside),
-        logprobs=bool(choice.get("logprobs")),
-        finish=finish or "",
-    )
-
-
-def _other(inside: Mapping[str, Any]) -> str:
-    """Name what a delta holds that is neither role, text nor thought."""
-    for name, value in inside.items():
-        known = name == "role" or name in REASONING or (name == "content" and isinstance(value, str))
-        if value and not known:
-            return "content that is no text" if name == "content" else str(name)[:MOST_NAME]
-    return ""
-
-
-def _is_text(value: object) -> bool:
-    """Whether a value is a text that can be sent: one without half a character."""
-    try:
-        return isinstance(value, str) and (value.isascii() or bool(value.encode()))
-    except UnicodeEncodeError:
-        return False
-
-
-def _identity(chunk: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name in IDENTITY:
-        value = chunk.get(name)
-        name_like = isinstance(value, str) and len(value) <= MOST_NAME and _is_text(value)
-        if name_like or (type(value) is int and 0 <= value <= MOST_TOKENS):
-            found[name] = value
-    return found
-
-
-def _number(told: object, name: str) -> int | None:
-    """Return a number of tokens; an engine that tells something else tells nothing."""
-    value = told.get(name) if isinstance(told, dict) else None
-    return value if type(value) is int and 0 <= value <= MOST_TOKENS else None
-
-
-def _common(one: str, other: str) -> int:
-    """Return how many characters two texts begin with together."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))

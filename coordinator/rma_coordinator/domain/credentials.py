@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from rma_coordinator.domain.limits import Limits
 from rma_core.errors import Forbidden, NotAuthenticated, Problem, ValidationProblem
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class KeyRecord(msgspec.Struct, frozen=True, kw_only=True):
     created_at: float
     expires_at: float | None = None
     revoked_at: float | None = None
+    limits: Limits | None = None
 
 
 class JoinTokenRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,11 +66,12 @@ class JoinTokenRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Principal(msgspec.Struct, frozen=True, kw_only=True):
-    """Who calls: an id for logs and the scopes it holds."""
+    """Who calls: an id for logs, the scopes it holds, and how much it may ask for; ``None`` is as much as it likes."""
 
     id: str
     kind: Literal["admin", "client", "join", "worker"]
     scopes: tuple[str, ...] = ()
+    limits: Limits | None = None
 
     def may(self, scope: str) -> bool:
         """Say whether this caller's scopes open ``scope``; ``infer:*`` opens every ``infer:SERVICE``."""

@@ -10,19 +10,23 @@ from __future__ import annotations
 
 import logging
 import random
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING, Protocol
 
 from rma_coordinator.domain.affinity import Affinity
-from rma_coordinator.domain.queues import Line
-from rma_coordinator.domain.speeds import Speeds
-from rma_coordinator.domain.tasks import BLAMED, LEASE_S, NO_MODELS, NO_SHARES, Attempt, Seat, Task
+from rma_coordinator.domain.breakers import Breakers
+from rma_coordinator.domain.choosing import Chooser
+from rma_coordinator.domain.lanes import Lanes
+from rma_coordinator.domain.matching import Matcher
+from rma_coordinator.domain.speeds import Measured, Speeds
+from rma_coordinator.domain.tasks import BLAMED, LEASE_S, NO_LANES, NO_MODELS, NO_SHARES, Attempt, Seat, Task
 from rma_core.errors import NotFound, TryLater
 from rma_core.models.channel import ACCEPT_WITHIN_S, RESUME_WITHIN_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
 
+    from rma_coordinator.domain.speeds import Expected
     from rma_coordinator.domain.tasks import AttemptState, TaskState
     from rma_core.models.worker import AttemptRef, Fault
 
@@ -36,12 +40,9 @@ MAX_ATTEMPTS = 10
 REMEMBERED = 1000
 #: A worker that gives a task back before it began it is given nothing for so long: it is full, or about to say why.
 FULL_S = 1.0
-#: Up to so many workers that could do a task are all looked at; of more, so many at random are enough.
-LOOKED_AT = 64
-#: Workers that take at most so much longer than the best are as good: the freest of them is taken, not always the best.
-AS_GOOD = 1.15
-#: How often a worker of which little is known is tried although a better one is free.
-EXPLORED = 0.02
+#: A service has so many times as long as was expected to begin its answer, and so many seconds more; at least and at
+#: most so long, where that can be expected at all.
+FIRST_BYTE_TIMES, FIRST_BYTE_MORE_S, LEAST_FIRST_BYTE_S, MOST_FIRST_BYTE_S = 3.0, 10.0, 15.0, 300.0
 #: A tick that comes later than this after the one before means that the coordinator itself stood still.
 STALL_S = 2.0
 
@@ -91,11 +92,12 @@ class Dispatcher:
         self.seats: dict[str, Seat] = {}
         self.tasks: dict[str, Task] = {}
         self.finished: OrderedDict[str, Task] = OrderedDict()
-        self._lines: dict[str, Line] = {}
-        #: Who offers what: each lane's workers, in no order.
-        self._offering: dict[str, list[Seat]] = {}
-        self.speeds, self.affinity = Speeds(clock), Affinity()
-        self._chance = chance or random.Random(random.getrandbits(64))  # noqa: S311 - whom to look at is no secret
+        self.speeds, self.affinity, self.breakers = Speeds(clock), Affinity(), Breakers()
+        # What it draws replays with the process's own seed.
+        chance = chance or random.Random(random.getrandbits(64))  # noqa: S311 - whom to look at is no secret
+        lanes = self._lanes = Lanes()
+        chooser = Chooser(lanes, self.speeds, self.affinity, self.breakers, ready=effects.ready, chance=chance)
+        self._matcher = Matcher(self.seats, lanes, chooser, clock=clock, give=self._give)
         self.succeeded = 0
         self.failed = 0
 
@@ -104,7 +106,7 @@ class Dispatcher:
     @property
     def queued(self) -> int:
         """How many tasks wait."""
-        return sum(line.waiting for line in self._lines.values())
+        return self._matcher.waiting
 
     @property
     def running(self) -> int:
@@ -121,19 +123,14 @@ class Dispatcher:
         if not task.durable:
             self.check_room()
         self.tasks[task.id] = task
-        line = self._line(task)
-        crowded = len(self._offering.get(task.lane, ())) > LOOKED_AT and line.stuck(task.lane)
-        line.add(task)
-        # Who comes free looks for work: in a large pool that is full, nobody else need be asked.
-        if not crowded:
-            self._match(task.service)
+        self._matcher.add(task)
 
     def restore(self, task: Task, given: Attempt | None) -> None:
         """Take a durable task up again after the coordinator's restart; ``given`` is the attempt that may still run."""
         self.tasks[task.id] = task
         task.excluded |= {attempt.worker_id for attempt in task.attempts if attempt.state in ("failed", "returned")}
         if given is None:
-            self._line(task).add(task)
+            self._matcher.restore(task)
             return
         given.state, given.restored = "running", True
         task.state, task.holder = "running", given
@@ -176,7 +173,7 @@ class Dispatcher:
         """
         seat = self.seat(worker_id)
         leases = {ref.lease_id for ref in keeps}
-        seat.reachable = False
+        self._unreachable(seat)
         for attempt in list(seat.running.values()):
             attempt.restored = False
             if attempt.lease_id in leases:
@@ -187,7 +184,7 @@ class Dispatcher:
             lost = self._find(ref.task_id, ref.attempt, ref.lease_id, worker_id)
             if lost is not None and not lost.open and lost.task.state == "queued":
                 self.revive(lost)
-        self._offer(seat, {}, NO_MODELS)
+        self._lanes.offer(seat, {}, NO_MODELS)
         seat.reachable, seat.gone_at = True, None
         return list(seat.running.values())
 
@@ -212,14 +209,21 @@ class Dispatcher:
         seat = self.seat(worker_id)
         seat.reachable, seat.gone_at = waiting, None
         if waiting:
-            self._fill(seat)
+            self._matcher.freed(seat)
+        else:
+            self._unreachable(seat)
 
     def departed(self, worker_id: str) -> None:
         """A worker's connection broke; it may come back within RESUME_WITHIN_S."""
         seat = self.seats.get(worker_id)
         if seat is not None:
-            seat.reachable, seat.gone_at = False, self._clock()
+            self._unreachable(seat)
+            seat.gone_at = self._clock()
             _log_break(seat)
+
+    def _unreachable(self, seat: Seat) -> None:
+        seat.reachable = False
+        self._matcher.lost(seat)
 
     def offers(
         self,
@@ -229,38 +233,63 @@ class Dispatcher:
         usable: bool,
         models: Mapping[str, frozenset[str]] = NO_MODELS,
         shares: Mapping[str, int] = NO_SHARES,
+        cold: frozenset[str] = NO_LANES,
     ) -> None:
-        """A worker says what it can take, in all and of each model; new slots start with a full quota."""
+        """A worker says what it can take, in all and of each model, and whose models must be loaded first.
+
+        New slots start with a full quota.
+        """
         seat = self.seat(worker_id)
-        seat.usable, seat.shares = usable, shares
-        self._offer(seat, slots, models)
+        self._lanes.offer(seat, slots, models)
+        seat.shares, seat.cold = shares, cold
         if seat.quota:
-            seat.quota = {name: quota for name, quota in seat.quota.items() if name in slots}
-        self._fill(seat)
+            seat.limit({name: quota for name, quota in seat.quota.items() if name in slots})
+        self.set_usable(seat, usable=usable)
+        if usable:
+            self._matcher.freed(seat)
+
+    def set_usable(self, seat: Seat, *, usable: bool) -> None:
+        """A worker may be given work, or none for now."""
+        if usable != seat.usable:
+            seat.usable = usable
+            if usable:
+                self._matcher.freed(seat)
+            else:
+                self._matcher.lost(seat)
 
     def gone(self, worker_id: str, reason: str, *, blame: bool) -> None:
         """A worker is not there any more (offline, left): its attempts are lost now."""
         seat = self.seats.pop(worker_id, None)
         if seat is None:
             return
-        self._offer(seat, {}, NO_MODELS)
+        self._lanes.offer(seat, {}, NO_MODELS)
+        seat.usable = False
+        self._matcher.lost(seat)
         for attempt in list(seat.running.values()):
             self._lose(attempt, reason, blame=blame and attempt.state == "running")
 
     def can_serve(self, service: str, model: str = "", *, besides: Collection[str] = ()) -> bool:
         """Say whether any worker that may be given work offers the service now, with the model where one is named."""
-        seats = self._offering.get(f"{service} {model}" if model else service, ())
+        seats = self._lanes.offering(f"{service} {model}" if model else service)
         return any(seat.usable and seat.worker_id not in besides for seat in seats)
 
-    def spare(self) -> dict[str, int]:
-        """Return for each service how many reachable workers have room for it; none while its tasks wait."""
-        counts: dict[str, int] = {}
+    def turn_s(self, service: str, model: str = "") -> float | None:
+        """Return the seconds until one more task of a full lane comes free, where the length of its tasks is known."""
+        lane = f"{service} {model}" if model else service
+        slots = sum(seat.most(service, lane) for seat in self._lanes.offering(lane) if seat.usable)
+        mean_s = self.speeds.expected("", lane, beside=0).service
+        return mean_s / slots if slots and mean_s else None
+
+    def spare(self) -> Counter[str]:
+        """Return for each lane how many reachable workers have room for it; none while its service's tasks wait."""
+        counts: Counter[str] = Counter()
+        waiting = self._matcher.services()
         for seat in self.seats.values():
             if seat.usable and seat.reachable:
-                for service in seat.slots:
-                    counts[service] = counts.get(service, 0) + (seat.room(service) > 0)
-        waiting = {service for service, line in self._lines.items() if line.waiting}
-        return {service: 0 if service in waiting else count for service, count in counts.items()}
+                for service in seat.slots.keys() - waiting:
+                    if seat.room(service) > 0:
+                        counts.update(filter(seat.takes, seat.lanes(service)))
+        return counts
 
     # -- attempts ----------------------------------------------------------------------------------------------
 
@@ -303,7 +332,7 @@ class Dispatcher:
         # It may never have been accepted in this life of the coordinator: somebody must take its answer in.
         self._effects.accepted(attempt)
         self.progress(attempt)
-        self._match_all()
+        self._matcher.tick(self._clock())
         return True
 
     def accept(self, attempt: Attempt) -> None:
@@ -347,17 +376,27 @@ class Dispatcher:
         """The answer is whole, and wherever it is to be."""
         if not attempt.open:
             return
+        task, worker_id, now = attempt.task, attempt.worker_id, self._clock()
         self._end(attempt, "succeeded", "")
-        seat = self.seats.get(attempt.worker_id)
-        if seat:
-            seat.double(attempt.task.service)
+        seat = self.seats.get(worker_id)
+        if seat is not None and seat.quota:
+            seat.double(task.service)
         if attempt.started_at is not None and not attempt.restored:
-            task, took_s = attempt.task, self._clock() - attempt.started_at
-            self.speeds.learn(
-                attempt.worker_id, task.lane, took_s, beside=attempt.beside, answer_bytes=task.answer_bytes
-            )
-        self.affinity.remember(attempt.task.lane, attempt.task.prefixes, attempt.worker_id)
-        self._close(attempt.task, "succeeded", "")
+            took_s = now - attempt.started_at
+            self.speeds.learn(worker_id, task.lane, took_s, beside=attempt.beside, answer_bytes=task.answer_bytes)
+        if task.prefixes:
+            self.affinity.remember(task.lane, task.prefixes, worker_id)
+        if self.breakers and self.breakers.succeeded(worker_id, task.lane, now):
+            _log_breaker(worker_id, task.lane, shut_s=0.0)
+        self._close(task, "succeeded", "")
+
+    def measured(self, task: Task, found: Measured) -> None:
+        """The engine of a task that has succeeded has said what it did."""
+        attempt = task.holder
+        if attempt is not None:
+            self.speeds.measured(attempt.worker_id, task.lane, found, beside=attempt.beside)
+        if found.answer_tokens > 0:
+            self.speeds.answered(task.key_id, task.lane, found.answer_tokens)
 
     def fail(self, attempt: Attempt, fault: Fault, reason: str) -> None:
         """The attempt ended without a whole answer; whose fault it was decides what follows."""
@@ -390,7 +429,7 @@ class Dispatcher:
         for task in [t for t in self.tasks.values() if now > t.deadline and not (t.holder and t.holder.delivered)]:
             what = "no worker was free" if task.state == "queued" else "no whole answer"
             self._close(task, "failed", f"{what} within {task.deadline - task.created_at:.0f} s")
-        self._match_all()
+        self._matcher.tick(now)
 
     # -- inside ------------------------------------------------------------------------------------------------
 
@@ -448,6 +487,9 @@ class Dispatcher:
         seat = self.seats.get(attempt.worker_id)
         if blame:
             self.speeds.failed(attempt.worker_id, task.lane)
+            if self.breakers.failed(attempt.worker_id, task.lane, self._clock()):
+                until = self.breakers.until(attempt.worker_id, task.lane)
+                _log_breaker(attempt.worker_id, task.lane, shut_s=until - self._clock(), reason=reason)
             if seat:
                 seat.halve(task.service)
         if exclude if exclude is not None else (blame or state == "returned"):
@@ -464,20 +506,25 @@ class Dispatcher:
         if task.committed:
             self._close(task, "failed", f"the answer broke off: {reason}")
         elif len(blamed) >= MAX_BLAMED or tried >= MAX_ATTEMPTS:
+            for worker_id in blamed:
+                # What breaks everybody is more likely itself to blame.
+                self.breakers.forgive(worker_id, task.lane)
             self._close(task, "failed", f"given up after {len(task.attempts)} attempts")
         elif not patient and not self.can_serve(task.service, task.model, besides=task.excluded):
             self._close(task, "failed", f"no other worker offers {task.lane}")
         else:
             task.state = "queued"
             self._effects.restarted(task)
-            self._line(task).add(task, first=True)
-            self._match(task.service)
+            self._matcher.again(task)
 
     def _end(self, attempt: Attempt, state: AttemptState, reason: str) -> None:
         attempt.state, attempt.reason, attempt.ended_at = state, reason, self._clock()
         seat = self.seats.get(attempt.worker_id)
-        if seat:
+        if seat is not None:
             seat.end(attempt)
+            self._lanes.open(seat)
+        if self.breakers:
+            self.breakers.ended(attempt.worker_id, attempt.task.lane, attempt.lease_id)
 
     def _find(self, task_id: str, number: int, lease_id: str, worker_id: str) -> Attempt | None:
         task = self.tasks.get(task_id) or self.finished.get(task_id)
@@ -486,7 +533,7 @@ class Dispatcher:
 
     def _unqueue(self, task: Task) -> None:
         if task.state == "queued":
-            self._line(task).remove(task)
+            self._matcher.remove(task)
 
     def _close(self, task: Task, state: TaskState, reason: str) -> None:
         """Decide the end of a task, once."""
@@ -505,8 +552,8 @@ class Dispatcher:
         else:
             self._finish(task, state)
         seat = self.seats.get(attempt.worker_id) if attempt else None
-        if seat:
-            self._fill(seat)
+        if seat is not None:
+            self._matcher.freed(seat, task.service)
 
     def _finish(self, task: Task, state: TaskState) -> None:
         """Record the end of a task and tell everyone."""
@@ -522,123 +569,38 @@ class Dispatcher:
         _log(task)
         self._effects.finished(task)
 
-    def _line(self, task: Task) -> Line:
-        return self._lines.get(task.service) or self._lines.setdefault(task.service, Line())
-
-    def _offer(self, seat: Seat, slots: dict[str, int], models: Mapping[str, frozenset[str]]) -> None:
-        """Note what a worker offers from now on."""
-        if seat.slots == slots and seat.models == models:
-            return
-        before = seat.lanes()
-        # Not copied: workers with the same services share them.
-        seat.slots, seat.models = slots, models
-        after = seat.lanes()
-        for lane in before - after:
-            self._offering[lane].remove(seat)
-            if not self._offering[lane]:
-                del self._offering[lane]
-        for lane in after - before:
-            self._offering.setdefault(lane, []).append(seat)
-
-    def _match_all(self) -> None:
-        for service in list(self._lines):
-            self._match(service)
-
-    def _match(self, service: str) -> None:
-        """Give waiting tasks to free workers: whose turn it is first, and to the best worker for it."""
-        line = self._lines[service]
-        full: set[str] = set()
-        barred: list[Task] = []
-        while (task := line.pop(besides=full)) is not None:
-            seat = self._best(task)
-            if seat is not None:
-                line.served(task)
-                self._give(task, seat)
-                continue
-            barred.append(task)
-            # A task that no worker is barred from shows that nobody has room: the rest need not be tried.
-            if not task.excluded:
-                full.add(task.lane)
-        for task in reversed(barred):
-            line.add(task, first=True)
-
-    def _fill(self, seat: Seat) -> None:
-        """Give a worker that has room what waits for it, in turn."""
-        for service in list(seat.slots):
-            line = self._lines.get(service)
-            if line is None or not line.waiting:
-                continue
-            lanes, barred = seat.lanes(), list[Task]()
-            while self._free(seat, service, self._clock()):
-                task = line.pop(lanes=frozenset(filter(seat.takes, lanes)) if seat.shares else lanes)
-                if task is None:
-                    break
-                if seat.worker_id in task.excluded:
-                    barred.append(task)
-                else:
-                    line.served(task)
-                    self._give(task, seat)
-            for task in reversed(barred):
-                line.add(task, first=True)
-
-    def _free(self, seat: Seat, service: str, now: float) -> bool:
-        """Say whether a worker can be given a task of a service at this moment."""
-        reachable = seat.usable and seat.reachable and seat.full_until <= now
-        return reachable and seat.room(service) > 0 and self._effects.ready(seat.worker_id)
-
-    def _best(self, task: Task) -> Seat | None:
-        """Return the best worker that has room for a task now: one that has not tried it, then the soonest done."""
-        seats = self._offering.get(task.lane, [])
-        if len(seats) > LOOKED_AT:
-            some = [seats[self._chance.randrange(len(seats))] for _ in range(LOOKED_AT)]
-            return self._soonest(task, some) or self._soonest(task, seats)
-        return self._soonest(task, seats)
-
-    def _soonest(self, task: Task, seats: list[Seat]) -> Seat | None:
-        """Return the worker that has the task done first, or the freest of those that are as good."""
-        now = self._clock()
-        able = [seat for seat in seats if seat.worker_id not in task.excluded and seat.takes(task.lane)]
-        free = [seat for seat in able if self._free(seat, task.service, now)]
-        if task.attempts and len(free) > 1:
-            tried = {attempt.worker_id for attempt in task.attempts}
-            free = [seat for seat in free if seat.worker_id not in tried] or free
-        if len(free) > 1:
-            free = self._as_good(task, free)
-        return max(free, key=lambda seat: (seat.room(task.service), -seat.last_given, seat.worker_id), default=None)
-
-    def _as_good(self, task: Task, seats: list[Seat]) -> list[Seat]:
-        """Return the workers that would have the task done soonest; now and then those of which little is known."""
-        lane, expected = task.lane, self.speeds.expected
-        favourite, saves = self.affinity.favourite(lane, task.prefixes)
-        found = [
-            (
-                expected(
-                    seat.worker_id,
-                    lane,
-                    beside=seat.busy(task.service),
-                    saves=saves if seat.worker_id == favourite else 0.0,
-                ),
-                seat,
-            )
-            for seat in seats
-        ]
-        unknown = [seat for one, seat in found if not one.known]
-        if unknown and len(unknown) < len(seats) and task.priority != "high" and self._chance.random() < EXPLORED:
-            return unknown
-        limit = AS_GOOD * min(one.total for one, _ in found)
-        return [seat for one, seat in found if one.total <= limit]
-
-    def _give(self, task: Task, seat: Seat) -> None:
+    def _give(self, task: Task, seat: Seat, expected: Expected) -> None:
         now = self._clock()
         attempt = Attempt(task, task.next_number, seat.worker_id, now)
-        attempt.lease_s = self._lease_s
+        attempt.lease_s, attempt.expected = self._lease_s, expected
+        attempt.beside = seat.busy(task.service)
+        if task.streamed and expected.known:
+            attempt.first_byte_s = _first_byte_s(expected, task.first_byte_s)
         task.attempts.append(attempt)
         task.state, task.holder = "running", attempt
-        attempt.beside = seat.busy(task.service)
         seat.begin(attempt)
         seat.last_given = now
+        if self.breakers:
+            self.breakers.given(seat.worker_id, task.lane, attempt.lease_id)
         if not self._effects.offer(attempt):
             self._lose(attempt, "the worker could not be reached")
+
+
+def _first_byte_s(expected: Expected, most_s: float | None) -> float:
+    """Return how long a service may take to begin a streamed answer: a slow one its time, a stuck one not for ever."""
+    scaled = FIRST_BYTE_TIMES * (expected.load + expected.prefill) + FIRST_BYTE_MORE_S
+    scaled = min(MOST_FIRST_BYTE_S, max(LEAST_FIRST_BYTE_S, scaled))
+    return scaled if most_s is None else min(scaled, most_s)
+
+
+def _log_breaker(worker_id: str, lane: str, *, shut_s: float, reason: str = "") -> None:
+    """Say that a worker is not given one kind of work any more for a while, or that it is again."""
+    about = {"action": "breaker_shut" if shut_s else "breaker_open", "worker": worker_id, "service": lane}
+    if shut_s:
+        words = "%s is given no %s for %.0f s, it failed again and again: %s"
+        logger.warning(words, worker_id, lane, shut_s, reason, extra=about)
+    else:
+        logger.info("%s is given %s again", worker_id, lane, extra=about)
 
 
 def _log_break(seat: Seat) -> None:
@@ -659,6 +621,9 @@ def _log_lost(attempt: Attempt) -> None:
 
 def _log(task: Task) -> None:
     """Write the one line of a task: how it ended, where, and all that stood in its way."""
+    level = logging.WARNING if task.state == "failed" else logging.INFO
+    if not logger.isEnabledFor(level):
+        return
     attempt = task.attempt
     seconds = (task.ended_at or 0) - task.created_at
     about: dict[str, object] = {"action": f"task_{task.state}", "task": task.id, "service": task.service}
@@ -667,7 +632,7 @@ def _log(task: Task) -> None:
     if attempt:
         about |= {"attempt": attempt.number, "worker": attempt.worker_id}
     logger.log(
-        logging.WARNING if task.state == "failed" else logging.INFO,
+        level,
         "%s %s %s in %.2f s%s%s",
         task.id,
         task.lane,

@@ -58,6 +58,7 @@ class Worker:
         "brief",
         "completed",
         "containers",
+        "could",
         "counted",
         "current_load",
         "draining",
@@ -91,6 +92,8 @@ class Worker:
         self.containers: tuple[ContainerStatus, ...] = ()
         #: The hash of ``containers`` as its heartbeats by HTTP write them; 0 while that is not known.
         self.written = 0
+        #: The services that it could run if it ran nothing else; ``None`` until that is known.
+        self.could: frozenset[str] | None = None
         #: Which of the pool's needs its services were last chosen for; -1 for none.
         self.placed = -1
         #: The slots it offers, and the containers and the assignment from which they were counted.
@@ -142,6 +145,16 @@ class Worker:
             self.slots_of, self.slots_within = self.containers, assignment
         return self.slots
 
+    def state_of(self, service: str, model: str) -> str:
+        """Return what it last said of a model: loaded, loading or cold; empty for one that it has not."""
+        # Asked for each attempt: plain loops cost a quarter of a generator.
+        for container in self.containers:
+            if container.service == service:
+                for one in container.models:
+                    if one.name == model:
+                        return one.state
+        return ""
+
     @property
     def models(self) -> Mapping[str, frozenset[str]]:
         """The models of each healthy service that has any; not to be changed."""
@@ -156,6 +169,11 @@ class Worker:
         if any(one.models for one in self.containers):
             return _shares(self.containers)
         return NO_SHARES
+
+    @property
+    def cold(self) -> frozenset[str]:
+        """The lanes whose models must be loaded before they answer; ask only where there are models."""
+        return _cold(self.containers)
 
 
 def _within(
@@ -186,6 +204,13 @@ def _shares(containers: tuple[ContainerStatus, ...]) -> Mapping[str, int]:
         if services[one.service] > 1:
             found.update({lane(one.service, model.name): one.slots for model in one.models})
     return found or NO_SHARES
+
+
+@functools.lru_cache(SHARED)
+def _cold(containers: tuple[ContainerStatus, ...]) -> frozenset[str]:
+    named = [(f"{one.service} {model.name}", model.state) for one in containers for model in one.models]
+    ready = {lane for lane, state in named if state == "loaded"}
+    return frozenset(lane for lane, _ in named if lane not in ready)
 
 
 @functools.lru_cache(SHARED)
@@ -284,6 +309,7 @@ class Fleet:
             worker = self.workers[record.worker_id] = Worker(record, now=self._clock())
             self._pace()
         worker.record = record
+        worker.could = None
         worker.ip_address = same(ip_address)
         worker.draining = worker.paused = False
         worker.said = ("healthy", "")

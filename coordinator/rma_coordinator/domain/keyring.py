@@ -8,10 +8,13 @@ import msgspec
 
 from rma_coordinator.domain import credentials
 from rma_coordinator.domain.credentials import JoinTokenRecord, KeyRecord, Principal
-from rma_core.errors import Forbidden, NotAuthenticated, NotFound, RMAError
+from rma_coordinator.domain.webhooks import WebhookSecrets
+from rma_core.errors import Forbidden, NotAuthenticated, NotFound, Refused, RMAError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+
+    from rma_coordinator.domain.limits import Limits
 
 KEY_PREFIX = {"admin": "rmaa_", "client": "rmac_"}
 
@@ -24,11 +27,17 @@ class Keyring:
     """Keys and join tokens in memory, ``clock`` gives Unix seconds."""
 
     def __init__(
-        self, keys: Iterable[KeyRecord], tokens: Iterable[JoinTokenRecord], *, clock: Callable[[], float]
+        self,
+        keys: Iterable[KeyRecord],
+        tokens: Iterable[JoinTokenRecord],
+        *,
+        clock: Callable[[], float],
+        webhooks: Iterable[WebhookSecrets] = (),
     ) -> None:
         """Take what the store holds."""
         self._keys = {key.hash: key for key in keys}
         self._tokens = {token.hash: token for token in tokens}
+        self._webhooks = {one.key_id: one for one in webhooks}
         self._clock = clock
 
     def all_keys(self) -> list[KeyRecord]:
@@ -40,7 +49,13 @@ class Keyring:
         return sorted(self._tokens.values(), key=lambda token: token.created_at)
 
     def create_key(
-        self, *, kind: str, label: str, scopes: tuple[str, ...], ttl_s: float | None = None
+        self,
+        *,
+        kind: str,
+        label: str,
+        scopes: tuple[str, ...],
+        ttl_s: float | None = None,
+        limits: Limits | None = None,
     ) -> tuple[str, KeyRecord]:
         """Return a new key, shown this once, and its record."""
         secret = credentials.make_secret(KEY_PREFIX[kind])
@@ -53,6 +68,7 @@ class Keyring:
             scopes=scopes,
             created_at=now,
             expires_at=now + ttl_s if ttl_s else None,
+            limits=limits or None,
         )
         self._keys[digest] = record
         return secret, record
@@ -86,16 +102,35 @@ class Keyring:
         message = f"there is no key or join token {key_id!r}"
         raise NotFound(message, hints=("see `rma keys` and `rma tokens`",))
 
+    def renewed_webhook_secrets(self, key_id: str) -> WebhookSecrets:
+        """Return a key's signing secrets with a new one; the former is good for a while. Raises NotFound, Refused."""
+        key = next((key for key in self._keys.values() if key.key_id == key_id), None)
+        if key is None:
+            raise NotFound(f"there is no key {key_id!r}", hints=("see `rma keys`",))
+        if key.revoked_at is not None or (key.expires_at is not None and key.expires_at <= self._clock()):
+            raise Refused(f"the key {key_id} has ended", hints=("make another: rma keys create",))
+        known = self._webhooks.get(key_id) or WebhookSecrets(key_id=key_id, secrets=())
+        return known.renewed(self._clock())
+
+    def sign_with(self, secrets: WebhookSecrets) -> None:
+        """Sign a key's webhooks with other secrets from now on."""
+        self._webhooks[secrets.key_id] = secrets
+
+    def webhook_secrets(self, key_id: str) -> list[bytes]:
+        """Return what signs a key's webhooks now; none where none was ever made."""
+        found = self._webhooks.get(key_id)
+        return found.good(self._clock()) if found else []
+
     def principal(self, secret: str) -> Principal:
         """Return who holds an admin or client key. Raises NotAuthenticated, or Forbidden for another kind."""
-        prefix = "rmac_" if secret.startswith("rmac_") else "rmaa_"
-        credentials.check_shape(secret, prefix)
         record = self._keys.get(credentials.fingerprint(secret))
         if record is None:
+            # What has the wrong shape cannot be known; a look at that would cost every request more than all else here.
+            credentials.check_shape(secret, "rmac_" if secret.startswith("rmac_") else "rmaa_")
             message = "this pool does not know that key"
             raise NotAuthenticated(message, hints=("is it another pool's? make one with `rma keys create`",))
         self._check_ended(record.revoked_at, record.expires_at, "key")
-        return Principal(id=f"key:{record.key_id}", kind=record.kind, scopes=record.scopes)
+        return Principal(id=f"key:{record.key_id}", kind=record.kind, scopes=record.scopes, limits=record.limits)
 
     def valid(self, secret: str) -> bool:
         """Say whether a key of this pool is good now."""

@@ -41,10 +41,11 @@ class ModelRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelView(NamedTuple):
-    """One model as clients are shown it; ``workers`` is how many may be given work with it now.
+    """One model as clients are shown it; ``workers`` may be given work with it now, ``loaded`` of them have it ready.
 
-    While it is loading, ``progress`` (0..1) and ``eta_s`` are those of the worker that is furthest, where they are
-    known; ``coming`` are the workers that fetch it or load it for the first time. Unix seconds.
+    ``capabilities`` is what it can do on all of them that say so. While it is loading, ``progress`` (0..1) and
+    ``eta_s`` are those of the worker that is furthest, where they are known; ``coming`` are the workers that fetch it
+    or load it for the first time. Unix seconds.
     """
 
     name: str
@@ -52,6 +53,8 @@ class ModelView(NamedTuple):
     workers: int
     context: int
     seen_at: float
+    loaded: int = 0
+    capabilities: tuple[str, ...] = ()
     progress: float | None = None
     eta_s: float | None = None
     coming: int = 0
@@ -150,14 +153,23 @@ def _seen(model: ModelStatus, *, coming: bool) -> ModelView:
     state: Literal["loaded", "loading", "cold"] = "loading" if coming else model.state
     loading = state == "loading"
     return ModelView(
-        model.name, state, 0 if coming else 1, model.context, 0, progress=model.progress if loading else None,
-        eta_s=model.eta_s if loading else None, coming=int(coming),
-    )  # fmt: skip
+        name=model.name,
+        state=state,
+        workers=0 if coming else 1,
+        context=model.context,
+        seen_at=0,
+        loaded=int(state == "loaded"),
+        capabilities=model.capabilities,
+        progress=model.progress if loading else None,
+        eta_s=model.eta_s if loading else None,
+        coming=int(coming),
+    )
 
 
 def _of_one(one: ModelView, other: ModelView) -> ModelView:
     both = _joined(one, other)
-    return both._replace(workers=min(1, both.workers), coming=min(1, both.coming) if not both.workers else 0)
+    workers, loaded = min(1, both.workers), min(1, both.loaded)
+    return both._replace(workers=workers, loaded=loaded, coming=min(1, both.coming) if not both.workers else 0)
 
 
 def _joined(one: ModelView, other: ModelView) -> ModelView:
@@ -166,9 +178,16 @@ def _joined(one: ModelView, other: ModelView) -> ModelView:
     # What every one of them takes is what a client can count on.
     contexts = [view.context for view in (one, other) if view.context]
     loading = [view for view in (one, other) if view.state == "loading"] if state == "loading" else []
+    said = [view.capabilities for view in (one, other) if view.capabilities]
     return ModelView(
-        one.name, state, one.workers + other.workers, min(contexts, default=0), 0,
+        name=one.name,
+        state=state,
+        workers=one.workers + other.workers,
+        context=min(contexts, default=0),
+        seen_at=0,
+        loaded=one.loaded + other.loaded,
+        capabilities=tuple(word for word in said[0] if word in said[-1]) if said else (),
         progress=max((view.progress for view in loading if view.progress is not None), default=None),
         eta_s=min((view.eta_s for view in loading if view.eta_s is not None), default=None),
         coming=one.coming + other.coming,
-    )  # fmt: skip
+    )

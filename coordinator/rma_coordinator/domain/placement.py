@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
+from rma_coordinator.domain.worker_records import same
 from rma_core.catalog import ISOLATED_ONLY, Room
 from rma_core.model_catalog import fitting, model_assignment
 from rma_core.models.worker import Assignment, lane
@@ -18,6 +19,7 @@ from rma_core.models.worker import Assignment, lane
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
+    from rma_coordinator.domain.worker_records import WorkerRecord
     from rma_core.catalog import CatalogEntry
     from rma_core.model_catalog import ModelEntry
     from rma_core.models.hardware import HardwareReport
@@ -181,6 +183,24 @@ class _Places:
         needs = msgspec.structs.replace(fit.needs, storage="0B") if there else fit.needs
         self._room.take(needs, contained=fit.contained)
         return model_assignment(entry, model, fit, env=self._env)
+
+
+def could_run(entries: Iterable[CatalogEntry], machine: WorkerRecord) -> frozenset[str]:
+    """Return the services that a machine could run if it ran nothing else.
+
+    What is installed there might work again, and its owner might agree: neither is asked.
+    """
+    if machine.tier is None:
+        return same(frozenset())
+    installed = [one for one in machine.runtimes if one.state != "undetected"]
+    runtimes = [msgspec.structs.replace(one, state="healthy") for one in installed] or machine.runtimes
+    room = Room.of(machine.report)
+    found = frozenset(
+        entry.service
+        for entry in entries
+        if any(not room.lacks(entry.needs, contained=contained) for contained in _forms(entry, runtimes))
+    )
+    return same(found)
 
 
 def assignment(entry: CatalogEntry, *, env: Mapping[str, str]) -> Assignment:

@@ -9,6 +9,7 @@ else wants is everybody's. Pure.
 from __future__ import annotations
 
 from collections import deque
+from itertools import islice
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 SHARES: dict[Priority, float] = {"high": 16.0, "normal": 4.0, "low": 1.0}
 #: Flows whose clocks are kept before those that the others have caught up with are forgotten.
 MOST_CLOCKS = 256
+#: Tasks of one key among which a worker that comes free takes the one that suits it, and how often one is overtaken.
+LOOKED_AHEAD, MOST_PASSED_OVER = 8, 8
+_OWN, _ANYONES, _ANOTHERS = range(3)
 
 
 class Clocks:
@@ -43,7 +47,10 @@ class Clocks:
 
 
 class Line:
-    """What waits for one service, whichever of its models: tasks of one lane, class and key go first in, first out."""
+    """What waits for one service, whichever of its models.
+
+    Tasks of one lane, class and key go first in, first out, but for those that suit a worker.
+    """
 
     def __init__(self) -> None:
         self._groups: dict[tuple[str, Priority, str], deque[Task]] = {}
@@ -76,15 +83,47 @@ class Line:
             group.remove(task)
             self._taken(task, group)
 
-    def pop(self, *, besides: Collection[str] = (), lanes: Collection[str] | None = None) -> Task | None:
-        """Take out whose turn it is, ``besides`` some lanes, or of some ``lanes`` only; ``None`` when there is none."""
-        ready = [
-            group for key, group in self._groups.items() if key[0] not in besides and (lanes is None or key[0] in lanes)
-        ]
+    def pop(self, *, besides: Collection[str] = ()) -> Task | None:
+        """Take out whose turn it is, ``besides`` some lanes; ``None`` when there is none."""
+        ready = [group for key, group in self._groups.items() if key[0] not in besides]
+        return self._take(self._next(ready), 0) if ready else None
+
+    def pop_for(self, worker_id: str, lanes: Collection[str], *, owner: str = "") -> Task | None:
+        """Take out whose turn it is at a worker: of some ``lanes`` only, and of its ``owner`` only where one is named.
+
+        Of one key's next few tasks, one whose conversation the worker knows comes first, and one that another worker
+        knows last, if it can wait. One that it knows may also be of a key whose turn is not a whole turn away.
+        """
+        ready = [group for key, group in self._groups.items() if key[0] in lanes and owner in ("", group[0].owner)]
         if not ready:
             return None
-        group = ready[0] if len(ready) == 1 else min(ready, key=self._turn)
-        task = group.popleft()
+        group = self._next(ready)
+        place, rank = _suits_best(group, worker_id)
+        if rank == _ANOTHERS and group[0].passed_over < MOST_PASSED_OVER:
+            for other in self._near(group, ready):
+                at, known = _suits_best(other, worker_id)
+                if known == _OWN:
+                    group[0].passed_over += 1
+                    return self._take(other, at)
+        return self._take(group, place)
+
+    def _next(self, ready: list[deque[Task]]) -> deque[Task]:
+        return ready[0] if len(ready) == 1 else min(ready, key=self._turn)
+
+    def _near(self, group: deque[Task], ready: list[deque[Task]]) -> Iterator[deque[Task]]:
+        """Yield the other groups whose turn is less than a whole turn behind a group's."""
+        urgency, begins, _ = self._turn(group)
+        for other in ready:
+            if other is not group:
+                its_urgency, its_begin, _ = self._turn(other)
+                if its_urgency == urgency and its_begin < begins + 1.0:
+                    yield other
+
+    def _take(self, group: deque[Task], place: int) -> Task:
+        for task in islice(group, place):
+            task.passed_over += 1
+        task = group[place]
+        del group[place]
         self._taken(task, group)
         return task
 
@@ -110,6 +149,20 @@ class Line:
                 self._open[task.lane] = count
             else:
                 self._open.pop(task.lane, None)
+
+
+def _suits_best(group: deque[Task], worker_id: str) -> tuple[int, int]:
+    """Return the place of the task that suits a worker best, and how well; whom many overtook is next."""
+    best, place = _ANOTHERS + 1, 0
+    most = LOOKED_AHEAD if group[0].passed_over < MOST_PASSED_OVER else 1
+    for at, task in enumerate(islice(group, most)):
+        known = task.favourite
+        rank = _ANYONES if known is None else _OWN if known.worker_id == worker_id else _ANOTHERS
+        if rank < best:
+            best, place = rank, at
+            if rank == _OWN:
+                break
+    return place, best
 
 
 def _group(task: Task) -> tuple[str, Priority, str]:

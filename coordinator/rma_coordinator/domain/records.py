@@ -24,6 +24,12 @@ class AttemptRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     state: AttemptState
     reason: str = ""
     offered_at: float = 0.0
+    #: 0 for what has not happened.
+    started_at: float = 0.0
+    first_byte_at: float = 0.0
+    ended_at: float = 0.0
+    answer_bytes: int = 0
+    model_state: str = ""
 
 
 class TaskRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -49,7 +55,12 @@ class TaskRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     reasons: tuple[str, ...] = ()
     fault: Fault | None = None
     http_status: int | None = None
+    answer_bytes: int = 0
+    #: Whether its time had run out when it ended.
+    late: bool = False
     usage: dict[str, float] = {}
+    #: Where its end is to be told, where that is wanted.
+    webhook: str = ""
     #: Key of its idempotency record, which ends with it.
     idempotency: str = ""
 

@@ -1,23 +1,29 @@
 """How long a worker will take for its next task, in seconds, learnt from those it has done. Pure, given a clock.
 
-All of it is seconds, so that nothing needs a weight: what the next task takes, slower for each one beside it, and what
-a failure would cost, as often as this worker fails. Of whom nothing is known is taken for an average one.
+All of it is seconds, so that nothing needs a weight: loading a model that is cold, reading what is asked as far as no
+cache spares it, answering, slower for each task beside it, and what a failure would cost, as often as this worker
+fails. A model's speeds are its engine's own, in seconds a token; of other services only the whole is known. Of whom
+nothing is known is taken for an average one, as fast as it is at other things.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-#: Pairs of a worker and what it does that are remembered, 300 bytes each.
+_Key = TypeVar("_Key")
+
+#: Pairs of a worker and what it does that are remembered, 400 bytes each; workers, and keys' lengths of answers.
 MOST_PAIRS = 20_000
 #: Part of a new measurement in the mean: more while little is known.
 FIRST_PART, LATER_PART, FIRST_TASKS = 0.3, 0.1, 5
 #: What is known is worth half as much for each of these seconds without a word of it.
 HALF_LIFE_S = 1800.0
+#: What is known fades in steps of this.
+AGED_EVERY_S = 1.0
 #: Below this it is as good as unknown, and worth a try.
 LEAST_KNOWN = 0.5
 #: How much one task more at the same time slows each of a worker's down.
@@ -28,6 +34,40 @@ MOST_LONGER = 8.0
 FADING, FAILURES_BEFORE, TASKS_BEFORE = 0.99, 1.0, 10.0
 #: Seconds until a worker that was lost is noticed.
 NOTICED_S = 15.0
+#: Seconds to load a model of which nobody knows more.
+LOAD_S = 15.0
+#: A service's time that is spent on reading what it is asked, where nobody measures that.
+READING = 0.5
+#: Tokens of an answer where nothing else is known.
+ANSWER_TOKENS = 256.0
+#: Seconds a token at most: what engines say beyond it is nonsense.
+MOST_A_TOKEN_S = 60.0
+
+
+def _odds(share: float) -> float:
+    share = min(0.95, share)
+    return share / (1 - share)
+
+
+_USUAL = FAILURES_BEFORE / TASKS_BEFORE
+_USUAL_ODDS = _odds(_USUAL)
+
+
+class Work(NamedTuple):
+    """What a task is likely to be, in tokens; nothing where it has no such measure."""
+
+    prompt: float = 0.0
+    answer: float = 0.0
+
+
+class Measured(NamedTuple):
+    """What a task was, by its engine: tokens that were read (not those that a cache spared) and made, and seconds."""
+
+    prompt_tokens: float = 0.0
+    prompt_s: float = 0.0
+    answer_tokens: float = 0.0
+    answer_s: float = 0.0
+    load_s: float = 0.0
 
 
 class Expected(NamedTuple):
@@ -39,22 +79,37 @@ class Expected(NamedTuple):
     saved: float
     #: Whether it is known well enough, or an average stands in for it.
     known: bool
+    prefill: float = 0.0
+    load: float = 0.0
+    #: Until it has room.
+    wait: float = 0.0
 
     @property
     def total(self) -> float:
         """All of it."""
-        return self.service - self.saved + self.failure
+        return self.wait + self.load + self.prefill + self.service + self.failure - self.saved
+
+    @property
+    def takes(self) -> float:
+        """How long it will be busy with it, if all goes well."""
+        return self.load + self.prefill + self.service - self.saved
+
+
+#: A task of which nothing is known, and what it takes a worker of which nothing is known.
+NO_WORK, UNKNOWN = Work(), Expected(0.0, 0.0, 0.0, known=False)
 
 
 class Pair:
-    """What is known of one worker at one lane."""
+    """What is known of one worker at one thing."""
 
-    __slots__ = ("at", "done", "failed", "seconds", "tasks")
+    __slots__ = ("at", "done", "failed", "load", "per_answer", "per_prompt", "seconds", "tasks")
 
     def __init__(self, now: float) -> None:
         self.at = now
         #: Mean seconds of a task that had the worker to itself; how many are behind it, faded by age.
         self.seconds, self.tasks = 0.0, 0.0
+        #: Seconds a token of reading and of answering, and of loading; 0 where nobody has measured it.
+        self.per_prompt = self.per_answer = self.load = 0.0
         self.failed, self.done = FAILURES_BEFORE, TASKS_BEFORE
 
     def age(self, now: float) -> None:
@@ -63,15 +118,19 @@ class Pair:
             self.tasks *= 0.5 ** ((now - self.at) / HALF_LIFE_S)
             self.at = now
 
-    @property
-    def odds(self) -> float:
-        """How many failures come on one success, beyond those that are expected of anyone."""
-        return max(0.0, _odds(self.failed / self.done) - _odds(FAILURES_BEFORE / TASKS_BEFORE))
+
+class Lane:
+    """What is known of one thing, whoever does it: means over all tasks."""
+
+    __slots__ = ("load", "per_answer", "per_prompt", "seconds", "size")
+
+    def __init__(self) -> None:
+        self.seconds = self.size = self.per_prompt = self.per_answer = self.load = 0.0
 
 
-def _odds(share: float) -> float:
-    share = min(0.95, share)
-    return share / (1 - share)
+def _mixed(known: float, new: float, part: float) -> float:
+    """Return a mean with one more measurement in it; 0 is none at all."""
+    return known + part * (new - known) if known else new
 
 
 class Speeds:
@@ -80,54 +139,163 @@ class Speeds:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._pairs: OrderedDict[tuple[str, str], Pair] = OrderedDict()
-        #: Mean seconds and bytes of each lane's answers, whoever gave them: what is taken for whom nothing is known.
-        self._means: OrderedDict[str, tuple[float, float]] = OrderedDict()
+        self._lanes: OrderedDict[str, Lane] = OrderedDict()
+        #: How slow each worker is beside others at the same things: 1 is average.
+        self._slowness: OrderedDict[str, float] = OrderedDict()
+        #: Tokens of an answer, by key and lane.
+        self._lengths: OrderedDict[tuple[str, str], float] = OrderedDict()
+
+    # -- what is learnt ----------------------------------------------------------------------------------------
 
     def learn(self, worker_id: str, lane: str, seconds: float, *, beside: int, answer_bytes: int = 0) -> None:
         """A task took so many seconds, with so many others ``beside`` it when it began; a long answer takes longer."""
-        mean, size = self._means.get(lane, (0.0, float(answer_bytes)))
-        alone = max(0.0, seconds) / (1 + CROWDING * beside)
-        if answer_bytes and size:
-            alone /= min(MOST_LONGER, max(1 / MOST_LONGER, answer_bytes / size))
         pair = self._pair(worker_id, lane)
+        mean = self._lanes[lane]
+        alone = (seconds if seconds > 0 else 0.0) / (1 + CROWDING * beside)
+        if answer_bytes and mean.size:
+            longer = answer_bytes / mean.size
+            alone /= min(MOST_LONGER, max(1 / MOST_LONGER, longer))
         part = FIRST_PART if pair.tasks < FIRST_TASKS else LATER_PART
         pair.seconds = alone if pair.tasks < LEAST_KNOWN else pair.seconds + part * (alone - pair.seconds)
-        pair.tasks = min(pair.tasks + 1, 2 * FIRST_TASKS)
+        if pair.tasks < 2 * FIRST_TASKS:
+            pair.tasks = min(pair.tasks + 1, 2 * FIRST_TASKS)
         pair.failed, pair.done = pair.failed * FADING, pair.done * FADING + 1
-        mean = mean or alone
-        self._means[lane] = mean + LATER_PART * (alone - mean), size + LATER_PART * (answer_bytes - size)
-        self._means.move_to_end(lane)
-        while len(self._means) > MOST_PAIRS:
-            self._means.popitem(last=False)
+        mean.seconds = _mixed(mean.seconds, alone, LATER_PART)
+        mean.size = _mixed(mean.size, float(answer_bytes), LATER_PART)
+        if mean.seconds:
+            self._note(self._slowness, worker_id, min(MOST_LONGER, alone / mean.seconds))
+
+    def measured(self, worker_id: str, lane: str, found: Measured, *, beside: int) -> None:
+        """A task's engine has said what it did, with so many others beside it."""
+        mean, pair, crowd = self._lane(lane), self._pair(worker_id, lane), 1 + CROWDING * beside
+        for name, tokens, seconds in (
+            ("per_prompt", found.prompt_tokens, found.prompt_s),
+            ("per_answer", found.answer_tokens, found.answer_s),
+            ("load", 1.0, found.load_s),
+        ):
+            each = seconds / tokens / (1.0 if name == "load" else crowd) if tokens > 0 and seconds > 0 else 0.0
+            if 0 < each <= MOST_A_TOKEN_S or (name == "load" and each):
+                setattr(pair, name, _mixed(getattr(pair, name), each, FIRST_PART))
+                setattr(mean, name, _mixed(getattr(mean, name), each, LATER_PART))
+
+    def answered(self, key_id: str, lane: str, tokens: float) -> None:
+        """A key's request was answered with so many tokens."""
+        self._note(self._lengths, (key_id, lane), tokens)
 
     def failed(self, worker_id: str, lane: str) -> None:
         """A task failed there, by the worker's fault."""
         pair = self._pair(worker_id, lane)
         pair.failed, pair.done = pair.failed * FADING + 1, pair.done * FADING + 1
 
-    def expected(self, worker_id: str, lane: str, *, beside: int, saves: float = 0.0) -> Expected:
-        """Return what the next task would take there, with so many ``beside`` it; its cache ``saves`` a part (0..1)."""
-        mean, _ = self._means.get(lane, (0.0, 0.0))
+    # -- what is expected --------------------------------------------------------------------------------------
+
+    def length(self, key_id: str, lane: str, most: float | None = None) -> float:
+        """Return how many tokens a key's next answer is likely to have, ``most`` where it may not have more."""
+        known = self._lengths.get((key_id, lane), ANSWER_TOKENS)
+        return known if most is None else min(known, most)
+
+    def expected(
+        self,
+        worker_id: str,
+        lane: str,
+        *,
+        beside: int,
+        saves: float = 0.0,
+        work: Work = NO_WORK,
+        loaded: bool = True,
+    ) -> Expected:
+        """Return what the next task would take there, with so many ``beside`` it.
+
+        Its cache ``saves`` a part (0..1) of what is to be read; a model that is not ``loaded`` must be.
+        """
+        mean = self._lanes.get(lane)
+        return UNKNOWN if mean is None else Expected(*self._parts(mean, worker_id, lane, beside, saves, work, loaded))
+
+    def score(
+        self, worker_id: str, lane: str, beside: int, saves: float, work: Work, *, loaded: bool
+    ) -> tuple[float, bool]:
+        """Return the sum of `expected`, and whether it is known: for looking at many workers."""
+        mean = self._lanes.get(lane)
+        if mean is None:
+            return 0.0, False
+        service, failure, saved, known, prefill, load = self._parts(mean, worker_id, lane, beside, saves, work, loaded)
+        return load + prefill + service + failure - saved, known
+
+    def _parts(  # noqa: PLR0917 - names would cost the hottest call of all as much as its work
+        self,
+        mean: Lane,
+        worker_id: str,
+        lane: str,
+        beside: int,
+        saves: float,
+        work: Work,
+        loaded: bool,  # noqa: FBT001 - the same
+    ) -> tuple[float, float, float, bool, float, float]:
         pair = self._pairs.get((worker_id, lane))
-        if pair is None:
-            seconds, odds, known = mean, 0.0, False
-        else:
-            pair.age(self._clock())
+        odds, known = 0.0, False
+        if pair is not None:
+            now = self._clock()
+            if now - pair.at > AGED_EVERY_S:
+                pair.age(now)
+            share = pair.failed / pair.done
+            if share > _USUAL:
+                odds = _odds(share) - _USUAL_ODDS
             known = pair.tasks >= LEAST_KNOWN
-            seconds, odds = pair.seconds if known else mean, pair.odds
-        service = seconds * (1 + CROWDING * beside)
-        return Expected(service, odds * (service / 2 + NOTICED_S), saves * service, known)
+        slow = 1 + CROWDING * beside
+        own: Pair | Lane = mean
+        if known and pair is not None:
+            own = pair
+        elif self._slowness:
+            slow *= self._slowness.get(worker_id, 1.0)
+        saved = prefill = load = 0.0
+        if work.answer and mean.per_answer:
+            # A model of which the whole is known and no token yet has the average's tokens.
+            prefill = work.prompt * (own.per_prompt or mean.per_prompt) * slow
+            service = work.answer * (own.per_answer or mean.per_answer) * slow
+            saved = prefill * saves
+        else:
+            service = own.seconds * slow
+            saved = READING * saves * service
+        if not loaded:
+            load = (pair.load if pair is not None else 0.0) or mean.load or LOAD_S
+        failure = odds * ((prefill + service) / 2 + NOTICED_S) if odds else 0.0
+        return service, failure, saved, known, prefill, load
 
     def known(self, worker_id: str) -> dict[str, Expected]:
         """Return what a worker's next task of each lane would take, had the worker nothing else to do."""
         lanes = [lane for name, lane in self._pairs if name == worker_id]
         return {lane: self.expected(worker_id, lane, beside=0) for lane in lanes}
 
+    def per_token(self, worker_id: str, lane: str) -> tuple[float, float]:
+        """Return a worker's seconds a token of reading and of answering; 0 where nobody has measured it."""
+        pair = self._pairs.get((worker_id, lane))
+        return (pair.per_prompt, pair.per_answer) if pair is not None else (0.0, 0.0)
+
+    # -- inside ------------------------------------------------------------------------------------------------
+
     def _pair(self, worker_id: str, lane: str) -> Pair:
-        now = self._clock()
-        pair = self._pairs.get((worker_id, lane)) or self._pairs.setdefault((worker_id, lane), Pair(now))
-        self._pairs.move_to_end((worker_id, lane))
-        while len(self._pairs) > MOST_PAIRS:
-            self._pairs.popitem(last=False)
+        now, key = self._clock(), (worker_id, lane)
+        pair = self._pairs.get(key)
+        if pair is None:
+            pair = self._pairs[key] = Pair(now)
+            if len(self._pairs) > MOST_PAIRS:
+                self._pairs.popitem(last=False)
+        self._pairs.move_to_end(key)
         pair.age(now)
+        self._lane(lane)
         return pair
+
+    def _lane(self, lane: str) -> Lane:
+        mean = self._lanes.get(lane)
+        if mean is None:
+            mean = self._lanes[lane] = Lane()
+            if len(self._lanes) > MOST_PAIRS:
+                self._lanes.popitem(last=False)
+        self._lanes.move_to_end(lane)
+        return mean
+
+    def _note(self, where: OrderedDict[_Key, float], key: _Key, value: float) -> None:
+        where[key] = _mixed(where.get(key, 0.0), value, LATER_PART)
+        where.move_to_end(key)
+        if len(where) > MOST_PAIRS:
+            where.popitem(last=False)

@@ -1,0 +1,146 @@
+"""Streamed answers under /v1: relayed event by event, and continued on another worker when theirs is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import TYPE_CHECKING
+
+from rma_coordinator.api import limits, openai_errors
+from rma_coordinator.api.openai_errors import APIProblem
+from rma_coordinator.api.openai_jobs import GOOD
+from rma_coordinator.api.sse import CONTINUED, Stream
+from rma_coordinator.domain.continuing import continued, decide, ending
+from rma_core.errors import RMAError, TryLater
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from rma_coordinator.api.openai_jobs import Job
+    from rma_coordinator.api.openai_runs import Run
+    from rma_coordinator.relay import Head
+
+logger = logging.getLogger(__name__)
+
+#: How long a worker may take to close an answer whose end marker has come.
+CLOSE_S = 2.0
+#: Workers that one streamed answer may lose behind its beginning.
+MOST_LOSSES = 3
+
+
+async def streamed(run: Run) -> None:
+    """Give a run's clients its answer as it comes. Raises RMAError when it is not whole."""
+    stream = await _relay(run, lambda: Stream(run.job.asked.answer, run.facts))
+    if stream is None:
+        # Nothing of an answer has gone out.
+        raise await run.job.refusal() if run.job.relay.head is not None else run.job.failed()
+    async with contextlib.AsyncExitStack() as stack:
+        stack.callback(_settle, run, stream)
+        for _ in range(MOST_LOSSES):
+            # What a worker ended by itself, whole or not, is its model server's way to answer.
+            if run.job.relay.complete or stream.done or stream.broken or not run.job.task.committed:
+                break
+            await _go_on(run, stream, stack)
+        if stream.skipped:
+            words, task_id = "%s: %d events of its model server were no JSON and were left out", run.job.task.id
+            logger.info(words, task_id, stream.skipped, extra={"action": "events_skipped", "task": task_id})
+        if not stream.whole or not (stream.done or run.job.relay.complete):
+            raise _broke_off(run.job, stream)
+        await run.give(stream.end(), more=False)
+
+
+def _settle(run: Run, stream: Stream) -> None:
+    limits.settle_stream(run.metered, stream.usage, stream.delivered.tokens)
+
+
+async def _go_on(run: Run, stream: Stream, stack: contextlib.AsyncExitStack) -> None:
+    """Let another worker go on where a stream was lost. Raises RMAError when none can."""
+    lost = run.job
+    asked = b"".join([piece async for piece in lost.origin.pieces()])
+    decision = decide(asked, stream.delivered)
+    if decision.outcome == "give_up":
+        raise _broke_off(lost, stream, decision.reason)
+    if decision.outcome == "finish":
+        stream.done = True
+        await run.give(stream.add(ending(asked, stream.delivered)))
+        return
+    try:
+        found = await _elsewhere(lost, continued(asked, stream.delivered), stack)
+    except RMAError as refused:
+        raise _broke_off(lost, stream, refused.message) from None
+    about = {"action": "answer_continued", "task": found.task.id}
+    logger.info("%s goes on with what %s had begun", found.task.id, lost.task.id, extra=about)
+    run.goes_on(found, at=stream.delivered.tokens)
+    await run.give(CONTINUED)
+    if await _relay(run, lambda: stream.resume(asked)) is None:
+        raise await found.refusal() if found.relay.head is not None else found.failed()
+
+
+async def _elsewhere(job: Job, data: bytes, stack: contextlib.AsyncExitStack) -> Job:
+    """Submit what is left of a request, to another worker where there is one. Raises TryLater, OutOfSpace."""
+    pool, lost = job.pool, job.task
+    body = pool.spools.make()
+    stack.push_async_callback(body.close)
+    await body.write(data)
+    task = job.again(body.size)
+    task.deadline = lost.deadline
+    tried = lost.excluded | {attempt.worker_id for attempt in lost.attempts}
+    if pool.dispatcher.can_serve(task.service, task.model, besides=tried):
+        task.excluded |= tried
+    elif not pool.dispatcher.can_serve(task.service, task.model):
+        raise TryLater(f"no other worker offers {task.lane}", retry_after_s=30)
+    relay = pool.submit(task, body)
+    stack.callback(pool.dispatcher.cancel, task, "the client left")
+    return job._replace(task=task, relay=relay)
+
+
+async def _relay(run: Run, begin: Callable[[], Stream]) -> Stream | None:
+    """Give the answer on as it comes; return its stream when nothing more can follow, ``None`` for no stream.
+
+    Until its first event has gone out, an answer that is begun anew is nobody's business: it is another `begin`.
+    """
+    relay, task = run.job.relay, run.job.task
+    while True:
+        head = await relay.ready()
+        if head is None or head.status not in GOOD or not _is_stream(head):
+            return None
+        starts, stream = relay.starts, begin()
+        pieces = relay.pieces()
+        async for piece in pieces:
+            if events := stream.feed(piece):
+                if not task.committed:
+                    # From here on no other attempt may begin from the beginning.
+                    task.committed, task.http_status = True, head.status
+                    run.begins(stream)
+                await run.give(events)
+            if stream.done or stream.broken:
+                await _close(pieces)
+                break
+        if relay.starts == starts:
+            return stream
+
+
+async def _close(pieces: AsyncIterator[bytes]) -> None:
+    """Let the worker close what has said its end, so that it counts as done."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(CLOSE_S):
+            async for _ in pieces:
+                pass
+
+
+def _is_stream(head: Head) -> bool:
+    kind = next((value for name, value in head.headers if name.lower() == "content-type"), "")
+    return kind.strip().lower().startswith("text/event-stream")
+
+
+def _broke_off(job: Job, stream: Stream, why: str = "") -> RMAError:
+    """Return why a stream is not whole, and ``why`` no other worker goes on with it."""
+    if stream.broken is not None:
+        return openai_errors.in_stream(stream.broken.error)
+    if job.relay.complete:
+        return APIProblem(502, f"the model server of {job.who()} ended its answer without a finish_reason")
+    if not job.task.committed:
+        return job.failed()
+    reason = f"the answer broke off: {'; '.join(job.task.reasons) or 'its worker was lost'}"
+    return APIProblem(502, f"{reason}; it does not go on elsewhere: {why}" if why else reason, api_code="worker_lost")

@@ -1,0 +1,53 @@
+"""Waits with a bound, that cost nothing where there is nothing to wait for.
+
+They are bounded with `asyncio.timeout`: before Python 3.12, `wait_for` can swallow a cancellation, and a handler that
+was told to end would go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import types
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Generator
+
+T = TypeVar("T")
+
+
+async def within(seconds: float, awaitable: Awaitable[T]) -> T:
+    """Return what ``awaitable`` gives, as under `asyncio.timeout`. Raises TimeoutError.
+
+    Most receives and sends need not wait at all; then no timer is made, which would cost more than they do.
+    """
+    steps = awaitable.__await__()
+    try:
+        waits_for = next(steps)
+    except StopIteration as done:
+        value: T = done.value
+        return value
+    async with asyncio.timeout(seconds):
+        return await go_on(steps, waits_for)
+
+
+@types.coroutine
+def go_on(steps: Generator[Any, Any, T], waits_for: object) -> Generator[Any, Any, T]:
+    """Go on with what was begun, as ``yield from`` would have from its first step."""
+    while True:
+        try:
+            sent = yield waits_for
+        except GeneratorExit:
+            # Whoever is thrown away is closed, which what it waited for may have been before it.
+            steps.close()
+            raise
+        except BaseException as error:  # noqa: BLE001 - handed on to what waits, which decides
+            go_on = functools.partial(steps.throw, error)
+        else:
+            go_on = functools.partial(steps.send, sent)
+        try:
+            waits_for = go_on()
+        except StopIteration as done:
+            value: T = done.value
+            return value

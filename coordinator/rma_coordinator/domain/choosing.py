@@ -1,0 +1,212 @@
+"""Which worker a task is given to: the one that has it done soonest, as far as is known. Pure, given time and chance.
+
+A score is seconds, and all its parts can be shown: `Expected`. Of workers that are about as good the freest is taken.
+A task may wait for a busy worker that will have it done much sooner than any that is free, because it is far faster or
+has its conversation in its cache, but only for a while, and only while there is room for everybody else.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    import random
+    from collections.abc import Callable, Iterable
+
+    from rma_coordinator.domain.affinity import Affinity
+    from rma_coordinator.domain.breakers import Breakers
+    from rma_coordinator.domain.lanes import Lanes
+    from rma_coordinator.domain.speeds import Expected, Speeds
+    from rma_coordinator.domain.tasks import Attempt, Seat, Task
+
+#: Up to so many free workers are all looked at; of more, so many at random are enough.
+LOOKED_AT = 32
+#: Workers that take at most so much longer than the best are as good: of them the one that knows the conversation is
+#: taken, else the freest, not always the best.
+AS_GOOD = 1.15
+#: How often a worker of which little is known is tried although a better one is free.
+EXPLORED = 0.02
+#: Busy workers that are looked at beside the one that knows the conversation.
+BUSY_LOOKED_AT = 8
+#: A busy worker must have a task done in this part of the time that the best free one would need.
+WORTH_WAITING = 0.5
+#: Nobody waits by choice unless so large a part of the workers is free: near saturation waiting costs everyone.
+LEAST_FREE = 0.25
+#: Seconds that a task waits for a busy worker at most; what is done sooner than this does not wait at all.
+MOST_WAIT_S, LEAST_TAKES_S = 10.0, 0.5
+#: What has run for longer than was expected goes on for at least this part of the time that it has run.
+OVERDUE = 0.25
+
+
+class Choice(NamedTuple):
+    """Who gets a task and what that is expected to take; ``waits_s`` is more than 0 for one that is busy now."""
+
+    seat: Seat
+    expected: Expected
+    waits_s: float = 0.0
+
+
+class Give(Protocol):
+    """Hands a task to a worker that has room for it."""
+
+    def __call__(self, task: Task, seat: Seat, expected: Expected) -> None:
+        """Make an attempt of it."""
+
+
+class Chooser:
+    """Knows everything that a choice depends on, and decides nothing else."""
+
+    def __init__(
+        self,
+        lanes: Lanes,
+        speeds: Speeds,
+        affinity: Affinity,
+        breakers: Breakers,
+        *,
+        ready: Callable[[str], bool],
+        chance: random.Random,
+    ) -> None:
+        self._lanes, self._speeds, self._affinity, self._breakers = lanes, speeds, affinity, breakers
+        self.ready, self.chance = ready, chance
+
+    def recall(self, task: Task) -> None:
+        """Find out which worker knows the beginning of a task that came."""
+        if task.prefixes:
+            task.favourite = self._affinity.favourite(task.lane, task.prefixes)
+
+    def choose(self, task: Task, now: float, *, waiting: int, seats: dict[str, Seat]) -> Choice | None:
+        """Return the best worker for a task while so many others are ``waiting``; ``None`` when nobody has room."""
+        if not self._lanes.has_free(task.lane):
+            return None
+        free = self._free(task, now, seats)
+        if not free:
+            return None
+        seat = free[0] if len(free) == 1 else self._pick(task, free)
+        choice = Choice(seat, self.expected(task, seat))
+        roomy = not waiting and len(free) >= LEAST_FREE * min(LOOKED_AT, len(self._lanes.offering(task.lane)))
+        slow = choice.expected.known and choice.expected.takes > LEAST_TAKES_S
+        return (roomy and slow and task.patience and self._busier(task, choice, now, seats)) or choice
+
+    def expected(self, task: Task, seat: Seat, *, less: int = 0) -> Expected:
+        """Return what a task would take at a worker, beside what that has, of which so many will have ended."""
+        favourite, saves = task.favourite, 0.0
+        if favourite is not None and favourite.worker_id == seat.worker_id:
+            saves = favourite.saves(seat.slots.get(task.service, 1))
+        return self._speeds.expected(
+            seat.worker_id,
+            task.lane,
+            beside=seat.counts.get(task.service, 0) - less,
+            saves=saves,
+            work=task.work,
+            loaded=task.lane not in seat.cold,
+        )
+
+    def may(self, task: Task, seat: Seat, now: float) -> bool:
+        """Say whether a worker with room may be given a task at this moment."""
+        return (
+            seat.full_until <= now
+            and seat.worker_id not in task.excluded
+            and (not seat.shares or seat.takes(task.lane))
+            and self.ready(seat.worker_id)
+            and (not self._breakers or self.allows(seat, task.lane, now))
+        )
+
+    def allows(self, seat: Seat, lane: str, now: float) -> bool:
+        """Say whether a worker may be given a lane's tasks: not while it is shut, unless everybody is."""
+        if self._breakers.allows(seat.worker_id, lane, now):
+            return True
+        others = self._lanes.offering(lane)
+        return not any(self._breakers.allows(one.worker_id, lane, now) for one in others if one.usable)
+
+    def _free(self, task: Task, now: float, seats: dict[str, Seat]) -> list[Seat]:
+        lane, service = task.lane, task.service
+        some: Iterable[Seat] = self._lanes.some_free(lane, service, LOOKED_AT, self.chance)
+        found = [seat for seat in some if self.may(task, seat, now)]
+        if not found:
+            # Those that were looked at may be barred from it, or not be ready just now.
+            found = [seat for seat in self._lanes.free(lane, service) if self.may(task, seat, now)]
+        known = seats.get(task.favourite.worker_id) if task.favourite is not None else None
+        if known is not None and known not in found and known.room(service) > 0 and self._reachable(task, known, now):
+            found.append(known)
+        if task.attempts and len(found) > 1:
+            tried = {attempt.worker_id for attempt in task.attempts}
+            found = [seat for seat in found if seat.worker_id not in tried] or found
+        return found
+
+    def _reachable(self, task: Task, seat: Seat, now: float) -> bool:
+        offers = seat.usable and seat.reachable and seat.offers(task.service, task.model)
+        return offers and self.may(task, seat, now)
+
+    def _pick(self, task: Task, seats: list[Seat]) -> Seat:
+        """Return the best of some workers; now and then one of which little is known."""
+        service, lane, known = task.service, task.lane, task.favourite
+        favourite, score = known.worker_id if known is not None else "", self._speeds.score
+        found: list[tuple[float, Seat]] = []
+        unknown: list[Seat] = []
+        for seat in seats:
+            saves = known.saves(seat.slots[service]) if known is not None and seat.worker_id == favourite else 0.0
+            total, is_known = score(
+                seat.worker_id, lane, seat.counts.get(service, 0), saves, task.work, loaded=lane not in seat.cold
+            )
+            found.append((total, seat))
+            if not is_known:
+                unknown.append(seat)
+        if unknown and len(unknown) < len(seats) and task.priority != "high" and self.chance.random() < EXPLORED:
+            good = unknown
+        else:
+            limit = AS_GOOD * min(total for total, _ in found)
+            good = [seat for total, seat in found if total <= limit]
+        if len(good) == 1:
+            return good[0]
+        return max(good, key=lambda seat: (seat.worker_id == favourite, *_freest(seat, service)))
+
+    def _busier(self, task: Task, best: Choice, now: float, seats: dict[str, Seat]) -> Choice | None:
+        """Return a busy worker that is worth waiting for."""
+        found: Choice | None = None
+        limit = WORTH_WAITING * best.expected.total
+        for seat in self._busy(task, seats):
+            expected = self.expected(task, seat, less=1)
+            if not expected.known or expected.total >= limit or not self._reachable(task, seat, now):
+                continue
+            waits_s = self.wait_s(seat, task.service, now)
+            total = waits_s + expected.total
+            if waits_s <= MOST_WAIT_S and total < limit:
+                found, limit = Choice(seat, expected._replace(wait=waits_s), waits_s), total
+        return found
+
+    def _busy(self, task: Task, seats: dict[str, Seat]) -> Iterable[Seat]:
+        lane, service = task.lane, task.service
+        everyone = self._lanes.offering(lane)
+        if len(everyone) > BUSY_LOOKED_AT:
+            listed = everyone if isinstance(everyone, list) else list(everyone)
+            some = {seat.worker_id: seat for seat in (self.chance.choice(listed) for _ in range(BUSY_LOOKED_AT))}
+        else:
+            some = {seat.worker_id: seat for seat in everyone}
+        if task.favourite is not None and (known := seats.get(task.favourite.worker_id)) is not None:
+            some[known.worker_id] = known
+        full = [seat for seat in some.values() if seat.room(service) <= 0]
+        return [seat for seat in full if promises(seat) < seat.slots.get(service, 0)]
+
+    def wait_s(self, seat: Seat, service: str, now: float) -> float:
+        """Return the seconds until a busy worker has room for one more, behind those that wait for it already."""
+        mine = [attempt for attempt in seat.running.values() if attempt.task.service == service]
+        ends = sorted(_left_s(attempt, now) for attempt in mine)
+        place = promises(seat)
+        return ends[place] if place < len(ends) else MOST_WAIT_S + 1
+
+
+def _left_s(attempt: Attempt, now: float) -> float:
+    """Return the seconds until an attempt is likely to end; what takes longer than expected may go on for as long."""
+    if attempt.expected is None or not attempt.expected.known:
+        return MOST_WAIT_S + 1
+    elapsed = now - (attempt.offered_at if attempt.started_at is None else attempt.started_at)
+    return max(attempt.expected.takes - elapsed, OVERDUE * elapsed)
+
+
+def promises(seat: Seat) -> int:
+    """Return how many tasks wait for a worker."""
+    return len(seat.promised) if seat.promised else 0
+
+
+def _freest(seat: Seat, service: str) -> tuple[float, float, float, str]:
+    return seat.rooms.get(service, 0), -seat.load, -seat.last_given, seat.worker_id

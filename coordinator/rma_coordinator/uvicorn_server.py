@@ -1,0 +1,248 @@
+"""The server for large pools: uvicorn, the extra ``rma-coordinator[uvicorn]``, under the same limits as Hypercorn here.
+
+httptools parses without any limit of its own, and uvicorn waits for a request's head for ever: both are bounded here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import ssl
+from typing import TYPE_CHECKING, Any, cast
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+
+from rma_coordinator import server
+from rma_coordinator.server import Places, listening
+from rma_core.errors import SettingProblem
+from rma_core.settings import CoordinatorSettings
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Iterator
+
+    from rma_coordinator.app import ASGI
+    from rma_coordinator.server import Listener
+
+logger = logging.getLogger(__name__)
+
+TOO_LARGE = (
+    b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-type: text/plain; charset=utf-8\r\n"
+    b"content-length: 31\r\n\r\nthe request's head is too large"
+)
+#: What uvicorn calls an error although it is ours: an answer that is cut on purpose, because its worker was lost.
+EXPECTED = ("without completing response", "Invalid HTTP request received", "Unsupported upgrade request")
+
+
+class UvicornServer:
+    """Serves a plain and/or a TLS listener."""
+
+    def __init__(self, plain: Listener | None, secure: Listener | None) -> None:
+        self._listeners = [one for one in (secure, plain) if one is not None]
+        self.places = Places(CoordinatorSettings().max_connections)
+        self._server: _Server | None = None
+
+    async def serve(self, app: ASGI, stop: asyncio.Event) -> None:
+        """Serve until ``stop`` is set. Raises OSError for an address in use."""
+        _quiet()
+        config = uvicorn.Config(
+            cast("Any", app),
+            http=type("Http", (_Http,), {"places": self.places}),
+            ws=_WebSocket,
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            timeout_keep_alive=int(server.KEEP_ALIVE_S),
+            timeout_graceful_shutdown=int(server.GRACE_S),
+            ws_max_size=server.MAX_WEBSOCKET_BYTES,
+            # The agent sends pings.
+            ws_ping_interval=None,
+            ws_per_message_deflate=False,
+        )
+        sockets = [(listening(one), _context(one)) for one in self._listeners]
+        self._server = _Server(config, sockets)
+        stopping = asyncio.create_task(self._until(stop), name="uvicorn is told to stop")
+        try:
+            await self._server.serve()
+        finally:
+            stopping.cancel()
+            for one, _ in sockets:
+                one.close()
+
+    async def _until(self, stop: asyncio.Event) -> None:
+        await stop.wait()
+        if self._server is not None:
+            self._server.should_exit = True
+
+    async def cut(self, serving: asyncio.Task[None]) -> None:
+        """Cancel a server that cannot stop, and its connections."""
+        state = self._server.server_state if self._server is not None else None
+        ending = {serving, *(state.tasks if state is not None else ())}
+        for one in list(state.connections) if state is not None else ():
+            if (transport := getattr(one, "transport", None)) is not None:
+                transport.abort()
+        for task in ending:
+            task.cancel()
+        await asyncio.wait(ending, timeout=server.LAST_STOP_S)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server on our sockets, each with a certificate or none; signals are not its business."""
+
+    def __init__(self, config: uvicorn.Config, sockets: list[tuple[socket.socket, ssl.SSLContext | None]]) -> None:
+        super().__init__(config)
+        self._own = sockets
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals to whoever runs the coordinator."""
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start the application, then listen. Raises SettingProblem when the application could not start."""
+        del sockets
+        await self.lifespan.startup()
+        if self.lifespan.should_exit:
+            raise SettingProblem("the coordinator could not start")
+        loop = asyncio.get_running_loop()
+        self.servers = [
+            await loop.create_server(
+                self._protocol,
+                sock=one,
+                ssl=context,
+                backlog=server.BACKLOG,
+                ssl_handshake_timeout=server.HANDSHAKE_S if context is not None else None,
+            )
+            for one, context in self._own
+        ]
+        self.started = True
+
+    def _protocol(self) -> asyncio.Protocol:
+        made: Any = self.config.http_protocol_class
+        return cast(
+            "asyncio.Protocol",
+            made(config=self.config, server_state=self.server_state, app_state=self.lifespan.state),
+        )
+
+
+class _Http(HttpToolsProtocol):
+    """A connection that has a place among those there may be, and whose requests' heads are bounded."""
+
+    places: Places
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:  # noqa: ANN401 - uvicorn's own
+        super().__init__(*arguments, **more)
+        self._placed = False
+        self._head_bytes = 0
+        #: Since when a request's head has been coming; 0 while none is.
+        self._head_since = 0.0
+        self._look: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Take a place, or close at once where there is none."""
+        if not self.places.take():
+            # No answer and no farewell: either could make us wait for somebody who means harm.
+            self.transport = transport
+            transport.abort()
+            return
+        self._placed = True
+        super().connection_made(transport)
+        self._head_since = self.loop.time()
+        self._look = self.loop.call_later(server.KEEP_ALIVE_S, self._look_at_head)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Give the place back."""
+        self._look_no_more()
+        if self._placed:
+            self._placed = False
+            self.places.give()
+            super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse, and refuse a head without end."""
+        if not self._placed:
+            return
+        super().data_received(data)
+        if self._head_since:
+            self._head_bytes += len(data)
+            if self._head_bytes > server.MAX_HEAD_BYTES and not self.transport.is_closing():
+                self.transport.write(TOO_LARGE)
+                self.transport.close()
+
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        super().on_message_begin()
+        self._head_since, self._head_bytes = self.loop.time(), 0
+
+    def on_headers_complete(self) -> None:
+        """The request's head is here."""
+        self._head_since = 0.0
+        super().on_headers_complete()
+
+    def handle_websocket_upgrade(self) -> None:
+        """Hand the connection over, and its place with it."""
+        self._look_no_more()
+        super().handle_websocket_upgrade()
+        taker = self.transport.get_protocol()
+        if isinstance(taker, _WebSocket):
+            taker.places, self._placed = self.places, False
+
+    def _look_at_head(self) -> None:
+        """Close the connection when its request's head has not come in time.
+
+        A timer for each request would cost more.
+        """
+        since, now = self._head_since, self.loop.time()
+        if since and now - since >= server.KEEP_ALIVE_S:
+            self._look = None
+            self.transport.close()
+        else:
+            self._look = self.loop.call_later(server.KEEP_ALIVE_S - (now - since if since else 0.0), self._look_at_head)
+
+    def _look_no_more(self) -> None:
+        if self._look is not None:
+            self._look.cancel()
+            self._look = None
+
+
+class _WebSocket(WebSocketsSansIOProtocol):
+    """A channel; it gives its place back."""
+
+    places: Places | None = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Give the place back."""
+        places, self.places = self.places, None
+        if places is not None:
+            places.give()
+        super().connection_lost(exc)
+
+
+def _context(listener: Listener) -> ssl.SSLContext | None:
+    if listener.cert is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(listener.cert, listener.key)
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+class _Expected(logging.Filter):
+    """Lets pass what uvicorn has to say beyond what we know better."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Say whether a line is written."""
+        return not any(words in str(record.msg) for words in EXPECTED)
+
+
+def _quiet() -> None:
+    """Write what uvicorn tells of its own life and of each bad request for nobody."""
+    told = logging.getLogger("uvicorn.error")
+    if not any(isinstance(one, _Expected) for one in told.filters):
+        told.addFilter(_Expected())
+    told.setLevel(logging.WARNING)

@@ -1,0 +1,149 @@
+"""The events of a stream, one by one: whatever an engine sends, clients get whole events that they can read."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from rma_coordinator.api.sse import MAX_EVENT_BYTES, Answer, Events, Stream
+from tests.openai_kit import END, ROLE, USAGE, delta, event, events, text_of
+
+WHOLE = b"".join(
+    [
+        b": ping\n\n", ROLE, delta("h\u00e9\U0001f600"), delta("l\n\n"), b"data: {oops\r\n\r\n", event({"x": 1}),
+        b"id: 7\ndata: " + delta("o")[6:], delta(finish="stop"), USAGE, END,
+    ]
+)  # fmt: skip
+
+
+def fed(*parts: bytes) -> tuple[list[Any], Stream]:
+    made = Stream(Answer("chatcmpl-1", 1, "tiny", usage=True))
+    text = "".join(made.feed(part).decode() for part in parts)
+    return events(text) if text else [], made
+
+
+@given(cuts=st.lists(st.integers(0, len(WHOLE))))
+def test_a_stream_is_the_same_however_it_was_cut(cuts: list[int]) -> None:
+    places = [0, *sorted(cuts), len(WHOLE)]
+    found, made = fed(*(WHOLE[a:b] for a, b in itertools.pairwise(places)))
+    assert text_of(found) == "h\u00e9\U0001f600l\n\no"
+    assert (made.skipped, made.whole, made.done) == (2, True, True)
+    assert events(made.end().decode())[0]["usage"]["total_tokens"] == 5
+
+
+@given(end=st.integers(0, len(WHOLE)))
+def test_what_was_cut_off_anywhere_gives_whole_events_and_is_whole_only_with_its_finish_reason(end: int) -> None:
+    found, made = fed(WHOLE[:end])
+    assert made.whole == any(choice["finish_reason"] for one in found for choice in one["choices"])
+    assert "h\u00e9\U0001f600l\n\no".startswith(text_of(found))
+
+
+#: JSON of any shape, among it what is nearly an event.
+ODD = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 3) | st.text(max_size=3) | st.floats(allow_nan=False),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                [
+                    "choices",
+                    "delta",
+                    "index",
+                    "finish_reason",
+                    "tool_calls",
+                    "function",
+                    "arguments",
+                    "usage",
+                    "role",
+                    "x",
+                ]
+            ),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@given(values=st.lists(ODD, max_size=6), choices=st.lists(ODD, max_size=3))
+def test_no_event_of_an_engine_breaks_the_stream_or_those_after_it(values: list[Any], choices: list[Any]) -> None:
+    found, made = fed(*map(event, values), event({"choices": choices}), delta("a"), delta(finish="stop"))
+    for one in found:
+        assert {"id", "created", "model", "choices"} <= set(one)
+        assert all(isinstance(choice["index"], int) and "finish_reason" in choice for choice in one["choices"])
+    events(made.end().decode())
+
+
+@given(data=st.binary(max_size=200))
+def test_bytes_that_are_no_events_give_nothing(data: bytes) -> None:
+    made = Stream(Answer("x", 1, "m"))
+    assert made.feed(data) == b""
+    assert not made.whole
+
+
+def test_an_event_without_end_is_bounded() -> None:
+    made = Stream(Answer("x", 1, "m"))
+    assert made.feed(b"data: " + b"x" * MAX_EVENT_BYTES) == b""
+    assert made.broken is not None
+    cut = Events()
+    assert list(cut.feed(b"data: 1\r\n\r")) == []
+    assert list(cut.feed(b"\n")) == [b"1"]
+
+
+def test_an_end_is_said_once_and_in_words_that_clients_know() -> None:
+    found, made = fed(delta("a"), delta(finish="eos"), delta("b", finish="length"))
+    assert [one["choices"][0]["finish_reason"] for one in found] == [None, None, "stop"]
+    assert made.whole
+
+
+def test_a_call_of_a_tool_begins_with_all_that_names_it_and_goes_on_with_pieces_of_its_arguments() -> None:
+    bare = {"function": {"name": "add", "arguments": {"a": 1}}}
+    again = {"index": 0, "id": "other", "type": "function", "function": {"name": "add", "arguments": None}}
+    found, _ = fed(delta(tool_calls=[bare, 5]), delta(tool_calls=[again]), delta(tool_calls="no"), delta("a"))
+    first, second = (one["choices"][0]["delta"]["tool_calls"] for one in found[1:3])
+    assert first[0].pop("id").startswith("call_")
+    assert first == [{"index": 0, "type": "function", "function": {"name": "add", "arguments": '{"a":1}'}}]
+    assert second == [{"index": 0, "function": {"arguments": ""}}]
+    assert len(found) == 5, "what says nothing is an empty delta, which clients pass over"
+
+
+@given(values=st.lists(ODD, max_size=4))
+@example(values=[{}, {"index": 0, "choices": None, "function": None}])
+@example(values=[{"type": "custom", "function": None}])
+def test_odd_calls_of_tools_are_mended_or_left_out(values: list[Any]) -> None:
+    found, _ = fed(delta(tool_calls=values), delta("a"))
+    for one in found:
+        for call in one["choices"][0]["delta"].get("tool_calls", ()):
+            assert isinstance(call["index"], int)
+            assert isinstance(call.get("function", {}).get("arguments", ""), str)
+
+
+@given(cut=st.integers(0, 12), asked=st.booleans())
+def test_who_comes_later_is_given_the_same_answer(cut: int, asked: bool) -> None:
+    parts = [ROLE, *(delta(letter) for letter in "hello wor"), delta(finish="length"), USAGE]
+    made = Stream(Answer("chatcmpl-1", 1, "tiny", usage=asked))
+    live = "".join(made.feed(part).decode() for part in parts[:cut])
+    begun = made.replay()
+    assert begun is not None
+    rest = "".join(made.feed(part).decode() for part in parts[cut:])
+    whole, later = (events(f"{text}{rest}{made.end().decode()}") for text in (live, begun.decode()))
+    assert text_of(whole) == text_of(later) == "hello wor"
+    ends = [
+        [c["finish_reason"] for e in one[:-1] for c in e["choices"] if c["finish_reason"]] for one in (whole, later)
+    ]
+    assert ends == [["length"], ["length"]]
+    assert len(whole[-2]["choices"]) == len(later[-2]["choices"]) == (0 if asked else 1)
+    said = [one["choices"][0]["delta"] for one in later[:-1] if one["choices"]]
+    assert [delta["role"] for delta in said if "role" in delta] == ["assistant"]
+    assert said[0]["role"] == "assistant"
+
+
+def test_a_text_completion_can_be_replayed_too() -> None:
+    made = Stream(Answer("cmpl-1", 1, "tiny", chat=False))
+    made.feed(event({"choices": [{"index": 0, "text": "ab"}]}) + event({"choices": [{"index": 0, "text": "c"}]}))
+    (one,) = events((made.replay() or b"").decode())
+    assert (one["choices"][0]["text"], one["object"]) == ("abc", "text_completion")
