@@ -439,7 +439,7 @@ class Pool:
         """
         record = worker.record
         if worker.could is None:
-            worker.could = could_run(self.catalog.values(), record)
+            worker.could = could_run(self.entries, record)
         current = () if anew else {assignment.lane for assignment in record.assignment}
         chosen = self.placement(record, record.report, record.tier, worker_id=worker.id, current=current)
         changed = chosen.assignments != record.assignment
