@@ -3,6 +3,9 @@
 A score is seconds, and all its parts can be shown: `Expected`. Of workers that are about as good the freest is taken.
 A task may wait for a busy worker that will have it done much sooner than any that is free, because it is far faster or
 has its conversation in its cache, but only for a while, and only while there is room for everybody else.
+
+Somebody's task goes to a machine of its owner's where that is about as good as the best free one. To go to a slower one
+its owner would wait for nothing; and for a machine that is kept free for its owner everybody else would.
 """
 
 from __future__ import annotations
@@ -128,6 +131,13 @@ class Chooser:
         known = seats.get(task.favourite.worker_id) if task.favourite is not None else None
         if known is not None and known not in found and known.room(service) > 0 and self._reachable(task, known, now):
             found.append(known)
+        if task.owner:
+            own = self._lanes.owned(task.owner, LOOKED_AT, self.chance)
+            found += [
+                seat
+                for seat in own
+                if seat not in found and seat.room(service) > 0 and self._reachable(task, seat, now)
+            ]
         if task.attempts and len(found) > 1:
             tried = {attempt.worker_id for attempt in task.attempts}
             found = [seat for seat in found if seat.worker_id not in tried] or found
@@ -156,6 +166,9 @@ class Chooser:
         else:
             limit = AS_GOOD * min(total for total, _ in found)
             good = [seat for total, seat in found if total <= limit]
+        if task.owner:
+            # Only of those that are as good: nobody waits longer for having a machine of one's own.
+            good = [seat for seat in good if seat.owner == task.owner] or good
         if len(good) == 1:
             return good[0]
         return max(good, key=lambda seat: (seat.worker_id == favourite, *_freest(seat, service)))
