@@ -120,7 +120,7 @@ async def _begin(pool: Pool, call: Call, kind: Kind, ask: Ask) -> Run:
             urgency=ask.urgency,
             asked_s=ask.asked_s,
         )
-        task.prefixes = known
+        task.prefixes, task.owner = known, ask.principal.owner
         return task
 
     body = pool.spools.make()

@@ -3,6 +3,9 @@
 A score is seconds, and all its parts can be shown: `Expected`. Of workers that are about as good the freest is taken.
 A task may wait for a busy worker that will have it done much sooner than any that is free, because it is far faster or
 has its conversation in its cache, but only for a while, and only while there is room for everybody else.
+
+Somebody's task goes to a machine of its owner's where that is about as good as the best free one. To go to a slower one
+its owner would wait for nothing; and for a machine that is kept free for its owner everybody else would.
 """
 
 from __future__ import annotations
@@ -132,6 +135,13 @@ class Chooser:
         known = seats.get(task.favourite.worker_id) if task.favourite is not None else None
         if known is not None and known not in found and known.room(service) > 0 and self._reachable(task, known, now):
             found.append(known)
+        if task.owner:
+            own = self._lanes.owned(task.owner, LOOKED_AT, self.chance)
+            found += [
+                seat
+                for seat in own
+                if seat not in found and seat.room(service) > 0 and self._reachable(task, seat, now)
+            ]
         if task.attempts and len(found) > 1:
             tried = {attempt.worker_id for attempt in task.attempts}
             found = [seat for seat in found if seat.worker_id not in tried] or found
@@ -162,6 +172,9 @@ class Chooser:
         else:
             limit = AS_GOOD * min(totals)
             good = [seat for seat, total in zip(seats, totals, strict=True) if total <= limit]
+        if task.owner:
+            # Only of those that are as good: nobody waits longer for having a machine of one's own.
+            good = [seat for seat in good if seat.owner == task.owner] or good
         if favourite:
             good = [seat for seat in good if seat.worker_id == favourite] or good
         return good[0] if len(good) == 1 else _freest(good, service)
