@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import secrets
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rma_coordinator.api import limits
@@ -21,6 +20,7 @@ from rma_coordinator.api.openai_requests import CHAT, COMPLETION, EMBEDDING, man
 from rma_coordinator.api.openai_runs import Run
 from rma_coordinator.api.openai_streams import streamed
 from rma_coordinator.api.sse import Answer
+from rma_coordinator.domain import unguessable
 from rma_coordinator.domain.affinity import prefixes
 from rma_coordinator.domain.continuing import TOKEN_CHARACTERS
 from rma_coordinator.domain.fleet import ATTACHABLE
@@ -233,7 +233,7 @@ def _work(pool: Pool, kind: Kind, ask: Ask) -> Work:
 def _asked(pool: Pool, kind: Kind, request: Any, size: int) -> Asked:  # noqa: ANN401 - a record of `Kind`
     options = getattr(request, "stream_options", None)
     answer = Answer(
-        id=kind.prefix + secrets.token_hex(12) if kind.prefix else "",
+        id=kind.prefix + unguessable.source.hex(12) if kind.prefix else "",
         created=int(pool.wall()),
         model=request.model,
         chat=kind is CHAT,

@@ -32,14 +32,14 @@ class Watch:
         self._run = run
         self._loop = asyncio.get_running_loop()
         self._clock = self._loop.time
-        self._heard_at = self._began_at = self._clock()
+        self._heard_at = self._clock()
         #: When its first piece came.
         self._first_at: float | None = None
         task, attempt = run.job.task, run.job.task.holder
         self._attempt = attempt
         # Until its first piece it may read what it was asked, for as long as that was expected to take.
         self._limit_s = max(task.gap_s, (attempt.first_byte_s or 0.0) if attempt is not None else 0.0)
-        self._due_at = self._began_at + self._limit_s
+        self._due_at = self._heard_at + self._limit_s
         self._timer = self._loop.call_at(self._due_at, self._look)
 
     def heard(self) -> None:
@@ -63,10 +63,9 @@ class Watch:
     def seen(self) -> Seen | None:
         """Return when its pieces came, by the dispatcher's clock; ``None`` where it has not begun."""
         attempt, first_at = self._attempt, self._first_at
-        if attempt is None or first_at is None or attempt.started_at is None or attempt.first_byte_at is None:
+        if attempt is None or first_at is None or attempt.started_at is None:
             return None
-        # The head of the answer came when this began to look.
-        ahead = attempt.first_byte_at - self._began_at
+        ahead = self._run.job.pool.clock() - self._clock()
         return Seen(attempt.started_at, first_at + ahead, max(first_at, self._heard_at - attempt.held_s) + ahead)
 
     def _again(self, due_at: float) -> None:
