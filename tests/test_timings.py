@@ -43,7 +43,7 @@ def test_what_are_no_timings_says_nothing(said: Any) -> None:
 
 def test_of_an_engine_that_only_counts_it_matters_when_its_pieces_came() -> None:
     usage = {"prompt_tokens": 220, "completion_tokens": 50, "prompt_tokens_details": {"cached_tokens": 20}}
-    assert counted(usage, SEEN) == pytest.approx(Measured(200, 2.0, 50, 5.0))
+    assert counted(usage, SEEN) == pytest.approx(Measured(200, 2.0, 49, 4.9))
     assert counted({**usage, "completion_tokens": 3}, SEEN) == Measured(answer_tokens=3), "too few to tell anything"
     assert counted(usage) == Measured(answer_tokens=50)
     assert counted({"prompt_tokens": 3}) is None

@@ -64,8 +64,8 @@ def counted(usage: object, seen: Seen | None = None) -> Measured | None:
     details = usage.get("prompt_tokens_details") if isinstance(usage, dict) else None
     fresh = max(0, (prompt or 0) - (number(details, "cached_tokens") or 0))
     # The first token comes with the end of reading; those behind it took the rest.
-    each = max(0.0, seen.last_at - seen.first_at) / (answer - 1)
-    return Measured(fresh if fresh >= LEAST_READ else 0, max(0.0, seen.first_at - seen.began_at), answer, each * answer)
+    reading_s = max(0.0, seen.first_at - seen.began_at)
+    return Measured(fresh if fresh >= LEAST_READ else 0, reading_s, answer - 1, max(0.0, seen.last_at - seen.first_at))
 
 
 def believed(found: Measured, seconds: float) -> Measured:
