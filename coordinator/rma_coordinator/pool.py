@@ -27,6 +27,7 @@ from rma_coordinator.domain.tasks import NO_LANES, NO_SHARES
 from rma_coordinator.domain.traffic import Traffic, TrafficRecord
 from rma_coordinator.domain.webhooks import WebhookSecrets
 from rma_coordinator.hub import Hub
+from rma_coordinator.ledger import Ledger
 from rma_coordinator.relay import Relay
 from rma_coordinator.spool import Spools
 from rma_coordinator.store import Delete, Put, StoreFailed
@@ -151,7 +152,7 @@ class Pool:
             settings=settings,
             clock=clock,
             wall=wall,
-            on_credited=self._credited,
+            ledger=Ledger(store, self._credited),
         )
         #: Runs under /v1, by what was asked for.
         self.repeats: Repeats[Any] = Repeats(clock)
@@ -218,7 +219,7 @@ class Pool:
         self.traffic.restore(await self.store.load(TrafficRecord))
         await self.books.open(self.record.starts)
         await self.webhooks.open(self.keyring, kept=self.books.known)
-        completed = self.books.completed()
+        completed = self.books.ledger.completed()
         for worker in self.fleet.workers.values():
             worker.completed = completed[worker.id]
         self._started = True

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import secrets
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rma_coordinator.api import limits
@@ -21,10 +20,12 @@ from rma_coordinator.api.openai_requests import CHAT, COMPLETION, EMBEDDING, man
 from rma_coordinator.api.openai_runs import Run
 from rma_coordinator.api.openai_streams import streamed
 from rma_coordinator.api.sse import Answer
+from rma_coordinator.domain import unguessable
 from rma_coordinator.domain.affinity import prefixes
 from rma_coordinator.domain.continuing import TOKEN_CHARACTERS
 from rma_coordinator.domain.fleet import ATTACHABLE
 from rma_coordinator.domain.repeats import OtherRequest, key_of
+from rma_coordinator.domain.speeds import NO_WORK, Work
 from rma_coordinator.domain.tasks import LEASE_S, Task
 from rma_core.errors import TryLater
 from rma_core.models.strict import encode
@@ -120,7 +121,8 @@ async def _begin(pool: Pool, call: Call, kind: Kind, ask: Ask) -> Run:
             urgency=ask.urgency,
             asked_s=ask.asked_s,
         )
-        task.prefixes, task.owner = known, ask.principal.owner
+        task.prefixes, task.owner, task.work = known, ask.principal.owner, _work(pool, kind, ask)
+        task.streamed = bool(getattr(ask.request, "stream", None))
         return task
 
     body = pool.spools.make()
@@ -217,10 +219,21 @@ def _prefixes(request: Any, size: int, *, salt: str) -> tuple[Prefix, ...]:  # n
     return prefixes(map(encode, request.messages), salt=salt) if size <= MOST_HASHED_BYTES else ()
 
 
+def _work(pool: Pool, kind: Kind, ask: Ask) -> Work:
+    """Return what a request is likely to be, in tokens; pictures are not measured by their bytes, nor vectors."""
+    if kind is EMBEDDING or len(ask.body) > MOST_HASHED_BYTES:
+        return NO_WORK
+    request = ask.request
+    bounds = (getattr(request, "max_completion_tokens", None), request.max_tokens)
+    most = next((one for one in bounds if type(one) is int and one >= 0), None)
+    lane = f"{ATTACHABLE} {request.model}"
+    return Work(len(ask.body) / TOKEN_CHARACTERS, pool.dispatcher.speeds.length(ask.principal.id, lane, most))
+
+
 def _asked(pool: Pool, kind: Kind, request: Any, size: int) -> Asked:  # noqa: ANN401 - a record of `Kind`
     options = getattr(request, "stream_options", None)
     answer = Answer(
-        id=kind.prefix + secrets.token_hex(12) if kind.prefix else "",
+        id=kind.prefix + unguessable.source.hex(12) if kind.prefix else "",
         created=int(pool.wall()),
         model=request.model,
         chat=kind is CHAT,
@@ -228,4 +241,5 @@ def _asked(pool: Pool, kind: Kind, request: Any, size: int) -> Asked:  # noqa: A
         prompt_guess=max(1, size // TOKEN_CHARACTERS),
     )
     base64 = getattr(request, "encoding_format", None) == "base64"
-    return Asked(answer, stream=bool(getattr(request, "stream", None)), base64=base64)
+    bursts = bool(getattr(request, "tools", None))
+    return Asked(answer, stream=bool(getattr(request, "stream", None)), base64=base64, bursts=bursts)

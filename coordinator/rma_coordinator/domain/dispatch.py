@@ -13,6 +13,7 @@ import random
 from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING, Protocol
 
+from rma_coordinator.domain import timings
 from rma_coordinator.domain.affinity import Affinity
 from rma_coordinator.domain.breakers import Breakers
 from rma_coordinator.domain.choosing import Chooser
@@ -40,9 +41,6 @@ MAX_ATTEMPTS = 10
 REMEMBERED = 1000
 #: A worker that gives a task back before it began it is given nothing for so long: it is full, or about to say why.
 FULL_S = 1.0
-#: A service has so many times as long as was expected to begin its answer, and so many seconds more; at least and at
-#: most so long, where that can be expected at all.
-FIRST_BYTE_TIMES, FIRST_BYTE_MORE_S, LEAST_FIRST_BYTE_S, MOST_FIRST_BYTE_S = 3.0, 10.0, 15.0, 300.0
 #: A tick that comes later than this after the one before means that the coordinator itself stood still.
 STALL_S = 2.0
 
@@ -387,7 +385,7 @@ class Dispatcher:
         if seat is not None and seat.quota:
             seat.double(task.service)
         if attempt.started_at is not None and not attempt.restored:
-            took_s = now - attempt.started_at
+            took_s = now - attempt.started_at - attempt.held_s
             self.speeds.learn(worker_id, task.lane, took_s, beside=attempt.beside, answer_bytes=task.answer_bytes)
         if task.prefixes:
             self.affinity.remember(task.lane, task.prefixes, worker_id)
@@ -395,13 +393,20 @@ class Dispatcher:
             _log_breaker(worker_id, task.lane, shut_s=0.0)
         self._close(task, "succeeded", "")
 
-    def measured(self, task: Task, found: Measured) -> None:
-        """The engine of a task that has succeeded has said what it did."""
+    def measured(self, task: Task, found: Measured, *, tokens: float) -> None:
+        """The engine of a task whose answer is whole says what it did, or was seen to; the answer has ``tokens``."""
         attempt = task.holder
-        if attempt is not None:
+        if attempt is not None and attempt.started_at is not None and not attempt.restored:
+            ended_at = self._clock() if attempt.ended_at is None else attempt.ended_at
+            found = timings.believed(found, ended_at - attempt.started_at - attempt.held_s)
             self.speeds.measured(attempt.worker_id, task.lane, found, beside=attempt.beside)
-        if found.answer_tokens > 0:
-            self.speeds.answered(task.key_id, task.lane, found.answer_tokens)
+        if tokens > 0:
+            self.speeds.answered(task.key_id, task.lane, tokens)
+
+    def silence_s(self, attempt: Attempt) -> float:
+        """Return how long an attempt's engine may say nothing in the middle of a streamed answer."""
+        task = attempt.task
+        return timings.silence_s(*self.speeds.per_token(attempt.worker_id, task.lane), task.gap_s)
 
     def fail(self, attempt: Attempt, fault: Fault, reason: str) -> None:
         """The attempt ended without a whole answer; whose fault it was decides what follows."""
@@ -579,8 +584,9 @@ class Dispatcher:
         attempt = Attempt(task, task.next_number, seat.worker_id, now)
         attempt.lease_s, attempt.expected = self._lease_s, expected
         attempt.beside = seat.busy(task.service)
-        if task.streamed and expected.known:
-            attempt.first_byte_s = _first_byte_s(expected, task.first_byte_s)
+        if task.streamed and expected.known and expected.prefill:
+            load_s = self.speeds.load_s(seat.worker_id, task.lane)
+            attempt.first_byte_s = timings.first_byte_s(expected, load_s, task.first_byte_s)
         task.attempts.append(attempt)
         task.state, task.holder = "running", attempt
         seat.begin(attempt)
@@ -589,13 +595,6 @@ class Dispatcher:
             self.breakers.given(seat.worker_id, task.lane, attempt.lease_id)
         if not self._effects.offer(attempt):
             self._lose(attempt, "the worker could not be reached")
-
-
-def _first_byte_s(expected: Expected, most_s: float | None) -> float:
-    """Return how long a service may take to begin a streamed answer: a slow one its time, a stuck one not for ever."""
-    scaled = FIRST_BYTE_TIMES * (expected.load + expected.prefill) + FIRST_BYTE_MORE_S
-    scaled = min(MOST_FIRST_BYTE_S, max(LEAST_FIRST_BYTE_S, scaled))
-    return scaled if most_s is None else min(scaled, most_s)
 
 
 def _log_breaker(worker_id: str, lane: str, *, shut_s: float, reason: str = "") -> None:

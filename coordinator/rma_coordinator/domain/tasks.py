@@ -50,6 +50,7 @@ class Attempt:
         "expected",
         "first_byte_at",
         "first_byte_s",
+        "held_s",
         "lease_id",
         "lease_s",
         "lease_until",
@@ -79,6 +80,8 @@ class Attempt:
         #: When its answer began, and how many bytes of one have come.
         self.first_byte_at: float | None = None
         self.answer_bytes = 0
+        #: How long its client held it up, in seconds, by taking the answer more slowly than it came.
+        self.held_s = 0.0
         self.ended_at: float | None = None
         #: What its worker said of the task's model when it began: loaded, loading or cold; empty where it has none.
         self.model_state = ""
