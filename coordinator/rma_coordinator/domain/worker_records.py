@@ -58,6 +58,8 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     generation: int = 0
     epoch: int = 0
     disabled: bool = False
+    #: Whose machine it is, where somebody's requests come first on it.
+    owner: str = ""
     last_seen_at: float = 0.0
     #: Why it was offline when this was written; empty when it was not.
     away: str = ""
@@ -72,6 +74,7 @@ class Brief(msgspec.Struct, frozen=True, gc=False):
     generation: int
     epoch: int
     disabled: bool
+    owner: str
     away: str
 
 
@@ -83,13 +86,14 @@ _decode_assignments = msgspec.msgpack.Decoder(tuple[Assignment, ...]).decode
 def brief(record: WorkerRecord) -> Brief:
     """Return what is looked at all the time; the same object for workers that have the same."""
     assignment, away = _encode(record.assignment), record.away
-    return _brief((record.tier, record.tier_reason, assignment, record.generation, record.epoch, record.disabled, away))
+    tier = (record.tier, record.tier_reason)
+    return _brief((*tier, assignment, record.generation, record.epoch, record.disabled, record.owner, away))
 
 
 @functools.lru_cache(SHARED)
-def _brief(facts: tuple[int | None, str, bytes, int, int, bool, str]) -> Brief:
-    tier, reason, assignment, generation, epoch, disabled, away = facts
-    return Brief(tier, same(reason), _assignments(assignment), generation, epoch, disabled, away)
+def _brief(facts: tuple[int | None, str, bytes, int, int, bool, str, str]) -> Brief:
+    tier, reason, assignment, generation, epoch, disabled, owner, away = facts
+    return Brief(tier, same(reason), _assignments(assignment), generation, epoch, disabled, same(owner), away)
 
 
 def thumbprint_of(key: bytes) -> str:
