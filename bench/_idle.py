@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import random
 from itertools import cycle, islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 from websockets.asyncio.client import ClientConnection, connect
@@ -42,6 +42,9 @@ ANSWER = msgspec.json.encode({
 class Idler(_load.Machine):
     """One such worker, whose owner shares ``models``; ``works_s`` is how long it takes for what it is given."""
 
+    #: Places of what its owner shares.
+    places = 1
+
     def __init__(self, url: str, report: HardwareReport, *, models: Sequence[str] = ()) -> None:
         super().__init__(url, report, by_channel=True)
         self.models = tuple(models)
@@ -72,7 +75,13 @@ class Idler(_load.Machine):
         if not shared:
             return beat
         attached = ContainerStatus(
-            name="attached-8000", service=LLM, state="healthy", runtime=ATTACHED, isolated=False, slots=1, models=shared
+            name="attached-8000",
+            service=LLM,
+            state="healthy",
+            runtime=ATTACHED,
+            isolated=False,
+            slots=self.places,
+            models=shared,
         )
         return msgspec.structs.replace(beat, containers=(*beat.containers, attached))
 
@@ -130,9 +139,11 @@ class Idler(_load.Machine):
             await socket.send(frames.pack(frames.Hello(worker_id=self.worker_id, slots=self.slots)))
             self._soon.set()
             async for message in socket:
-                for _, kind, content in frames.records(message):
+                for stream, kind, content in frames.records(message):
                     if kind == frames.CONTROL:
                         self._told(frames.unpack_down(content), socket)
+                    else:
+                        self._brought(stream, content)
                 if not self._wanted and not self._working:
                     return
         finally:
@@ -153,11 +164,15 @@ class Idler(_load.Machine):
             self._heard(frame.answer)
         elif isinstance(frame, frames.Task):
             self.given += 1
-            working = asyncio.create_task(self._serve(socket, frame.stream))
+            working = asyncio.create_task(self._serve(socket, frame))
             self._working.add(working)
             working.add_done_callback(self._working.discard)
 
-    async def _serve(self, socket: ClientConnection, stream: int) -> None:
+    def _brought(self, stream: int, data: bytes) -> None:
+        """Take a piece of a request's body; nobody looks at it."""
+
+    async def _serve(self, socket: ClientConnection, task: frames.Task) -> None:
+        stream = task.stream
         said = [frames.pack(frames.Accept(stream=stream))]
         if self.works_s:
             await socket.send(said.pop())
@@ -166,18 +181,15 @@ class Idler(_load.Machine):
         await socket.send(frames.bundle([*said, frames.pack_data(stream, ANSWER, end=True)]))
 
 
+W = TypeVar("W", bound=Idler)
+
+
 @contextlib.asynccontextmanager
-async def idling(
-    url: str,
-    tokens: Callable[[int], Awaitable[str]],
-    models: Sequence[Sequence[str]],
-) -> AsyncIterator[list[Idler]]:
-    """Enrol as many workers as there are lists of models, and let them be there until this ends.
+async def idling(workers: Sequence[W], tokens: Callable[[int], Awaitable[str]]) -> AsyncIterator[Sequence[W]]:
+    """Enrol workers, and let them be there until this ends.
 
     ``tokens`` makes a join token of so many uses. Raises what any of them fails with.
     """
-    kinds = islice(cycle(_load.machines()), len(models))
-    workers = [Idler(url, kind, models=shared) for kind, shared in zip(kinds, models, strict=True)]
     made = [await tokens(TOKEN_USES) for _ in range(0, len(workers), TOKEN_USES)]
     async with asyncio.TaskGroup() as group:
         running: list[asyncio.Task[None]] = []
@@ -195,3 +207,8 @@ async def idling(
         finally:
             for one in running:
                 one.cancel()
+
+
+def kinds(count: int) -> list[HardwareReport]:
+    """Return the reports of so many machines, the recorded ones again and again."""
+    return list(islice(cycle(_load.machines()), count))

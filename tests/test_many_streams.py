@@ -1,0 +1,145 @@
+"""Two hundred streams, ten of them never read: the coordinator's memory stays small, and nobody else loses a word."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from typing import TYPE_CHECKING
+
+import pytest
+
+from rma_core.models import channel as frames
+from tests.coordinator_fixtures import until
+from tests.coordinator_process import coordinating
+from tests.openai_kit import CHAT, events, text_of
+from tests.stub_workers import TOGETHER_BYTES, Answer, Streamer, request, streaming, text
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator, Sequence
+    from pathlib import Path
+
+    from rma_core.http import AsyncClient
+    from tests.coordinator_process import Coordinator
+
+#: Streams that are read and those that are not, and the events of each: the latter would be far too much to keep.
+READ, UNREAD = 190, 10
+EVENTS, ENDLESS = 100, 25_000
+WORKERS = 4
+#: What the coordinator's memory may grow by with all of them: it is to run in 256 MB, 60 of which it has at rest.
+MOST_GROWTH_BYTES = 96 * 1024 * 1024
+#: What of an answer nobody reads may have left its worker: a window, and what the kernel takes between.
+MOST_SENT_BYTES = 8 * 1024 * 1024
+#: Seconds for all of it, on a machine that is busy.
+PATIENCE_S = 120.0
+
+
+def head(coordinator: Coordinator, body: bytes) -> bytes:
+    lines = [f"POST {CHAT} HTTP/1.1", "Host: x", f"Authorization: Bearer {coordinator.key}", "Connection: close"]
+    return "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""]).encode() + body
+
+
+async def read(coordinator: Coordinator, name: str) -> str:
+    """Ask for a stream, and return its text once it has come to its end."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", coordinator.port, limit=1 << 20)
+    try:
+        writer.write(head(coordinator, request(name, EVENTS)))
+        answer = await reader.readuntil(b"\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 200 "), answer
+        body = bytearray()
+        while size := int(await reader.readline(), 16):
+            body += (await reader.readexactly(size + 2))[:-2]
+        found = events(body.decode())
+        assert found[-1] == "[DONE]"
+        return text_of(found)
+    finally:
+        writer.transport.abort()
+
+
+@contextlib.contextmanager
+def unread(coordinator: Coordinator, name: str) -> Iterator[None]:
+    """Ask for a stream, and never read it."""
+    with socket.socket() as ours:
+        # With little room on its side, what it does not read waits elsewhere.
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        ours.connect(("127.0.0.1", coordinator.port))
+        ours.sendall(head(coordinator, request(name, ENDLESS)))
+        yield
+
+
+class Memory:
+    """Looks at the coordinator's memory all the time; ``growth`` is the most that it grew."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._coordinator = coordinator
+        self._before = coordinator.resident_bytes()
+        self.growth = 0
+
+    def look(self) -> int:
+        """Look now, and return by how much it has grown."""
+        now = self._coordinator.resident_bytes() - self._before
+        self.growth = max(self.growth, now)
+        return now
+
+    @contextlib.asynccontextmanager
+    async def watched(self) -> AsyncIterator[None]:
+        """Look again and again until this ends."""
+
+        async def watch() -> None:
+            while True:
+                self.look()
+                await asyncio.sleep(0.05)
+
+        watching = asyncio.create_task(watch())
+        try:
+            yield
+        finally:
+            self.look()
+            watching.cancel()
+
+
+@pytest.mark.timeout(2 * PATIENCE_S)
+@pytest.mark.parametrize("server", ["hypercorn", "uvicorn"])
+async def test_two_hundred_streams_of_which_ten_are_never_read(tmp_path: Path, server: str) -> None:
+    async with (
+        coordinating(tmp_path / "home", server=server) as (coordinator, client),
+        streaming(coordinator, WORKERS) as workers,
+        asyncio.timeout(PATIENCE_S),
+    ):
+        await offered(client)
+        assert await read(coordinator, "first") == text("first", EVENTS)
+        memory = Memory(coordinator)
+        with contextlib.ExitStack() as held:
+            for number in range(UNREAD):
+                held.enter_context(unread(coordinator, f"unread-{number}"))
+            stuck = await until(lambda: full(workers))
+            alone = memory.look()
+            async with memory.watched():
+                names = [f"read-{number}" for number in range(READ)]
+                texts = await asyncio.gather(*(read(coordinator, name) for name in names))
+            assert texts == [text(name, EVENTS) for name in names]
+            sent = [one.sent for one in stuck]
+            assert max(sent) < MOST_SENT_BYTES, "more than that of what nobody reads has gone somewhere"
+        # They have left, if they were not cut before: their workers are told to stop.
+        await until(lambda: all(one.cancelled for one in stuck))
+        print(  # noqa: T201 - the figures, for who wants them (-s)
+            f"{server}: memory grew by {memory.growth / 1e6:.1f} MB, by {alone / 1e6:.1f} with the unread ones alone, "
+            f"of each of which {min(sent) / 1e3:.0f} to {max(sent) / 1e3:.0f} KB had come"
+        )
+        assert memory.growth < MOST_GROWTH_BYTES
+
+
+async def offered(client: AsyncClient) -> None:
+    """Wait until the pool has the model."""
+    while not (await client.get("/v1/models")).json()["data"]:  # noqa: ASYNC110 - another process's to signal
+        await asyncio.sleep(0.05)
+
+
+def full(workers: Sequence[Streamer]) -> list[Answer]:
+    """Return the answers that nobody reads, once as much of each is on its way as may be."""
+    found = [one for worker in workers for one in worker.answers.values() if one.name.startswith("unread")]
+    return (
+        found
+        if len(found) == UNREAD and all(one.sent >= frames.WINDOW_BYTES - TOGETHER_BYTES * 2 for one in found)
+        else []
+    )
