@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from bench import _common, _load
 from bench._idle import Idler, idling, kinds
@@ -13,12 +13,14 @@ from rma_core.models import channel as frames
 from tests.openai_kit import END, ROLE, SSE, delta
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
 
     from websockets.asyncio.client import ClientConnection
 
     from rma_core.models.hardware import HardwareReport
     from tests.coordinator_process import Coordinator
+
+W = TypeVar("W", bound=Idler)
 
 MODEL = "tiny"
 #: Bytes of text of one event, and about how many bytes of events leave together.
@@ -120,9 +122,42 @@ def request(name: str, count: int) -> bytes:
 
 
 @contextlib.asynccontextmanager
-async def streaming(coordinator: Coordinator, count: int) -> AsyncIterator[Sequence[Streamer]]:
-    """So many workers that stream, on their channels."""
+async def joined(
+    coordinator: Coordinator, makes: Sequence[Callable[[str, HardwareReport], W]]
+) -> AsyncIterator[Sequence[W]]:
+    """Workers of these kinds, on their channels."""
     server = _common.Server(coordinator.url, coordinator.key, coordinator.process)
-    made = [Streamer(server.url, report) for report in kinds(count)]
+    made = [make(server.url, report) for make, report in zip(makes, kinds(len(makes)), strict=True)]
     async with idling(made, lambda uses: _load.join_token(server, uses)) as workers:
         yield workers
+
+
+class Memory:
+    """Looks at the coordinator's memory all the time; ``growth`` is the most that it grew."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._coordinator = coordinator
+        self._before = coordinator.resident_bytes()
+        self.growth = 0
+
+    def look(self) -> int:
+        """Look now, and return by how much it has grown."""
+        now = self._coordinator.resident_bytes() - self._before
+        self.growth = max(self.growth, now)
+        return now
+
+    @contextlib.asynccontextmanager
+    async def watched(self) -> AsyncIterator[None]:
+        """Look again and again until this ends."""
+
+        async def watch() -> None:
+            while True:
+                self.look()
+                await asyncio.sleep(0.05)
+
+        watching = asyncio.create_task(watch())
+        try:
+            yield
+        finally:
+            self.look()
+            watching.cancel()

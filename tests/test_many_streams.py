@@ -13,10 +13,10 @@ from rma_core.models import channel as frames
 from tests.coordinator_fixtures import until
 from tests.coordinator_process import coordinating
 from tests.openai_kit import CHAT, events, text_of
-from tests.stub_workers import TOGETHER_BYTES, Answer, Streamer, request, streaming, text
+from tests.stub_workers import TOGETHER_BYTES, Answer, Memory, Streamer, joined, request, text
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from rma_core.http import AsyncClient
@@ -67,43 +67,12 @@ def unread(coordinator: Coordinator, name: str) -> Iterator[None]:
         yield
 
 
-class Memory:
-    """Looks at the coordinator's memory all the time; ``growth`` is the most that it grew."""
-
-    def __init__(self, coordinator: Coordinator) -> None:
-        self._coordinator = coordinator
-        self._before = coordinator.resident_bytes()
-        self.growth = 0
-
-    def look(self) -> int:
-        """Look now, and return by how much it has grown."""
-        now = self._coordinator.resident_bytes() - self._before
-        self.growth = max(self.growth, now)
-        return now
-
-    @contextlib.asynccontextmanager
-    async def watched(self) -> AsyncIterator[None]:
-        """Look again and again until this ends."""
-
-        async def watch() -> None:
-            while True:
-                self.look()
-                await asyncio.sleep(0.05)
-
-        watching = asyncio.create_task(watch())
-        try:
-            yield
-        finally:
-            self.look()
-            watching.cancel()
-
-
 @pytest.mark.timeout(2 * PATIENCE_S)
 @pytest.mark.parametrize("server", ["hypercorn", "uvicorn"])
 async def test_two_hundred_streams_of_which_ten_are_never_read(tmp_path: Path, server: str) -> None:
     async with (
         coordinating(tmp_path / "home", server=server) as (coordinator, client),
-        streaming(coordinator, WORKERS) as workers,
+        joined(coordinator, [Streamer] * WORKERS) as workers,
         asyncio.timeout(PATIENCE_S),
     ):
         await offered(client)
