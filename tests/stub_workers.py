@@ -5,18 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 from typing import TYPE_CHECKING, TypeVar
 
 from bench import _common, _load
 from bench._idle import Idler, idling, kinds
 from rma_core.models import channel as frames
-from tests.openai_kit import END, ROLE, SSE, delta
+from tests.openai_kit import CHAT, END, ROLE, SSE, delta
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
     from websockets.asyncio.client import ClientConnection
 
+    from rma_core.http import AsyncClient
     from rma_core.models.hardware import HardwareReport
     from tests.coordinator_process import Coordinator
 
@@ -119,6 +121,28 @@ def request(name: str, count: int) -> bytes:
     """Return the request of whoever goes by a name for a streamed answer of so many events."""
     messages = [{"role": "user", "content": name}]
     return json.dumps({"model": MODEL, "stream": True, "max_tokens": count, "messages": messages}).encode()
+
+
+def head(coordinator: Coordinator, body: bytes) -> bytes:
+    lines = [f"POST {CHAT} HTTP/1.1", "Host: x", f"Authorization: Bearer {coordinator.key}", "Connection: close"]
+    return "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""]).encode() + body
+
+
+@contextlib.contextmanager
+def unread(coordinator: Coordinator, body: bytes) -> Iterator[None]:
+    """Ask for a stream, and never read it."""
+    with socket.socket() as ours:
+        # With little room on its side, what it does not read waits elsewhere.
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        ours.connect(("127.0.0.1", coordinator.port))
+        ours.sendall(head(coordinator, body))
+        yield
+
+
+async def offered(client: AsyncClient) -> None:
+    """Wait until the pool has the model."""
+    while not (await client.get("/v1/models")).json()["data"]:  # noqa: ASYNC110 - another process's to signal
+        await asyncio.sleep(0.05)
 
 
 @contextlib.asynccontextmanager

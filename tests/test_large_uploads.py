@@ -14,7 +14,7 @@ from bench._idle import Idler
 from rma_core.models import channel as frames
 from tests.coordinator_process import coordinating
 from tests.openai_kit import CHAT, JSON
-from tests.stub_workers import Memory, joined
+from tests.stub_workers import Memory, Streamer, joined, offered, request, unread
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from websockets.asyncio.client import ClientConnection
 
+    from rma_core.http import AsyncClient
     from rma_core.models.worker import TaskOffer
     from tests.coordinator_process import Coordinator
 
@@ -30,6 +31,8 @@ SMALL_BYTES, GIGABYTE = 128 * 1024 * 1024, 1024 * 1024 * 1024
 PIECE = bytes(range(256)) * 1024
 #: What the coordinator's memory may grow by, whatever the size.
 MOST_GROWTH_BYTES = 32 * 1024 * 1024
+#: Requests that wait, of which each would take more than twice its size if it were kept, and what all may take.
+WAITING, WAITING_BYTES, MOST_WAITING_BYTES = 70, 4_000_000, 96 * 1024 * 1024
 #: Seconds for all of it, on a machine that is busy.
 PATIENCE_S = 300.0
 
@@ -189,6 +192,34 @@ async def test_a_gigabyte_is_refused_where_that_is_too_much(tmp_path: Path, *, c
         assert memory.growth < MOST_GROWTH_BYTES
         assert not left_on_disk(coordinator)
         assert await weighed(coordinator)
+
+
+async def test_large_requests_under_v1_wait_on_disk(tmp_path: Path) -> None:
+    async with (
+        asyncio.timeout(PATIENCE_S),
+        coordinating(tmp_path / "home") as (coordinator, client),
+        joined(coordinator, [Streamer]),
+    ):
+        await offered(client)
+        body = request("x" * WAITING_BYTES, 1_000_000)
+        assert await begun(client) == 0
+        memory = Memory(coordinator)
+        with contextlib.ExitStack() as held:
+            async with memory.watched():
+                for number in range(WAITING):
+                    # More than the worker has places: some run, and some wait.
+                    held.enter_context(unread(coordinator, body))
+                    while await begun(client) <= number:  # noqa: ASYNC110 - it is the coordinator that knows
+                        await asyncio.sleep(0.02)
+        grew, waits = memory.growth / 1e6, WAITING * len(body) / 1e6
+        print(f"{waits:.0f} MB of requests wait, memory grew by {grew:.1f} MB")  # noqa: T201 - the figure
+        assert memory.growth < MOST_WAITING_BYTES
+
+
+async def begun(client: AsyncClient) -> int:
+    """Return how many requests run or wait."""
+    tasks = (await client.get("/api/admin/stats")).json()["tasks"]
+    return int(tasks["running"] + tasks["queued"])
 
 
 def left_on_disk(coordinator: Coordinator) -> list[Path]:

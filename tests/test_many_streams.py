@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,14 +11,13 @@ import pytest
 from rma_core.models import channel as frames
 from tests.coordinator_fixtures import until
 from tests.coordinator_process import coordinating
-from tests.openai_kit import CHAT, events, text_of
-from tests.stub_workers import TOGETHER_BYTES, Answer, Memory, Streamer, joined, request, text
+from tests.openai_kit import events, text_of
+from tests.stub_workers import TOGETHER_BYTES, Answer, Memory, Streamer, head, joined, offered, request, text, unread
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
-    from rma_core.http import AsyncClient
     from tests.coordinator_process import Coordinator
 
 #: Streams that are read and those that are not, and the events of each: the latter would be far too much to keep.
@@ -32,11 +30,6 @@ MOST_GROWTH_BYTES = 96 * 1024 * 1024
 MOST_SENT_BYTES = 8 * 1024 * 1024
 #: Seconds for all of it, on a machine that is busy.
 PATIENCE_S = 120.0
-
-
-def head(coordinator: Coordinator, body: bytes) -> bytes:
-    lines = [f"POST {CHAT} HTTP/1.1", "Host: x", f"Authorization: Bearer {coordinator.key}", "Connection: close"]
-    return "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""]).encode() + body
 
 
 async def read(coordinator: Coordinator, name: str) -> str:
@@ -56,17 +49,6 @@ async def read(coordinator: Coordinator, name: str) -> str:
         writer.transport.abort()
 
 
-@contextlib.contextmanager
-def unread(coordinator: Coordinator, name: str) -> Iterator[None]:
-    """Ask for a stream, and never read it."""
-    with socket.socket() as ours:
-        # With little room on its side, what it does not read waits elsewhere.
-        ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        ours.connect(("127.0.0.1", coordinator.port))
-        ours.sendall(head(coordinator, request(name, ENDLESS)))
-        yield
-
-
 @pytest.mark.timeout(2 * PATIENCE_S)
 @pytest.mark.parametrize("server", ["hypercorn", "uvicorn"])
 async def test_two_hundred_streams_of_which_ten_are_never_read(tmp_path: Path, server: str) -> None:
@@ -80,7 +62,7 @@ async def test_two_hundred_streams_of_which_ten_are_never_read(tmp_path: Path, s
         memory = Memory(coordinator)
         with contextlib.ExitStack() as held:
             for number in range(UNREAD):
-                held.enter_context(unread(coordinator, f"unread-{number}"))
+                held.enter_context(unread(coordinator, request(f"unread-{number}", ENDLESS)))
             stuck = await until(lambda: full(workers))
             alone = memory.look()
             async with memory.watched():
@@ -96,12 +78,6 @@ async def test_two_hundred_streams_of_which_ten_are_never_read(tmp_path: Path, s
             f"of each of which {min(sent) / 1e3:.0f} to {max(sent) / 1e3:.0f} KB had come"
         )
         assert memory.growth < MOST_GROWTH_BYTES
-
-
-async def offered(client: AsyncClient) -> None:
-    """Wait until the pool has the model."""
-    while not (await client.get("/v1/models")).json()["data"]:  # noqa: ASYNC110 - another process's to signal
-        await asyncio.sleep(0.05)
 
 
 def full(workers: Sequence[Streamer]) -> list[Answer]:
