@@ -26,6 +26,7 @@ from tests.openai_kit import (
     events,
     pool_with,
     stream,
+    taken,
     text_of,
 )
 
@@ -118,7 +119,7 @@ async def test_speeds_are_the_engines_own_and_the_next_answers_length_the_last_o
             {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120},
         )
         asked = stream(pool) if streamed else ask(pool)
-        task = await line.task()
+        task = await taken(pool, line)
         await asyncio.sleep(0.1)
         if streamed:
             last: Any = {"choices": [], "usage": usage, "timings": TIMINGS}
@@ -145,10 +146,11 @@ async def test_an_engine_without_timings_is_as_fast_as_its_pieces_come(tmp_path:
     usage = {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120}
     async with pool_with(tmp_path) as (pool, line):
         asked = stream(pool)
-        task = await line.task()
+        task = await taken(pool, line)
         await line.say(frames.Head(stream=task.stream, status=200, headers=SSE))
         await asyncio.sleep(0.05)
         await line.data(task.stream, ROLE + delta("a"))
+        await until(lambda: pool.pool.dispatcher.tasks[task.offer.task_id].committed)
         await asyncio.sleep(0.2)
         await line.data(task.stream, delta("b") + delta(finish="stop") + event({"choices": [], "usage": usage}) + END)
         await line.say(frames.End(stream=task.stream))

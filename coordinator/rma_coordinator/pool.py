@@ -23,7 +23,7 @@ from rma_coordinator.domain.limits import Limiter, counted
 from rma_coordinator.domain.models import ModelRecord, Models
 from rma_coordinator.domain.placement import could_run, place
 from rma_coordinator.domain.repeats import Repeats
-from rma_coordinator.domain.tasks import NO_LANES, NO_SHARES
+from rma_coordinator.domain.tasks import NO_LANES, NO_SHARES, lanes_of
 from rma_coordinator.domain.traffic import Traffic, TrafficRecord
 from rma_coordinator.domain.webhooks import WebhookSecrets
 from rma_coordinator.hub import Hub
@@ -541,15 +541,16 @@ class Pool:
 
     def keeps_channel(self, worker: Worker) -> bool:
         """Say whether a worker should have its channel open; the others are parked while there are enough of them."""
-        if self._channels <= self.settings.max_channels * CHANNELS_LOW:
+        most = self.settings.max_channels
+        if self._channels <= most * CHANNELS_LOW:
             return True
         seat = self.dispatcher.seats.get(worker.id)
-        if seat is None or seat.running:
-            return seat is not None or self._channels <= self.settings.max_channels
-        has = seat.reachable
-        if has and self._channels <= self.settings.max_channels:
+        if seat is not None and seat.running:
             return True
-        lanes = seat.lanes()
+        has = seat is not None and seat.reachable
+        if has and self._channels <= most:
+            return True
+        lanes = self._lanes_of(worker)
         # Those beside it count, not it itself.
         wanted = any(self._spare[lane] - has < SPARE_SEATS for lane in lanes)
         if has != wanted:
@@ -558,6 +559,13 @@ class Pool:
             for lane in lanes:
                 self._spare[lane] += step
         return wanted
+
+    def _lanes_of(self, worker: Worker) -> frozenset[str]:
+        """Return what a worker may be given: also what dispatch is only told of after this."""
+        if not self._usable(worker):
+            return NO_LANES
+        seat, offers = self.dispatcher.seats.get(worker.id), lanes_of(worker.offered(), worker.models)
+        return offers if seat is None else offers | seat.lanes()
 
     def _count_channels(self) -> None:
         """Look how many channels are open, and how many workers on them have room for each lane."""
