@@ -32,6 +32,7 @@ AT_ONCE, TOKEN_USES = 8, 1000
 #: The service that owners share models for.
 LLM = "llm"
 JSON = (("content-type", "application/json"),)
+MODEL_PATH = "/v1/chat/completions"
 #: Good both as a service's answer and as a chat.
 ANSWER = msgspec.json.encode({
     "choices": [{"index": 0, "message": {"role": "assistant", "content": "hi"}, "finish_reason": "stop"}],
@@ -50,8 +51,8 @@ class Idler(_load.Machine):
         self.models = tuple(models)
         self.works_s = 0.0
         self.open = False
-        #: Tasks that it was given, and how often it was told to open its channel again.
-        self.given = self.called_back = 0
+        #: Tasks that it was given, answers to what it said, and how often it was told to open its channel again.
+        self.given = self.heard = self.called_back = 0
         self.interval_s = 30.0
         self._wanted = True
         self._soon = asyncio.Event()
@@ -64,8 +65,11 @@ class Idler(_load.Machine):
 
     async def run(self) -> None:
         """Be there until cancelled. Raises what its connection raises."""
-        while True:
-            await (self._on_its_channel() if self._wanted else self._parked())
+        try:
+            while True:
+                await (self._on_its_channel() if self._wanted else self._parked())
+        finally:
+            await self.close()
 
     # -- what it says ------------------------------------------------------------------------------------------
 
@@ -94,6 +98,7 @@ class Idler(_load.Machine):
         return found
 
     def _heard(self, answer: HeartbeatAnswer) -> None:
+        self.heard += 1
         self.interval_s = answer.heartbeat_interval_s
         if answer.containers is not None:
             self._run(answer.generation, answer.containers)
@@ -212,3 +217,11 @@ async def idling(workers: Sequence[W], tokens: Callable[[int], Awaitable[str]]) 
 def kinds(count: int) -> list[HardwareReport]:
     """Return the reports of so many machines, the recorded ones again and again."""
     return list(islice(cycle(_load.machines()), count))
+
+
+def request(lane: str) -> tuple[str, bytes]:
+    """Return where a task for a lane (a service, or ``llm`` with a model) is asked for, and with what."""
+    service, _, model = lane.partition(" ")
+    if not model:
+        return f"/api/inference/{service}", b"{}"
+    return MODEL_PATH, msgspec.json.encode({"model": model, "messages": [{"role": "user", "content": "hello"}]})

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 #: Streams that are read and those that are not, and the events of each: the latter would be far too much to keep.
 READ, UNREAD = 190, 10
-EVENTS, ENDLESS = 100, 25_000
+EVENTS, ENDLESS = 70, 25_000
 WORKERS = 4
 #: What the coordinator's memory may grow by with all of them: it is to run in 256 MB, 60 of which it has at rest.
 MOST_GROWTH_BYTES = 96 * 1024 * 1024

@@ -94,3 +94,23 @@ async def test_a_worker_whose_model_nobody_else_has_is_not_parked(tmp_path: Path
         assert await beats(opened[3], "rare"), "it is the only one"
         assert [await beats(line, "common") for line in opened[:3]].count(False) == 2
         await until(lambda: pool.pool.dispatcher.can_serve("llm", "rare"))
+
+
+async def test_a_parked_worker_is_called_back_by_the_answer_to_what_only_it_has(tmp_path: Path) -> None:
+    async with running(tmp_path, max_channels=1) as pool, pool.worker(), pool.worker():
+        parked = await pool.enrol()
+        pool.pool._count_channels()
+        answer = await parked.beat()
+        assert not answer.json()["connect"]
+        assert answer.headers["connection"] == "close", "it is silent for long now"
+        server = ContainerStatus(
+            name="attached-1",
+            service="llm",
+            state="healthy",
+            runtime=ATTACHED,
+            slots=1,
+            models=(ModelStatus(name="new"),),
+        )
+        answer = await parked.beat(containers=(server,))
+        assert answer.json().get("connect", True), "not with the next one, half a minute later"
+        assert "connection" not in answer.headers
