@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rma_coordinator.domain import timings
@@ -70,6 +70,7 @@ def test_a_claim_is_kept_within_what_was_seen(
 NUMBERS = st.floats(0, 1e6)
 
 
+@example(prompt_s=0.0, answer_s=5e-324, load_s=0.0, seconds=1.0)
 @given(prompt_s=NUMBERS, answer_s=NUMBERS, load_s=NUMBERS, seconds=NUMBERS)
 def test_no_claim_makes_a_worker_much_faster_or_slower_than_it_was_seen_to_be(
     prompt_s: float, answer_s: float, load_s: float, seconds: float

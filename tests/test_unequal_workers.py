@@ -190,6 +190,7 @@ def holds(seen: Seen, of: Seen) -> None:
     assert max(seen.of_fair(of).values()) <= MOST_OF_FAIR, seen.of_fair(of)
 
 
+@pytest.mark.timeout(300)
 async def test_unequal_workers_give_all_they_have_and_chats_stay_with_their_caches(tmp_path: Path) -> None:
     async with pool_of(tmp_path, *SPEEDS) as pool:
         each = await alone(pool)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 #: An engine that says it took less than this part of the time that its task had is not believed.
 LEAST_OF_SEEN = 0.5
+#: A claim of less than this is none.
+LEAST_CLAIM_S = 1e-9
 #: Loading a model takes longer: less is to look whether it is loaded.
 LEAST_LOAD_S = 0.5
 #: Fewer tokens than this tell nothing by when they came; reading so few, beside what a cache spares, takes as long for
@@ -71,7 +73,10 @@ def counted(usage: object, seen: Seen | None = None) -> Measured | None:
 def believed(found: Measured, seconds: float) -> Measured:
     """Return what an engine says, stretched or shrunk to what may be true of a task that had so many seconds."""
     claimed = found.prompt_s + found.answer_s
-    if claimed <= 0 or seconds <= 0:
+    if claimed < LEAST_CLAIM_S:
+        # So little is no measure, and would be stretched beyond all numbers.
+        return found._replace(prompt_s=0.0, answer_s=0.0, load_s=min(found.load_s, max(0.0, seconds)))
+    if seconds <= 0:
         return found
     had = max(seconds - found.load_s, LEAST_OF_SEEN * seconds)
     factor = min(had, max(claimed, LEAST_OF_SEEN * had)) / claimed
