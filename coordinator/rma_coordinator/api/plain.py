@@ -57,7 +57,7 @@ async def heartbeat(pool: Pool, call: Call) -> None:
         pool.offers(worker)
         await call.json(answer, headers=None if answer.connect else LAST_CALL)
         return
-    connect = pool.keeps_channel(worker)
+    connect = pool.parking.keeps_channel(worker)
     pool.offers(worker)
     await call.both(*nothing_new(pool.fleet.interval_s, known.generation, known.tier, known.tier_reason, connect))
 

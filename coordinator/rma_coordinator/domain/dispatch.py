@@ -13,7 +13,7 @@ import random
 from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING, Protocol
 
-from rma_coordinator.domain import timings
+from rma_coordinator.domain import dispatch_log, timings
 from rma_coordinator.domain.affinity import Affinity
 from rma_coordinator.domain.breakers import Breakers
 from rma_coordinator.domain.choosing import Chooser
@@ -217,7 +217,7 @@ class Dispatcher:
         if seat is not None:
             self._unreachable(seat)
             seat.gone_at = self._clock()
-            _log_break(seat)
+            dispatch_log.channel_ended(seat)
 
     def _unreachable(self, seat: Seat) -> None:
         seat.reachable = False
@@ -390,7 +390,7 @@ class Dispatcher:
         if task.prefixes:
             self.affinity.remember(task.lane, task.prefixes, worker_id)
         if self.breakers and self.breakers.succeeded(worker_id, task.lane, now):
-            _log_breaker(worker_id, task.lane, shut_s=0.0)
+            dispatch_log.breaker(worker_id, task.lane, shut_s=0.0)
         self._close(task, "succeeded", "")
 
     def measured(self, task: Task, found: Measured, *, tokens: float) -> None:
@@ -499,13 +499,13 @@ class Dispatcher:
             self.speeds.failed(attempt.worker_id, task.lane)
             if self.breakers.failed(attempt.worker_id, task.lane, self._clock()):
                 until = self.breakers.until(attempt.worker_id, task.lane)
-                _log_breaker(attempt.worker_id, task.lane, shut_s=until - self._clock(), reason=reason)
+                dispatch_log.breaker(attempt.worker_id, task.lane, shut_s=until - self._clock(), reason=reason)
             if seat:
                 seat.halve(task.service)
         if exclude if exclude is not None else (blame or state == "returned"):
             task.excluded.add(attempt.worker_id)
         task.reasons.append(f"{attempt.worker_id}: {reason}")
-        _log_lost(attempt)
+        dispatch_log.attempt_lost(attempt)
         self._go_on(task, reason)
 
     def _go_on(self, task: Task, reason: str) -> None:
@@ -576,7 +576,7 @@ class Dispatcher:
         self.finished[task.id] = task
         while len(self.finished) > REMEMBERED:
             self.finished.popitem(last=False)
-        _log(task)
+        dispatch_log.task_ended(task)
         self._effects.finished(task)
 
     def _give(self, task: Task, seat: Seat, expected: Expected) -> None:
@@ -595,54 +595,3 @@ class Dispatcher:
             self.breakers.given(seat.worker_id, task.lane, attempt.lease_id)
         if not self._effects.offer(attempt):
             self._lose(attempt, "the worker could not be reached")
-
-
-def _log_breaker(worker_id: str, lane: str, *, shut_s: float, reason: str = "") -> None:
-    """Say that a worker is not given one kind of work any more for a while, or that it is again."""
-    about = {"action": "breaker_shut" if shut_s else "breaker_open", "worker": worker_id, "service": lane}
-    if shut_s:
-        words = "%s is given no %s for %.0f s, it failed again and again: %s"
-        logger.warning(words, worker_id, lane, shut_s, reason, extra=about)
-    else:
-        logger.info("%s is given %s again", worker_id, lane, extra=about)
-
-
-def _log_break(seat: Seat) -> None:
-    """Say that a worker's channel broke: it comes and goes by itself, and matters when tasks are on it."""
-    count = len(seat.running)
-    words = "%s: its channel ended%s"
-    waits = f"; attempts that wait {RESUME_WITHIN_S:.0f} s for it to come back: {count}" if count else ""
-    about = {"action": "channel_down", "worker": seat.worker_id}
-    logger.log(logging.INFO if count else logging.DEBUG, words, seat.worker_id, waits, extra=about)
-
-
-def _log_lost(attempt: Attempt) -> None:
-    """Say why an attempt came to nothing, for whoever looks closer: the task's own line will tell it too."""
-    task, number, worker_id = attempt.task, attempt.number, attempt.worker_id
-    about = {"action": f"attempt_{attempt.state}", "task": task.id, "attempt": number, "worker": worker_id}
-    logger.debug("%s attempt %d on %s: %s", task.id, number, worker_id, attempt.reason, extra=about)
-
-
-def _log(task: Task) -> None:
-    """Write the one line of a task: how it ended, where, and all that stood in its way."""
-    level = logging.WARNING if task.state == "failed" else logging.INFO
-    if not logger.isEnabledFor(level):
-        return
-    attempt = task.attempt
-    seconds = (task.ended_at or 0) - task.created_at
-    about: dict[str, object] = {"action": f"task_{task.state}", "task": task.id, "service": task.service}
-    if task.model:
-        about["model"] = task.model
-    if attempt:
-        about |= {"attempt": attempt.number, "worker": attempt.worker_id}
-    logger.log(
-        level,
-        "%s %s %s in %.2f s%s%s",
-        task.id,
-        task.lane,
-        task.state,
-        seconds,
-        f" on {attempt.worker_id}, attempt {attempt.number}" if attempt else "",
-        f": {'; '.join(task.reasons)}" if task.reasons else "",
-        extra=about | {"seconds": round(seconds, 3), "key": task.key_id.removeprefix("key:")},
-    )
