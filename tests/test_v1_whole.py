@@ -18,8 +18,8 @@ from rma_coordinator.api.openai_requests import Manner
 from rma_coordinator.api.openai_whole import made_right
 from rma_coordinator.api.sse import Answer
 from rma_core.models import channel as frames
-from tests.coordinator_fixtures import PATIENCE_S, Line, Running, soon
-from tests.openai_kit import CHAT, HELLO, JSON, REPLY, ask, attach, check_error, pool_with, sdk
+from tests.coordinator_fixtures import PATIENCE_S, Line, Running, soon, until
+from tests.openai_kit import CHAT, HELLO, JSON, REPLY, ask, attach, check_error, pool_with, sdk, taken
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -203,6 +203,42 @@ async def test_what_is_no_answer_is_502(tmp_path: Path, content: bytes) -> None:
         asked = ask(pool)
         await line.serve(content, headers=JSON)
         check_error(await asked, 502, "worker_failed")
+
+
+async def sent(pool: Running, line: Line, answer: bytes, *, until_over: asyncio.Task[Any]) -> frames.Task:
+    """Send all of an answer but its end, as fast as it is taken, until its client has another one."""
+    task = await taken(pool, line)
+    repeats = pool.pool.repeats
+    begun = repeats.gathered_bytes
+    await line.say(frames.Head(stream=task.stream, status=200, headers=JSON))
+    for start in range(0, len(answer), frames.MAX_DATA_BYTES):
+        await line.data(task.stream, answer[start : start + frames.MAX_DATA_BYTES])
+        most = start + frames.MAX_DATA_BYTES - frames.WINDOW_BYTES // 2
+        await until(lambda most=most: until_over.done() or repeats.gathered_bytes - begun >= most)  # type: ignore[misc]
+        if until_over.done():
+            break
+    return task
+
+
+async def test_large_answers_on_their_way_are_bounded_together_and_small_ones_are_not_kept_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openai_whole, "MOST_GATHERED_BYTES", 3_000_000)
+    large = json.dumps({**REPLY, "filler": "x" * 2_000_000}).encode()
+    async with pool_with(tmp_path, slots=3) as (pool, line):
+        repeats = pool.pool.repeats
+        first = ask(pool, seed=1)
+        held = await sent(pool, line, large, until_over=first)
+        assert repeats.gathered_bytes > 1_500_000
+        second = ask(pool, seed=2)
+        await sent(pool, line, large, until_over=second)
+        assert "may take" in check_error(await second, 503, "worker_failed")
+        small = ask(pool, seed=3)
+        await line.serve(json.dumps(REPLY).encode(), headers=JSON)
+        assert (await small).status_code == 200
+        await line.say(frames.End(stream=held.stream))
+        assert len((await first).content) > 2_000_000
+        await until(lambda: repeats.gathered_bytes == 0)
 
 
 def test_an_answer_that_would_fill_the_memory_is_none() -> None:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 #: an object, all at once, and a worker may mean harm.
 MAX_ANSWER_BYTES = 32 * 1024 * 1024
 MOST_VALUES = 1_000_000
+#: Bytes of all that are on their way at one time; of an answer up to here nobody asks.
+MOST_GATHERED_BYTES, LARGE_BYTES = 96 * 1024 * 1024, 1024 * 1024
 NO_ANSWER = "the model server of {} gave what is no answer: no JSON, too much of it, or one that broke off"
 
 
@@ -39,12 +41,14 @@ class Gathering:
         self._size = 0
         self._starts = run.job.relay.starts
         run.job.relay.watch = self.look
+        run.work.add_done_callback(lambda _: self._drop())
 
     def look(self) -> None:
         """Something has changed."""
         relay, run = self._run.job.relay, self._run
         if relay.starts != self._starts:
-            self._parts, self._size, self._starts = [], 0, relay.starts
+            self._drop()
+            self._starts = relay.starts
         try:
             if relay.crowded or relay.complete:
                 self._take(relay.drain())
@@ -56,10 +60,23 @@ class Gathering:
             run.settle(error)
 
     def _take(self, data: bytes) -> None:
-        self._size += len(data)
-        if self._size > MAX_ANSWER_BYTES:
+        size, repeats = self._size + len(data), self._run.job.pool.repeats
+        if size > MAX_ANSWER_BYTES:
             raise APIProblem(502, f"the answer is longer than {MAX_ANSWER_BYTES} bytes")
+        if size > LARGE_BYTES and repeats.gathered_bytes + len(data) > MOST_GATHERED_BYTES:
+            raise APIProblem(
+                503,
+                f"large answers on their way may take {MOST_GATHERED_BYTES} bytes together, and do",
+                retry_after_s=5,
+            )
+        self._size = size
+        repeats.gathered_bytes += len(data)
         self._parts.append(data)
+
+    def _drop(self) -> None:
+        """Let go of what was gathered."""
+        self._run.job.pool.repeats.gathered_bytes -= self._size
+        self._parts, self._size = [], 0
 
     def _whole(self) -> bytes:
         run, job = self._run, self._run.job

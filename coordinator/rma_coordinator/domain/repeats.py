@@ -70,6 +70,8 @@ class Repeats(Generic[R]):
         self._answers: OrderedDict[bytes, Kept] = OrderedDict()
         #: Bytes of all answers that are kept, and of what runs keep of theirs meanwhile.
         self.kept_bytes = self.recorded_bytes = 0
+        #: Bytes of whole answers that are on their way.
+        self.gathered_bytes = 0
 
     # -- runs --------------------------------------------------------------------------------------------------
 
