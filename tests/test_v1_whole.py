@@ -232,7 +232,7 @@ async def test_large_answers_on_their_way_are_bounded_together_and_small_ones_ar
         assert repeats.gathered_bytes > 1_500_000
         second = ask(pool, seed=2)
         await sent(pool, line, large, until_over=second)
-        assert "may take" in check_error(await second, 503, "worker_failed")
+        assert "may take" in check_error(await second, 503, "service_unavailable")
         small = ask(pool, seed=3)
         await line.serve(json.dumps(REPLY).encode(), headers=JSON)
         assert (await small).status_code == 200
