@@ -10,15 +10,17 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import psutil
 
 from tests import tiny_model
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
 #: Seconds until anything that is waited for has happened.
@@ -47,6 +49,9 @@ class ModelServer(NamedTuple):
     endpoint: str
     model: str
     log: Path
+    #: How it was started, where it can be started again.
+    command: Sequence[str] = ()
+    env: Mapping[str, str] = MappingProxyType({})
 
     def connect(self) -> http.client.HTTPConnection:
         """Return a connection, on which nothing was asked yet."""
@@ -106,9 +111,77 @@ class ModelServer(NamedTuple):
         for engine in self.engines():
             engine.send_signal(signal.SIGKILL)
 
+    def kill(self) -> None:
+        """Kill the whole service, as if its machine had taken all of it back."""
+        engines = self.engines()
+        self.process.kill()
+        for engine in engines:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                engine.kill()
+        self.process.wait(PATIENCE_S)
+
+    def again(self) -> ModelServer:
+        """Start it once more at the same address, when it has ended; waits for nothing."""
+        self.process.wait(PATIENCE_S)
+        return self._replace(process=_run(self.command, self.env, self.log))
+
     def said(self) -> str:
         """Return all it wrote so far."""
         return self.log.read_text(encoding="utf-8", errors="replace")
+
+
+class Brake:
+    """Lets the engines of servers work for a moment now and then, as on a machine with too much to do.
+
+    A tiny model says all of an answer before anybody has read the first word of it; braked, it is at work for a second.
+    The list of ``servers`` may change meanwhile.
+    """
+
+    def __init__(self, servers: Sequence[ModelServer], *, works_s: float = 0.002, rests_s: float = 0.01) -> None:
+        self._servers, self._works_s, self._rests_s = servers, works_s, rests_s
+        self._known: dict[int, list[psutil.Process]] = {}
+        self._over = threading.Event()
+        self._held, self._still = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="brake", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join(PATIENCE_S)
+        self._all(signal.SIGCONT)
+
+    def hold(self) -> None:
+        """Let nobody work at all."""
+        self._still.clear()
+        self._held.set()
+        assert self._still.wait(PATIENCE_S)
+
+    def let_go(self) -> None:
+        """Let them work now and then again."""
+        self._held.clear()
+
+    def _run(self) -> None:
+        while not self._over.is_set():
+            held = self._held.is_set()
+            if not held:
+                self._all(signal.SIGCONT)
+                time.sleep(self._works_s)
+            self._all(signal.SIGSTOP)
+            if held:
+                self._still.set()
+            self._over.wait(self._rests_s)
+
+    def _all(self, number: signal.Signals) -> None:
+        for server in list(self._servers):
+            pid = server.process.pid
+            if not self._known.get(pid) and server.process.returncode is None:
+                self._known[pid] = server.engines()
+            for engine in self._known.get(pid, ()):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    engine.send_signal(number)
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -175,13 +248,15 @@ def start(
         "TMPDIR": str(folder),
         **(env or {}),
     }
-    log = folder / "log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-u", "-m", "rma_llama_cpp", *where],
-            env={**os.environ, **told}, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-        )  # fmt: skip
-    return ModelServer(process, endpoint, model, log)
+    log, command = folder / "log", [sys.executable, "-I", "-u", "-m", "rma_llama_cpp", *where]
+    return ModelServer(_run(command, told, log), endpoint, model, log, command, told)
+
+
+def _run(command: Sequence[str], env: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            command, env={**os.environ, **env}, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+        )
 
 
 def is_ready(server: ModelServer) -> bool:
