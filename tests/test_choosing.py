@@ -38,11 +38,17 @@ class Pool:
         self.dispatcher.offers(name, {"llm": self.slots}, models=MODELS, cold=lanes, usable=True)
 
     def task(
-        self, prompt: float = 0.0, answer: float = 100.0, *, chat: tuple[object, ...] = (), key: str = "k"
+        self,
+        prompt: float = 0.0,
+        answer: float = 100.0,
+        *,
+        chat: tuple[object, ...] = (),
+        key: str = "k",
+        owner: str = "",
     ) -> Task:
         task = Task(
             service="llm", model="m", method="POST", path="/", headers=(), body_bytes=0, key_id=key, now=self.bench.now,
-            timeout_s=600.0,
+            timeout_s=600.0, owner=owner,
         )  # fmt: skip
         task.work, task.streamed, task.prefixes = Work(prompt, answer), True, chat  # type: ignore[assignment]
         self.dispatcher.submit(task)
@@ -168,22 +174,6 @@ def test_nobody_waits_for_longer_than_a_free_worker_would_take() -> None:
     slow = Pool({"fast": (0.0, 0.1), "slow": (0.0, 2.0)})
     slow.given(slow.task(answer=10 * MOST_WAIT_S * 10))
     assert slow.task(answer=10 * MOST_WAIT_S * 10).promise is None
-
-
-def test_an_owners_tasks_come_first_on_the_owners_machine() -> None:
-    pool = Pool({"one": (0.0, 0.01)})
-    pool.dispatcher.seat("one").owner = "alice"
-    busy = pool.task()
-    others = [pool.task(key="bob") for _ in range(5)]
-    own = Task(
-        service="llm", model="m", method="POST", path="/", headers=(), body_bytes=0, key_id="a", now=pool.bench.now,
-        timeout_s=600.0,
-    )  # fmt: skip
-    own.owner = "alice"
-    pool.dispatcher.submit(own)
-    pool.done(busy)
-    assert pool.given(own).worker_id == "one"
-    assert {task.state for task in others} == {"queued"}
 
 
 # -- what is learnt ------------------------------------------------------------------------------------------------

@@ -71,6 +71,9 @@ CASES: dict[tuple[str, str], Case] = {
     ("GET", "/api/admin/workers/{worker_id}"): Case("/api/admin/workers/worker-00000000", status=404),
     ("POST", "/api/admin/workers/{worker_id}/disable"): Case("/api/admin/workers/worker-00000000/disable", status=404),
     ("POST", "/api/admin/workers/{worker_id}/enable"): Case("/api/admin/workers/worker-00000000/enable", status=404),
+    ("POST", "/api/admin/workers/{worker_id}/owner"): Case(
+        "/api/admin/workers/worker-00000000/owner", {"owner": "alice"}, 404
+    ),
     ("GET", "/api/admin/stats"): Case("/api/admin/stats"),
     ("GET", "/api/admin/health"): Case("/api/admin/health"),
     ("POST", "/api/admin/backup"): Case("/api/admin/backup", status=201),

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from rma_core.catalog import CatalogEntry
     from tests.coordinator_fixtures import Line, Running
 
 ASYNC = {"Prefer": "respond-async"}
@@ -267,12 +268,18 @@ async def test_the_whole_life_of_a_kept_task_outlives_a_restart(tmp_path: Path) 
 # -- what nobody could ever do -----------------------------------------------------------------------------------------
 
 
+def change(pool: Running, changed: CatalogEntry) -> None:
+    """Have the pool's catalog say something else of a service."""
+    pool.pool.entries = (changed, *(one for one in pool.pool.entries if one.service != changed.service))
+    pool.pool.catalog[changed.service] = changed
+
+
 async def test_a_service_that_no_machine_could_run_is_refused_at_once_and_one_that_nobody_runs_now_is_not(
     tmp_path: Path,
 ) -> None:
     async with running(tmp_path) as pool:
         huge = msgspec.structs.replace(entry("ocr"), needs=Needs(cpu_cores=4, memory="4TB"))
-        pool.pool.catalog["ocr"] = huge
+        change(pool, huge)
         empty = await pool.infer(b"x", path="ocr")
         assert (empty.status_code, empty.json()["code"]) == (503, "try_later"), "whoever joins may be able to"
         async with pool.worker():
@@ -281,7 +288,7 @@ async def test_a_service_that_no_machine_could_run_is_refused_at_once_and_one_th
                 assert (answer.status_code, answer.json()["code"]) == (501, "impossible")
                 assert "no machine of this pool could ever run ocr: needs 4 TiB of memory" in answer.json()["detail"]
                 assert "retry-after" not in answer.headers
-        pool.pool.catalog["ocr"] = msgspec.structs.replace(huge, needs=Needs(cpu_cores=4))
+        change(pool, msgspec.structs.replace(huge, needs=Needs(cpu_cores=4)))
         async with pool.worker(services=("notes",)):
             later = await pool.infer(b"x", path="ocr")
             assert (later.status_code, later.json()["code"]) == (503, "try_later")
@@ -292,13 +299,13 @@ async def test_after_a_restart_nobody_is_called_unable_before_he_has_spoken(tmp_
     async with running(tmp_path) as pool, pool.worker():
         pass
     async with running(tmp_path) as pool:
-        pool.pool.catalog["ocr"] = msgspec.structs.replace(entry("ocr"), needs=Needs(memory="4TB"))
+        change(pool, msgspec.structs.replace(entry("ocr"), needs=Needs(memory="4TB")))
         assert (await pool.infer(b"x", path="ocr")).status_code == 503
 
 
 async def test_what_an_owner_attached_stands_outside_of_what_a_machine_could_run(tmp_path: Path) -> None:
     async with running(tmp_path) as pool:
-        pool.pool.catalog["llm"] = msgspec.structs.replace(entry("llm"), needs=Needs(memory="4TB"))
+        change(pool, msgspec.structs.replace(entry("llm"), needs=Needs(memory="4TB")))
         async with pool.worker(service="llm") as line:
             assert pool.pool.impossible(pool.pool.catalog["llm"])
             await attach(pool, line)

@@ -52,6 +52,10 @@ class Index(RuleBasedStateMachine):
             task = a_task(service)
             seat.begin(Attempt(task, 1, name, 0.0))
 
+    @rule(name=NAMES, owner=st.sampled_from(["", "alice", "bob"]))
+    def belong(self, name: str, owner: str) -> None:
+        self.lanes.belong(self.seat(name), owner)
+
     @rule(name=NAMES)
     def end(self, name: str) -> None:
         seat = self.seat(name)
@@ -61,7 +65,9 @@ class Index(RuleBasedStateMachine):
 
     @rule(name=NAMES)
     def gone(self, name: str) -> None:
-        self.lanes.offer(self.seats.pop(name, Seat(name)), {}, {})
+        seat = self.seats.pop(name, Seat(name))
+        self.lanes.offer(seat, {}, {})
+        self.lanes.belong(seat, "")
 
     @invariant()
     def everyone_with_room_is_found_and_nobody_else(self) -> None:
@@ -81,8 +87,17 @@ class Index(RuleBasedStateMachine):
             assert not room or self.lanes.has_free(lane)
 
     @invariant()
+    def everyones_machines_are_known(self) -> None:
+        for owner in ("alice", "bob"):
+            own = {seat.worker_id for seat in self.seats.values() if seat.owner == owner}
+            assert {seat.worker_id for seat in self.lanes.owned(owner, 8, self.chance)} == own
+            some = {seat.worker_id for seat in self.lanes.owned(owner, 2, self.chance)}
+            assert (some <= own, len(some)) == (True, min(2, len(own)))
+        assert all(self.lanes._owned.values())
+
+    @invariant()
     def nobody_stands_twice_in_a_list(self) -> None:
-        for listed in (*self.lanes._free.values(), *self.lanes._offering.values()):
+        for listed in (*self.lanes._free.values(), *self.lanes._offering.values(), *self.lanes._owned.values()):
             assert len({id(seat) for seat in listed}) == len(listed)
 
 

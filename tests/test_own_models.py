@@ -64,6 +64,7 @@ def test_a_file_with_a_sign_in_its_name_is_no_name_for_another(tmp_path: Path, m
         ("", "names no file or folder"),
         ("small=", "names no file or folder"),
         ("a b=/m/a.gguf", "no name that a client could ask for"),
+        ("small=~nobody-here/a.gguf", "there is no such home folder"),
         ("/m/a.gguf#contxt=1", "only `context` and `slots`"),
         ("/m/a.gguf#context", "context is a number from 16"),
         ("/m/a.gguf#context=4k", "context is a number from 16"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rma_coordinator.domain import speeds
-from rma_coordinator.domain.speeds import HALF_LIFE_S, MOST_PAIRS, Speeds
+from rma_coordinator.domain.speeds import HALF_LIFE_S, MOST_PAIRS, Measured, Speeds, Work
 from tests.coordinator_fixtures import running
 from tests.dispatch_bench import Bench
 
@@ -209,3 +210,50 @@ async def test_an_admin_sees_what_a_workers_next_task_would_take(tmp_path: Path)
         notes = none | {"lane": "notes", "service_s": 0.0, "failure_s": shown[1]["failure_s"], "known": False}
         assert shown == [tiny, notes]
         assert shown[1]["failure_s"] > 0
+
+
+SEATS = st.lists(
+    st.tuples(st.sampled_from("abcd"), st.integers(0, 5), st.booleans()),
+    min_size=1,
+    max_size=4,
+    unique_by=lambda s: s[0],
+)
+#: What happened: who did a task in how long, failed one, or had one measured by its engine; and how long ago.
+HAPPENED = st.lists(
+    st.tuples(
+        st.sampled_from("abc"), st.sampled_from(["learn", "fail", "measure"]), st.floats(0.01, 50), st.integers(0, 4000)
+    ),
+    max_size=20,
+)
+
+
+@given(happened=HAPPENED, seats=SEATS, tokens=st.booleans(), favourite=st.sampled_from(["", "a", "d"]))
+def test_many_workers_at_once_are_reckoned_as_each_by_itself(
+    happened: list[tuple[str, str, float, int]], seats: list[tuple[str, int, bool]], *, tokens: bool, favourite: str
+) -> None:
+    clock = Turned()
+    found = Speeds(clock)
+    for worker_id, what, seconds, later_s in happened:
+        clock.now += later_s
+        if what == "learn":
+            found.learn(worker_id, "llm x", seconds, beside=1, answer_bytes=int(seconds * 100))
+        elif what == "fail":
+            found.failed(worker_id, "llm x")
+        else:
+            measured = Measured(10, seconds / 9, 20, seconds, load_s=seconds / 3)
+            found.measured(worker_id, "llm x", measured, beside=0)
+    work = Work(100.0, 50.0) if tokens else Work()
+    places = [
+        SimpleNamespace(worker_id=name, counts={"llm": beside}, cold=frozenset({"llm x"} if cold else ()))
+        for name, beside, cold in seats
+    ]
+    totals, known = found.totals(places, "llm x", "llm", work, favourite=favourite, saves=0.5)
+    each = [
+        found.expected(
+            name, "llm x", beside=beside, saves=0.5 if name == favourite else 0.0, work=work, loaded=not cold
+        )
+        for name, beside, cold in seats
+    ]
+    if happened:
+        assert totals == pytest.approx([one.total for one in each])
+    assert known == sum(one.known for one in each)

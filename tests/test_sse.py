@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from typing import Any
 
 from hypothesis import example, given
@@ -147,3 +148,60 @@ def test_a_text_completion_can_be_replayed_too() -> None:
     made.feed(event({"choices": [{"index": 0, "text": "ab"}]}) + event({"choices": [{"index": 0, "text": "c"}]}))
     (one,) = events((made.replay() or b"").decode())
     assert (one["choices"][0]["text"], one["object"]) == ("abc", "text_completion")
+
+
+class Longhand(Stream):
+    """A stream that reads every event in full."""
+
+    def _learn(self, payload: bytes, event: dict[str, Any], ours: bytes) -> None:
+        """Remember nothing."""
+
+
+TEXTS = st.text(st.sampled_from('ab \n"\\{}:,\u00e9\U0001f600'), max_size=4) | st.sampled_from(
+    ['"content":"x"', "data: ", '"text":', "\\", " ", "\u2028"]
+)
+
+
+@st.composite
+def engine_events(draw: st.DrawFn, *, chat: bool) -> bytes:
+    """Give one event as engines write them, nearly all alike, and some that are nearly so."""
+    text, odd = draw(TEXTS), draw(st.integers(0, 12))
+    finish = '"stop"' if odd == 1 else "null"
+    more = {
+        2: ',"logprobs":{"content":[]}',
+        3: ',"index":0',
+        4: ',"delta":{"role":"assistant"}',
+        5: ',"finish_reason":"length"',
+    }.get(odd, "")
+    said = json.dumps(text, ensure_ascii=draw(st.booleans()))
+    if odd == 6:
+        said = draw(st.sampled_from(['"a","content":"b"', '"\\ud83d"', "null", "5", '"a"}}],"x":[{"y":{"z":"b"', '""']))
+    end = draw(st.sampled_from(["\n\n", "\n\n", "\n\n", "\r\n\r\n", "\n"]))
+    usage = {7: ',"usage":{"completion_tokens":3}', 8: ',"usage":null', 9: ',"timings":{"predicted_n":4}'}.get(odd, "")
+    space = " " if odd == 10 else ""
+    inside = f'"delta":{{"content":{space}{said}}}' if chat else f'"text":{space}{said}'
+    return f'data: {{"id":"e","choices":[{{"index":0,{inside},"finish_reason":{finish}{more}}}]{usage}}}{end}'.encode()
+
+
+@given(data=st.data(), chat=st.booleans(), cuts=st.lists(st.integers(0, 2000), max_size=3))
+def test_events_that_are_not_read_in_full_come_to_the_same(data: st.DataObject, chat: bool, cuts: list[int]) -> None:
+    parts = data.draw(st.lists(engine_events(chat=chat), max_size=12))
+    whole = b"".join(parts)
+    places = [0, *sorted(min(cut, len(whole)) for cut in cuts), len(whole)]
+    pieces = parts if len(cuts) == 0 else [whole[a:b] for a, b in itertools.pairwise(places)]
+    outcomes = []
+    for kind in (Longhand, Stream):
+        made = kind(Answer("chatcmpl-1", 1, "tiny", chat=chat))
+        said = "".join(made.feed(piece).decode() for piece in pieces)
+        outcomes.append((events(said) if said else [], vars(made.delivered), made.skipped, made.done, made.broken))
+    assert outcomes[0] == outcomes[1]
+
+
+def test_the_commonest_event_is_not_read_in_full_and_the_last_is() -> None:
+    made = Stream(Answer("chatcmpl-1", 1, "tiny"))
+    made.feed(ROLE + delta("a"))
+    wrapping = made._wrapping
+    assert wrapping is not None
+    assert wrapping.take(delta("b")[:-2]) is not None
+    assert wrapping.take(delta(finish="stop")[:-2]) is None
+    assert wrapping.take(delta("b", logprobs={})[:-2]) is None

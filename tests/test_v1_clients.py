@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rma_coordinator.api import openai_clients
-from rma_coordinator.api.asgi import Gone
+from rma_coordinator.api.asgi import Call, Gone
 from rma_coordinator.api.openai_clients import Client
 from rma_coordinator.api.openai_requests import Manner
 from rma_coordinator.api.openai_runs import Run
@@ -20,7 +20,6 @@ from rma_coordinator.domain.repeats import Key, Repeats
 from tests.openai_kit import delta, events, text_of
 
 if TYPE_CHECKING:
-    from rma_coordinator.api.asgi import Call
     from rma_coordinator.api.openai_jobs import Job
 
 #: What happens, in order: a piece of the answer comes, a client joins, or one of those that are there does something.
@@ -34,40 +33,46 @@ STEPS = st.lists(
 SOON_S = 10.0
 
 
-class StallingCall:
-    """A connection whose other side reads, stops reading, or closes it, as it is told."""
+class StallingCall(Call):
+    """A connection whose other side reads, stops reading, or closes it, as it is told.
 
-    def __init__(self) -> None:
-        self.started = False
+    Whoever sends waits until there is room again: after what is sent, as Hypercorn does, or before it, as uvicorn does.
+    """
+
+    def __init__(self, *, late: bool) -> None:
+        super().__init__({"method": "POST", "path": "/", "headers": ()}, self._receives, self._takes)
+        self._over = True
+        self._late = late
         self.data = b""
         self.reads = asyncio.Event()
         self.reads.set()
         self.closed = asyncio.Event()
 
-    async def start(self, status: int, headers: dict[str, str]) -> None:
-        self.started = True
-
-    async def write(self, data: bytes, *, more: bool = True) -> None:
-        if self.closed.is_set():
-            raise Gone
-        # As servers do: what is sent is on its way at once, and whoever sends waits until there is room again.
-        self.data += data
-        await self.reads.wait()
-
-    async def left(self) -> None:
+    async def _receives(self) -> dict[str, Any]:
         await self.closed.wait()
+        return {"type": "http.disconnect"}
+
+    async def _takes(self, message: Any) -> None:
+        if self._late:
+            await self.reads.wait()
+        if self.closed.is_set():
+            raise ConnectionError
+        self.data += message.get("body", b"")
+        if not self._late:
+            await self.reads.wait()
 
 
 class Pool:
     """A run with its clients, each followed to its end."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, late: bool) -> None:
         self.text = ""
+        self.late = late
         self.pieces: asyncio.Queue[str | None] = asyncio.Queue()
         pool = SimpleNamespace(repeats=Repeats(lambda: 0.0), clock=lambda: 0.0)
         task = SimpleNamespace(id="task-1", created_at=0.0, attempts=[], attempt=None)
-        relay = SimpleNamespace(head_at=None)
-        job = SimpleNamespace(pool=pool, task=task, relay=relay, who=lambda: "", model_state=lambda: "")
+        relay, origin = SimpleNamespace(complete=True, watch=None), SimpleNamespace(drop=lambda: None)
+        job = SimpleNamespace(pool=pool, task=task, relay=relay, origin=origin)
         # A name keeps it going when nobody is there.
         self.run = Run(cast("Job", job), Key("key", b"x"), name=name)
         self.calls: list[StallingCall] = []
@@ -83,17 +88,17 @@ class Pool:
             self.run.stream = stream
             await self.run.give(data)
         stream.feed(delta(finish="stop"))
-        await self.run.give(stream.end(), more=False)
+        await self.run.end(stream.end())
 
     def join(self) -> None:
-        call = StallingCall()
+        call = StallingCall(late=self.late)
         self.calls.append(call)
         self.following.append(asyncio.create_task(self._follow(call, len(self.calls) - 1)))
 
     async def _follow(self, call: StallingCall, number: int) -> None:
         begun = self.run.replay()
         assert begun is not None
-        client = Client(cast("Call", call), Manner(), opening=dict, quiet=None, clock=lambda: 0.0, asked_at=0.0)
+        client = Client(call, Manner(), opening=list, quiet=None, clock=lambda: 0.0, asked_at=0.0)
         self.run.join(client)
         try:
             if begun:
@@ -130,9 +135,9 @@ async def rest() -> None:
         await asyncio.sleep(0)
 
 
-async def played(steps: list[Any], name: str) -> Pool:
+async def played(steps: list[Any], name: str, *, late: bool) -> Pool:
     """Play the steps to their end, at which everyone reads again."""
-    pool = Pool(name)
+    pool = Pool(name, late=late)
     await rest()
     for step in steps:
         if step in ("piece", "pieces"):
@@ -149,7 +154,8 @@ async def played(steps: list[Any], name: str) -> Pool:
     for call in pool.calls:
         call.reads.set()
     async with asyncio.timeout(SOON_S):
-        await asyncio.wait([*pool.following, pool.run.work])
+        await asyncio.wait(pool.following)
+        await asyncio.wait({pool.run.work})
     return pool
 
 
@@ -168,15 +174,17 @@ def check_readers(pool: Pool) -> None:
 
 
 @settings(max_examples=400, deadline=None)
-@given(steps=STEPS, name=st.sampled_from(["", "n"]))
-@example(steps=[("stall", 0), "piece", ("leave", 0), "join", "piece"], name="n")
-@example(steps=[("stall", 0), "piece", "join", "piece"], name="")
-@example(steps=["join", ("leave", 0), ("stall", 1), "pieces", "join"], name="n")
-def test_who_stays_and_reads_has_all_of_it_once_and_who_is_cut_has_no_end_of_it(steps: list[Any], name: str) -> None:
+@given(steps=STEPS, name=st.sampled_from(["", "n"]), late=st.booleans())
+@example(steps=[("stall", 0), "piece", ("leave", 0), "join", "piece"], name="n", late=False)
+@example(steps=[("stall", 0), "piece", "join", "piece"], name="", late=False)
+@example(steps=["join", ("leave", 0), ("stall", 1), "pieces", "join"], name="n", late=False)
+def test_who_stays_and_reads_has_all_of_it_once_and_who_is_cut_has_no_end_of_it(
+    steps: list[Any], name: str, *, late: bool
+) -> None:
     with pytest.MonkeyPatch.context() as patch:
         # Room for a few events only.
         patch.setattr(openai_clients, "MOST_BEHIND", 1200)
-        pool = asyncio.run(played(steps, name))
+        pool = asyncio.run(played(steps, name, late=late))
     stayed = [number for number, call in enumerate(pool.calls) if not call.closed.is_set()]
     for number, call in enumerate(pool.calls):
         text, whole = said(call)

@@ -46,7 +46,7 @@ async def test_a_loss_before_the_first_event_is_invisible_and_after_it_the_strea
             await until(lambda: pool.pool.dispatcher.tasks[again.offer.task_id].committed)
             pool.pool.unregister(pool.pool.fleet.get(other.id))
             answer = await asked
-            assert answer.headers["rma-attempt"] == "2"
+            assert answer.headers["x-rma-attempts"] == "2"
             assert text_of(check_cut(answer, "broke off", "worker_lost")) == "a"
 
 

@@ -267,7 +267,7 @@ async def test_a_stream_that_is_asked_for_again_comes_from_its_beginning_and_goe
     async with pool_with(tmp_path) as (pool, line):
         first = Reader(pool, sdk())
         task = await begun(line, ROLE, delta("Hel"), delta("lo \u00e9"))
-        before = events(await first.until("\u00e9"))
+        before = events(await first.until(r"\u00e9"))
         await first.leave(pool, waited_s=20)
         again = Reader(pool, sdk(1))
         found = events(await again.until("Hello"))

@@ -53,7 +53,7 @@ async def test_a_stream_is_one_answer_with_one_id_its_role_once_and_its_end_once
         assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
         assert (answer.headers["cache-control"], answer.headers["x-accel-buffering"]) == ("no-cache", "no")
         assert not {"content-length", "content-encoding"} & set(answer.headers)
-        assert (answer.headers["rma-worker"], answer.headers["x-request-id"][:5]) == (line.id, "task-")
+        assert (answer.headers["x-rma-worker"], answer.headers["x-request-id"][:5]) == (line.id, "task-")
         found = events(answer.text)
         assert found.pop() == "[DONE]"
         assert len({(one["id"], one["created"], one["model"], one["object"]) for one in found}) == 1

@@ -147,6 +147,7 @@ class Books:
             gap_s=record.gap_s,
             priority=record.priority,
             webhook=record.webhook,
+            owner=record.owner,
         )
         task.created_at -= min(lived_s, record.timeout_s)
         task.reasons, task.fault = list(record.reasons), record.fault
@@ -562,6 +563,7 @@ class Books:
             late=ended_at is not None and task.late,
             usage=task.usage,
             webhook=task.webhook,
+            owner=task.owner,
             idempotency=self._keys.get(task.id, ""),
         )
 

@@ -68,7 +68,9 @@ async def register(
     if known is not None and known.record.disabled:
         raise Refused("an admin has disabled this machine", hints=("ask the pool's admin",))
     spent = pool.keyring.spend(token, thumbprint)
-    worker = _enlist(pool, request, thumbprint, known, ip_address=ip_address, token_id=token.token_id)
+    # What an admin says of a machine later is not undone by its joining with the same token again.
+    owner = token.owner if spent is not token else ""
+    worker = _enlist(pool, request, thumbprint, known, ip_address=ip_address, token_id=token.token_id, owner=owner)
     await pool.store.commit([Put(worker.id, worker.record), Put(spent.hash, spent)])
     return _welcome(pool, worker), known is None
 
@@ -114,7 +116,14 @@ def holder(pool: Pool, claims: tokens.WorkerClaims) -> Worker:
 
 
 def _enlist(
-    pool: Pool, request: RegisterRequest, thumbprint: str, known: Worker | None, *, ip_address: str, token_id: str = ""
+    pool: Pool,
+    request: RegisterRequest,
+    thumbprint: str,
+    known: Worker | None,
+    *,
+    ip_address: str,
+    token_id: str = "",
+    owner: str = "",
 ) -> Worker:
     report = request.report or HardwareReport(capabilities=request.capabilities)
     base = known.record if known else _first_record(pool, request, thumbprint, report)
@@ -131,6 +140,7 @@ def _enlist(
         plugins=request.plugins,
         tier=decision.tier,
         tier_reason=decision.reason,
+        owner=owner or base.owner,
         last_seen_at=pool.wall(),
     )
     _tell(pool, record, known, ip_address=ip_address, token_id=token_id)

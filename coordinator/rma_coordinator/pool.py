@@ -339,10 +339,19 @@ class Pool:
     # -- keys --------------------------------------------------------------------------------------------------
 
     async def create_key(
-        self, *, kind: str, label: str, scopes: tuple[str, ...], ttl_s: float | None, limits: Limits | None = None
+        self,
+        *,
+        kind: str,
+        label: str,
+        scopes: tuple[str, ...],
+        ttl_s: float | None,
+        limits: Limits | None = None,
+        owner: str = "",
     ) -> tuple[str, KeyRecord]:
         """Make a key and keep it; the secret is shown this once."""
-        secret, record = self.keyring.create_key(kind=kind, label=label, scopes=scopes, ttl_s=ttl_s, limits=limits)
+        secret, record = self.keyring.create_key(
+            kind=kind, label=label, scopes=scopes, ttl_s=ttl_s, limits=limits, owner=owner
+        )
         await self.store.commit([Put(record.hash, record)])
         about = {"action": "key_created", "key": record.key_id}
         logger.info("key %s was made: %s (%s)", record.key_id, label or kind, " ".join(scopes), extra=about)
@@ -364,9 +373,11 @@ class Pool:
         secret, _ = await self.create_key(kind="admin", label="first key", scopes=SCOPES, ttl_s=90 * 86_400)
         return secret
 
-    async def create_token(self, *, label: str, uses: int, ttl_s: float) -> tuple[str, JoinTokenRecord]:
+    async def create_token(
+        self, *, label: str, uses: int, ttl_s: float, owner: str = ""
+    ) -> tuple[str, JoinTokenRecord]:
         """Make a join token and keep it; the secret is shown this once."""
-        secret, record = self.keyring.create_token(label=label, uses=uses, ttl_s=ttl_s)
+        secret, record = self.keyring.create_token(label=label, uses=uses, ttl_s=ttl_s, owner=owner)
         await self.store.commit([Put(record.hash, record)])
         words, about = "join token %s was made%s; uses: %d", {"action": "token_created", "token": record.token_id}
         logger.info(words, record.token_id, f": {label}" if label else "", uses, extra=about)
@@ -439,7 +450,7 @@ class Pool:
         """
         record = worker.record
         if worker.could is None:
-            worker.could = could_run(self.catalog.values(), record)
+            worker.could = could_run(self.entries, record)
         current = () if anew else {assignment.lane for assignment in record.assignment}
         chosen = self.placement(record, record.report, record.tier, worker_id=worker.id, current=current)
         changed = chosen.assignments != record.assignment
@@ -560,7 +571,9 @@ class Pool:
         """
         offered, models, usable = worker.offered(slots), worker.models, self._usable(worker)
         cold, shares = (worker.cold, worker.shares) if models else (NO_LANES, NO_SHARES)
-        seat = self.dispatcher.seats.get(worker.id)
+        seat, owner = self.dispatcher.seats.get(worker.id), worker.brief.owner
+        if owner != (seat.owner if seat is not None else ""):
+            self.dispatcher.belongs(worker.id, owner)
         # Most heartbeats change nothing, and what waits is looked at every TICK_S anyway.
         same = seat is not None and seat.slots is offered and seat.models is models and seat.cold is cold
         same = same and seat is not None and seat.shares is shares
@@ -611,6 +624,15 @@ class Pool:
         state, done = ("disabled", "shut out") if disabled else ("enabled", "let in again")
         about = {"action": f"worker_{state}", "worker": worker.id}
         logger.info("%s was %s by an admin", worker.id, done, extra=about)
+
+    async def set_owner(self, worker: Worker, owner: str) -> None:
+        """Say whose machine a worker is: whose requests come first there. Empty: nobody's in particular."""
+        worker.record = msgspec.structs.replace(worker.record, owner=owner)
+        if worker.id in self.dispatcher.seats:
+            self.dispatcher.belongs(worker.id, owner)
+        await self.store.commit([Put(worker.id, worker.record)])
+        words, about = "%s is %s now, an admin says", {"action": "worker_owner", "worker": worker.id}
+        logger.info(words, worker.id, f"{owner}'s" if owner else "nobody's in particular", extra=about)
 
     # -- requests ----------------------------------------------------------------------------------------------
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rma_core.errors import RMAError
 from rma_core.models.channel import WINDOW_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Coroutine
 
     from rma_coordinator.domain.tasks import Attempt, Task
     from rma_coordinator.spool import Body
+
+    #: Takes one piece, and returns what is to be awaited before the next, if anything.
+    Take = Callable[[bytes], Coroutine[Any, Any, None] | None]
 
 #: Whole answers up to here are kept back until they are complete, so that a loss before that costs the client nothing.
 HOLD_BYTES = 64 * 1024
@@ -70,6 +73,11 @@ class Relay:
         self._source: tuple[Attempt, object] | None = None
         #: How often it was begun anew: whoever reads looks whether it still is the same answer.
         self.starts = 0
+        #: Told of every change but single pieces, and of these once many wait; must be quick, and raise nothing.
+        self.watch: Callable[[], None] | None = None
+        #: What takes each piece as it comes, and what came of the last one.
+        self._pouring: Take | None = None
+        self._poured: tuple[Coroutine[Any, Any, None] | Exception, int] | None = None
 
     # -- the worker's side -------------------------------------------------------------------------------------
 
@@ -95,7 +103,7 @@ class Relay:
         self.head, self._length = head, head.length
         if self.task.holder is not None:
             self.task.holder.first_byte_at = self._clock()
-        self._changed.set()
+        self._stir()
 
     def put(self, data: bytes) -> None:
         """Take a piece of the answer. Raises Overrun out of order, or for more than was announced or is allowed."""
@@ -108,11 +116,41 @@ class Relay:
         size = len(data)
         if self._length is not None and self._received + size > self._length:
             raise Overrun(f"the answer is longer than the {self._length} bytes that it announced")
-        if size:
-            self._chunks.append(data)
-            self._buffered += size
-            self._received += size
+        if not size:
+            return
+        self._received += size
+        if self._pouring is not None:
+            self._pour_one(self._pouring, data)
+            return
+        self._chunks.append(data)
+        self._buffered += size
+        if self.watch is None:
             self._changed.set()
+        elif self.crowded:
+            self._stir()
+
+    def _pour_one(self, take: Take, data: bytes) -> None:
+        """Hand a piece on at once; what goes wrong with that is nothing that its worker answers for."""
+        waits: Coroutine[Any, Any, None] | Exception | None
+        try:
+            waits = take(data)
+        except Exception as error:  # noqa: BLE001 - raised where it is poured
+            waits = error
+        if waits is None:
+            self._free(len(data))
+            return
+        self._pouring, self._poured = None, (waits, len(data))
+        self._buffered += len(data)
+        self._changed.set()
+
+    def _free(self, size: int) -> None:
+        if self._taken is not None:
+            self._taken(size)
+
+    def _stir(self) -> None:
+        self._changed.set()
+        if self.watch is not None:
+            self.watch()
 
     async def room(self, wanted: int) -> None:
         """Wait until ``wanted`` bytes fit, or the task ends; for a source that has no window of its own."""
@@ -128,7 +166,7 @@ class Relay:
             raise Overrun(f"the answer announced {self._length} bytes and has {self._received}")
         self.complete = True
         self.task.answer_bytes = self._received
-        self._changed.set()
+        self._stir()
 
     def tally(self) -> None:
         """Note how much has come of the attempt that feeds; once, when it ends."""
@@ -142,11 +180,11 @@ class Relay:
         self._chunks.clear()
         self._buffered = self._received = 0
         self.starts += 1
-        self._changed.set()
+        self._stir()
 
     def wake(self) -> None:
         """The task changed: whoever waits looks again."""
-        self._changed.set()
+        self._stir()
 
     # -- the client's side -------------------------------------------------------------------------------------
 
@@ -154,6 +192,20 @@ class Relay:
     def whole(self) -> bytes | None:
         """The answer's body when all of it is here, else ``None``."""
         return b"".join(self._chunks) if self.complete else None
+
+    @property
+    def crowded(self) -> bool:
+        """Whether so much waits that its worker may soon have to."""
+        return self._buffered > WINDOW_BYTES // 2
+
+    def drain(self) -> bytes:
+        """Take all that waits, and give the room back."""
+        data = b"".join(self._chunks)
+        self._chunks.clear()
+        self._buffered = 0
+        if data:
+            self._free(len(data))
+        return data
 
     async def ready(self) -> Head | None:
         """Wait for the head, and for the whole answer when it is announced as small; ``None`` when the task failed."""
@@ -168,6 +220,55 @@ class Relay:
     @property
     def _worth_holding(self) -> bool:
         return self._length is not None and self._length <= HOLD_BYTES
+
+    async def pour(self, take: Take, enough: Callable[[], bool]) -> None:
+        """Hand the answer on as it comes, each piece at once, until nothing more comes or it is ``enough``.
+
+        ``take`` returns what is to be awaited before the next piece, if anything, also to have `enough` asked at once.
+        Ends as `pieces` does. Raises what ``take`` raised.
+        """
+        starts = self.starts
+        while True:
+            while self._chunks:
+                piece = self._chunks.popleft()
+                waits = take(piece)
+                if waits is not None:
+                    await waits
+                if self.starts != starts:
+                    return
+                self._buffered -= len(piece)
+                self._free(len(piece))
+                if enough():
+                    return
+            if self.complete or self.over:
+                return
+            await self._pour_on(take)
+            if self.starts != starts or enough():
+                return
+
+    async def _pour_on(self, take: Take) -> None:
+        """Hand on what comes until something else is to be done, and do that."""
+        starts, self._pouring = self.starts, take
+        self._changed.clear()
+        try:
+            await self._changed.wait()
+        except asyncio.CancelledError:
+            if self._poured is not None and not isinstance(self._poured[0], Exception):
+                self._poured[0].close()
+            self._poured = None
+            raise
+        finally:
+            self._pouring = None
+        poured, self._poured = self._poured, None
+        if poured is None:
+            return
+        waits, size = poured
+        if isinstance(waits, Exception):
+            raise waits
+        await waits
+        if self.starts == starts:
+            self._buffered -= size
+            self._free(size)
 
     async def pieces(self) -> AsyncIterator[bytes]:
         """Yield the answer as it comes and give room back for each piece.
@@ -184,8 +285,7 @@ class Relay:
                 # Room is made only once the client has it, so that never more than a window is kept for it.
                 self._buffered -= len(piece)
                 self._changed.set()
-                if self._taken is not None:
-                    self._taken(len(piece))
+                self._free(len(piece))
             if self.complete or self.over:
                 return
             self._changed.clear()

@@ -8,12 +8,12 @@ import errno
 import os
 import tempfile
 import threading
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from rma_core.errors import NotFound, OutOfSpace
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Collection
+    from collections.abc import AsyncIterator, Callable, Collection, Coroutine
     from pathlib import Path
 
 #: Pieces in which what was stored is read again.
@@ -34,6 +34,7 @@ class Spools:
         self.disk_bytes = disk_bytes
         self.memory_used = 0
         self.disk_used = 0
+        self._closing: set[asyncio.Task[None]] = set()
 
     def make(self, name: str = "", *, memory_bytes: int | None = None) -> Body:
         """Return an empty body. With a ``name`` its file outlives the process, once `Body.sync` has returned."""
@@ -48,6 +49,12 @@ class Spools:
         except OSError as error:
             raise NotFound(f"what was kept as {name} cannot be read: {error.strerror}") from error
         return body
+
+    def later(self, work: Coroutine[Any, Any, None]) -> None:
+        """Have some work done that nobody waits for."""
+        task = asyncio.create_task(work, name="a body is closed")
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
 
     def sweep(self, keep: Collection[str]) -> int:
         """Remove named files that nobody knows any more; return how many."""
@@ -80,11 +87,7 @@ class Body:
 
     async def write(self, data: bytes, *, counted: bool = True) -> None:
         """Add a piece; moves to disk once it is large. Raises OutOfSpace, by ``counted`` also for what all may take."""
-        fits = self.size + len(data) <= self._memory_bytes
-        if self._file is None and fits and self._spools.memory_used + len(data) <= self._spools.total_memory_bytes:
-            self.size += len(data)
-            self._count(memory=len(data))
-            self._memory += data
+        if self.hold(data):
             return
         added = len(data) + self._in_memory
         if counted and self._spools.disk_used + added > self._spools.disk_bytes:
@@ -95,6 +98,19 @@ class Body:
         self.size += len(data)
         self._count(memory=-self._in_memory, disk=added)
         await self._try(self._spill, data)
+
+    def hold(self, data: bytes) -> bool:
+        """Add a piece where that needs no disk, and say whether it is done."""
+        spools, size = self._spools, len(data)
+        if self._file is not None or self.size + size > self._memory_bytes:
+            return False
+        if spools.memory_used + size > spools.total_memory_bytes:
+            return False
+        self.size += size
+        self._in_memory += size
+        spools.memory_used += size
+        self._memory += data
+        return True
 
     def _count(self, *, memory: int = 0, disk: int = 0) -> None:
         self._in_memory += memory
@@ -180,13 +196,22 @@ class Body:
 
     async def close(self, *, keep: bool = False) -> None:
         """Let go of the memory or the file; ``keep`` leaves a named file where it is."""
+        if not self._release():
+            await asyncio.to_thread(self._close, keep=keep)
+
+    def drop(self) -> None:
+        """Let go of the memory now and of the file soon, for whoever cannot wait."""
+        if not self._release():
+            self._spools.later(asyncio.to_thread(self._close, keep=False))
+
+    def _release(self) -> bool:
+        """Let go of the memory, and say whether that was all: else the file is still to be closed."""
         if self._closed:
-            return
+            return True
         self._closed = True
         self._count(memory=-self._in_memory, disk=-self._on_disk)
         self._memory = bytearray()
-        if self._file is not None:
-            await asyncio.to_thread(self._close, keep=keep)
+        return self._file is None
 
     def _close(self, *, keep: bool) -> None:
         with self._lock:

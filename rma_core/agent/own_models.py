@@ -106,7 +106,7 @@ def _own_file(text: str) -> OwnFile:
     place, _, options = text.strip().partition("#")
     name, named, path = place.partition("=")
     # A path may have a "=" in it, and a name a "/".
-    if not named or name.startswith(("/", ".", "~")) or "\\" in name or Path(place).expanduser().exists():
+    if not named or name.startswith(("/", ".", "~")) or "\\" in name or _path(text, place).exists():
         name, path = "", place
     if not path:
         raise UsageProblem(f"{text!r} names no file or folder of models", hints=(_HINT,))
@@ -115,7 +115,7 @@ def _own_file(text: str) -> OwnFile:
     if unknown or (options and not given):
         raise UsageProblem(f"{text!r}: only `context` and `slots` may stand behind the #", hints=(_HINT,))
     made = OwnFile(
-        Path(path).expanduser().absolute(), name,
+        _path(text, path).absolute(), name,
         _number(text, "context", given.get("context", str(CONTEXT)), range(16, 16_777_217)),
         _number(text, "slots", given.get("slots", str(SLOTS)), range(1, 65)),
     )  # fmt: skip
@@ -125,6 +125,13 @@ def _own_file(text: str) -> OwnFile:
     except msgspec.ValidationError:
         raise UsageProblem(f"{name!r} is no name that a client could ask for", hints=(_HINT,)) from None
     return made
+
+
+def _path(text: str, words: str) -> Path:
+    try:
+        return Path(words).expanduser()
+    except RuntimeError:
+        raise UsageProblem(f"{text!r}: there is no such home folder", hints=(_HINT,)) from None
 
 
 def _number(text: str, name: str, word: str, allowed: range) -> int:

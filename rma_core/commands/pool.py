@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import click
 from rma_core.commands import common
 from rma_core.errors import Problem, UsageProblem, ValidationProblem
 from rma_core.models.sizes import parse_size, traffic_text
+from rma_core.models.worker import OWNER_NAME
 from rma_core.settings import AgentSettings, CoordinatorSettings, load_settings
 
 if TYPE_CHECKING:
@@ -29,12 +31,29 @@ COUNT = click.IntRange(min=1)
 MARKS = {"healthy": "●", "degraded": "▲", "offline": "■"}
 
 
+def _owner(ctx: click.Context, parameter: click.Parameter, text: str | None) -> str | None:  # noqa: ARG001 - click's form
+    """Return the name of an owner."""
+    if text is not None and not re.fullmatch(OWNER_NAME.strip("^$"), text):
+        raise click.BadParameter(
+            "a name has up to 64 letters, digits and . _ @ + -, and begins with none of these signs"
+        )
+    return text
+
+
 @click.command()
 @click.argument("worker_id", required=False)
+@click.option(
+    "--owner",
+    metavar="NAME",
+    callback=_owner,
+    help="Say whose machine it is from now on; '' is nobody's in particular.",
+)
 @common.pool_options
 @common.json_option
-def workers(worker_id: str | None, as_json: bool, **options: Any) -> None:
+def workers(worker_id: str | None, owner: str | None, as_json: bool, **options: Any) -> None:
     """List the pool's workers, or show one with its devices, plugins and the reasons for what it runs."""
+    if owner is not None:
+        _say_whose(worker_id, owner, options)
     if worker_id:
         one = common.call(options, "GET", f"/api/admin/workers/{common.part(worker_id)}")
         common.show(one, as_json, lambda out: _worker(out, one))
@@ -51,15 +70,22 @@ def workers(worker_id: str | None, as_json: bool, **options: Any) -> None:
             ", ".join(f"{c['service']} {c['state']}" for c in w["containers"]) or "-",
             f"{w['current_load']:.0%}",
             w["tasks_completed"],
+            w["owner"] or "-",
             common.ago(w["last_heartbeat"]),
         )
         for w in found
     ]
-    columns = ("worker", "status", "tier", "cores", "memory", "GPU", "runs", "load", "tasks", "seen ago")
+    columns = ("worker", "status", "tier", "cores", "memory", "GPU", "runs", "load", "tasks", "owner", "seen ago")
     empty = (
         "No workers yet. On a machine that should join: rma join URL TOKEN (make the token with `rma tokens create`)"
     )
     common.show({"workers": found, "total": len(found)}, as_json, common.table(columns, rows, empty=empty))
+
+
+def _say_whose(worker_id: str | None, owner: str, options: dict[str, Any]) -> None:
+    if not worker_id:
+        raise UsageProblem("which worker?", hints=("rma workers ID --owner NAME; `rma workers` lists them",))
+    common.call(options, "POST", f"/api/admin/workers/{common.part(worker_id)}/owner", body={"owner": owner})
 
 
 def _held(worker: dict[str, Any]) -> str:
@@ -74,6 +100,8 @@ def _worker(out: Any, one: dict[str, Any]) -> None:
     status = f"{MARKS.get(one['status'], '?')} {one['status']}{why}{_held(one)}"
     out.print(common.safe(f"{one['worker_id']}  {status}"))
     out.print(common.safe(f"  {one['tier_reason']}"))
+    if one["owner"]:
+        out.print(common.safe(f"  {one['owner']}'s machine: whose requests come first here"))
     out.print(common.safe(f"  {short['cpu_cores']} cores, {short['ram']} memory, {short['storage']} free{gpu}"))
     rows = [(c["service"], c["state"], c.get("runtime", ""), c.get("reason", "")) for c in one["containers"]]
     rows += [(service, "not here", "", reason) for service, reason in sorted(one["placement"].items())]
@@ -142,10 +170,11 @@ def keys(ctx: click.Context, /, as_json: bool, **options: Any) -> None:
                 "revoked" if k["revoked_at"] else k["expires_at"] or "never",
                 _limits(k),
                 _passed(k["traffic"]),
+                k["owner"] or "-",
             )
             for k in found["keys"]
         ]
-        columns = ("key", "kind", "label", "scopes", "ends", "a minute", "this month")
+        columns = ("key", "kind", "label", "scopes", "ends", "a minute", "this month", "owner")
         common.show(found, as_json, common.table(columns, rows, empty="No keys."))
 
 
@@ -188,6 +217,7 @@ def _size(ctx: click.Context, parameter: click.Parameter, text: str | None) -> i
     callback=_size,
     help="Requests and answers of a month (UTC), such as 20GB [default: any].",
 )
+@click.option("--owner", metavar="NAME", callback=_owner, help="On whose machines its requests come first.")
 @common.json_option
 @common.pool_options
 def keys_create(
@@ -198,6 +228,7 @@ def keys_create(
     requests_per_minute: int | None,
     tokens_per_minute: int | None,
     bytes_per_month: int | None,
+    owner: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -211,6 +242,7 @@ def keys_create(
         "requests_per_minute": requests_per_minute,
         "tokens_per_minute": tokens_per_minute,
         "bytes_per_month": bytes_per_month,
+        "owner": owner or "",
     }
     made = common.call(common.outer(options), "POST", "/api/admin/keys", body=body)
     common.show(made, as_json, lambda out: out.print(common.safe(made["key"])))
@@ -249,12 +281,17 @@ def tokens(ctx: click.Context, /, as_json: bool, **options: Any) -> None:
     if ctx.invoked_subcommand is None:
         found = common.call(options, "GET", "/api/admin/tokens")
         rows = [
-            (t["token_id"], t["label"], t["uses_left"], "revoked" if t["revoked_at"] else t["expires_at"])
+            (
+                t["token_id"],
+                t["label"],
+                t["uses_left"],
+                "revoked" if t["revoked_at"] else t["expires_at"],
+                t["owner"] or "-",
+            )
             for t in found["tokens"]
         ]
-        common.show(
-            found, as_json, common.table(("token", "label", "uses left", "ends"), rows, empty="No join tokens.")
-        )
+        columns = ("token", "label", "uses left", "ends", "owner")
+        common.show(found, as_json, common.table(columns, rows, empty="No join tokens."))
 
 
 @tokens.command("create")
@@ -263,11 +300,14 @@ def tokens(ctx: click.Context, /, as_json: bool, **options: Any) -> None:
 )
 @click.option("--ttl", type=click.FloatRange(60, 604_800), default=3600.0, show_default=True, help="Seconds it lasts.")
 @click.option("--label", default="", help="Whom it is for.")
+@click.option(
+    "--owner", metavar="NAME", callback=_owner, help="Whose machines join with it: whose requests come first."
+)
 @common.json_option
 @common.pool_options
-def tokens_create(uses: int, ttl: float, label: str, as_json: bool, **options: Any) -> None:
+def tokens_create(uses: int, ttl: float, label: str, owner: str | None, as_json: bool, **options: Any) -> None:
     """Make a join token. It is shown this once."""
-    body = {"uses": uses, "ttl_s": ttl, "label": label}
+    body = {"uses": uses, "ttl_s": ttl, "label": label, "owner": owner or ""}
     options = common.outer(options)
     made = common.call(options, "POST", "/api/admin/tokens", body=body)
     common.show(made, as_json, lambda out: out.print(common.safe(made["token"])))

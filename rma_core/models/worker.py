@@ -21,6 +21,9 @@ Generation = Annotated[int, Meta(ge=0, le=2**53)]
 HeaderPair = tuple[Annotated[str, Meta(max_length=256)], Annotated[str, Meta(max_length=8192)]]
 Headers = Annotated[tuple[HeaderPair, ...], Meta(max_length=64)]
 
+#: What names an owner of machines; empty: nobody in particular.
+OWNER_NAME = "^([0-9A-Za-z][0-9A-Za-z._@+-]{0,63})?$"
+OwnerName = Annotated[str, Meta(pattern=OWNER_NAME)]
 #: What a model can do.
 Capability = Annotated[str, Meta(pattern=r"^[a-z_]{1,32}$")]
 

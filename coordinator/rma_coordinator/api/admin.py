@@ -9,7 +9,7 @@ import msgspec
 import rma_core
 from rma_coordinator import overview
 from rma_coordinator.api import pages
-from rma_coordinator.api.bodies import KeyRequest, PolicyPreview, TokenMake, WebhookSecretAnswer
+from rma_coordinator.api.bodies import KeyRequest, PolicyPreview, TokenMake, WebhookSecretAnswer, WorkerOwner
 from rma_coordinator.api.openapi import document
 from rma_coordinator.api.tasks import attempt, since, webhook
 from rma_coordinator.domain.credentials import JoinTokenRecord, KeyRecord, check_scopes
@@ -99,6 +99,14 @@ async def enable(pool: Pool, web: Web) -> object:
     """Let a worker in again."""
     found = pool.fleet.get(web.parts["worker_id"])
     await pool.set_disabled(found, disabled=False)
+    return pool.fleet.show(found)
+
+
+async def worker_owner(pool: Pool, web: Web) -> object:
+    """Say whose machine a worker is."""
+    found = pool.fleet.get(web.parts["worker_id"])
+    asked = decode(await web.body(), WorkerOwner, subject="owner")
+    await pool.set_owner(found, asked.owner)
     return pool.fleet.show(found)
 
 
@@ -308,7 +316,7 @@ async def create_key(pool: Pool, web: Web) -> object:
         bytes_per_month=asked.bytes_per_month,
     )
     secret, record = await pool.create_key(
-        kind=asked.kind, label=asked.label, scopes=scopes, ttl_s=asked.ttl_s, limits=limits
+        kind=asked.kind, label=asked.label, scopes=scopes, ttl_s=asked.ttl_s, limits=limits, owner=asked.owner
     )
     return {"key": secret, **_key(pool, record)}
 
@@ -339,6 +347,7 @@ def _key(pool: Pool, record: KeyRecord) -> dict[str, Any]:
         "requests_per_minute": limits.requests_per_minute,
         "tokens_per_minute": limits.tokens_per_minute,
         "bytes_per_month": limits.bytes_per_month,
+        "owner": record.owner,
         "traffic": pool.traffic.show(subject, limits.bytes_per_month),
         "webhook_secret": bool(pool.keyring.webhook_secrets(record.key_id)),
     }
@@ -352,7 +361,7 @@ async def join_tokens(pool: Pool, web: Web) -> object:  # noqa: ARG001 - every h
 async def create_token(pool: Pool, web: Web) -> object:
     """Make a join token; its secret is shown this once."""
     asked = decode(await web.body(), TokenMake, subject="join token")
-    secret, record = await pool.create_token(label=asked.label, uses=asked.uses, ttl_s=asked.ttl_s)
+    secret, record = await pool.create_token(label=asked.label, uses=asked.uses, ttl_s=asked.ttl_s, owner=asked.owner)
     return {"token": secret + pool.pin, "url": pool.settings.public_url, **_join_token(record)}
 
 
@@ -360,6 +369,7 @@ def _join_token(record: JoinTokenRecord) -> dict[str, Any]:
     return {
         "token_id": record.token_id,
         "label": record.label,
+        "owner": record.owner,
         "uses_left": record.uses - len(record.used_by),
         "created_at": iso(record.created_at),
         "expires_at": iso(record.expires_at),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 
 from rma_coordinator.api.problems import HTTPProblem, problem
-from rma_coordinator.api.waiting import within
+from rma_coordinator.api.waiting import go_on, within
 from rma_coordinator.relay import BODILESS
 from rma_core.errors import NotAuthenticated
 from rma_core.models.strict import encode
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
         AsyncIterator,
         Awaitable,
         Callable,
+        Coroutine,
+        Generator,
         Mapping,
         MutableMapping,
         Sequence,
@@ -259,10 +261,28 @@ class Call(Lingering):
         except (TimeoutError, OSError):
             raise Gone from None
 
+    def push(self, message: Message) -> Coroutine[Any, Any, None] | None:
+        """Send at once; return what is to be awaited first where the connection takes no more now. Raises Gone.
+
+        What is returned raises Gone too, and may be closed instead of awaited.
+        """
+        steps = (self._send(message) if self._over else self.hand_on(message)).__await__()
+        try:
+            waits_for = next(steps)
+        except StopIteration:
+            return None
+        except OSError:
+            raise Gone from None
+        return _bounded(steps, waits_for)
+
     async def start(self, status: int, headers: Mapping[str, str]) -> None:
         """Begin an answer; headers that HTTP cannot carry are left out."""
+        await self.begin(status, raw(headers))
+
+    async def begin(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        """Begin an answer with headers that are as they must be."""
         self.started = True
-        await self.send({"type": "http.response.start", "status": status, "headers": _raw(headers)})
+        await self.send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def write(self, data: bytes, *, more: bool = True) -> None:
         """Send a piece of the answer; ``more=False`` ends it."""
@@ -280,10 +300,23 @@ class Call(Lingering):
         # What answers a POST is kept by nobody who was not told to.
         more = [] if self.method == "POST" else [NO_STORE]
         if headers:
-            more += _raw(headers)
+            more += raw(headers)
         last = {"type": "http.response.body", "body": body, "more_body": False}
         try:
             await within(PATIENCE_S, self.both(json_head(len(body), status, more), last))
+        except TimeoutError:
+            raise Gone from None
+
+    async def give(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
+        """Send a whole answer whose headers are as they must be, but for its length. Raises Gone."""
+        first = {
+            "type": "http.response.start",
+            "status": status,
+            "headers": [*headers, (b"content-length", b"%d" % len(body))],
+        }
+        last = {"type": "http.response.body", "body": body, "more_body": False}
+        try:
+            await within(PATIENCE_S, self.both(first, last))
         except TimeoutError:
             raise Gone from None
 
@@ -306,13 +339,21 @@ class Call(Lingering):
             pass
 
 
+async def _bounded(steps: Generator[Any, Any, None], waits_for: object) -> None:
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            await go_on(steps, waits_for)
+    except (TimeoutError, OSError):
+        raise Gone from None
+
+
 def json_head(length: int, status: int = 200, more: Sequence[tuple[bytes, bytes]] = ()) -> Message:
     """Return the message that begins an answer in JSON, with ``more`` headers."""
     headers = [JSON, (b"content-length", b"%d" % length), *more]
     return {"type": "http.response.start", "status": status, "headers": headers}
 
 
-def _raw(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+def raw(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
     """Return headers as ASGI has them, without those that HTTP cannot carry."""
     return [(name.encode(), data) for name, value in headers.items() if (data := header_value(value)) is not None]
 

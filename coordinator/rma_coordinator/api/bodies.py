@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from rma_coordinator.domain.limits import Count
+from rma_core.models.worker import OwnerName
 
 Label = Annotated[str, Meta(max_length=100)]
 #: Ninety days: long enough to be no nuisance, short enough that a lost key ends.
@@ -33,6 +34,8 @@ class KeyRequest(msgspec.Struct, frozen=True, kw_only=True):
     requests_per_minute: Count | None = None
     tokens_per_minute: Count | None = None
     bytes_per_month: Count | None = None
+    #: On whose machines its requests come first.
+    owner: OwnerName = ""
 
 
 class WebhookSecretAnswer(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,6 +52,14 @@ class TokenMake(msgspec.Struct, frozen=True, kw_only=True):
     label: Label = ""
     uses: Annotated[int, Meta(ge=1, le=1000)] = 1
     ttl_s: Annotated[float, Meta(ge=60, le=604_800)] = TOKEN_TTL_S
+    #: Whose machines join with it.
+    owner: OwnerName = ""
+
+
+class WorkerOwner(msgspec.Struct, frozen=True, kw_only=True):
+    """Whose machine a worker is; empty: nobody's in particular."""
+
+    owner: OwnerName
 
 
 class PolicyPreview(msgspec.Struct, frozen=True, kw_only=True):

@@ -110,6 +110,7 @@ def _task(pool: Pool, call: Call, ask: Ask, body: Body, *, durable: bool = False
         gap_s=ask.entry.gap_s,
         priority=ask.priority,
         webhook=ask.webhook,
+        owner=ask.principal.owner,
     )
 
 

@@ -20,7 +20,6 @@ from rma_coordinator.api.openai_jobs import Asked, Job
 from rma_coordinator.api.openai_requests import CHAT, COMPLETION, EMBEDDING, manner, read
 from rma_coordinator.api.openai_runs import Run
 from rma_coordinator.api.openai_streams import streamed
-from rma_coordinator.api.openai_whole import whole
 from rma_coordinator.api.sse import Answer
 from rma_coordinator.domain.affinity import prefixes
 from rma_coordinator.domain.continuing import TOKEN_CHARACTERS
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
     from rma_coordinator.domain.repeats import Kept, Key
     from rma_coordinator.domain.tasks import Priority
     from rma_coordinator.pool import Pool
-    from rma_coordinator.spool import Body
 
 logger = logging.getLogger(__name__)
 
@@ -122,12 +120,13 @@ async def _begin(pool: Pool, call: Call, kind: Kind, ask: Ask) -> Run:
             urgency=ask.urgency,
             asked_s=ask.asked_s,
         )
-        task.prefixes = known
+        task.prefixes, task.owner = known, ask.principal.owner
         return task
 
     body = pool.spools.make()
     try:
-        await body.write(ask.body)
+        if not body.hold(ask.body):
+            await body.write(ask.body)
         if (other := _known(pool, ask.key, ask.how)) is not None:
             await body.close()
             return other
@@ -140,21 +139,11 @@ async def _begin(pool: Pool, call: Call, kind: Kind, ask: Ask) -> Run:
         raise
     job = Job(pool, task, relay, _asked(pool, kind, ask.request, len(ask.body)), body, again)
     run = Run(job, ask.key, name=ask.how.name, metered=call.scope.get(limits.METERED))
-    run.start(_work(run, body))
+    if job.asked.stream:
+        run.start(streamed(run))
+    else:
+        run.gather()
     return run
-
-
-async def _work(run: Run, body: Body) -> bytes | None:
-    """Return a whole answer, or nothing when a stream was given. Raises RMAError."""
-    job = run.job
-    try:
-        if job.asked.stream:
-            await streamed(run)
-            return None
-        return await whole(run)
-    finally:
-        job.pool.dispatcher.cancel(job.task, "the client left")
-        await body.close()
 
 
 def _correlate(call: Call) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rma_coordinator.api import openai_errors
-from rma_coordinator.api.asgi import Gone
+from rma_coordinator.api.asgi import Gone, raw
 from rma_coordinator.api.inference import CutAnswer
 from rma_coordinator.api.openai_clients import Client, Quiet
 from rma_coordinator.api.openai_jobs import EVENT_STREAM, PLAIN
@@ -15,8 +15,6 @@ from rma_core.errors import RMAError
 from rma_core.models.strict import encode
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from rma_coordinator.api.asgi import Call
     from rma_coordinator.api.openai_requests import Manner
     from rma_coordinator.api.openai_runs import Run
@@ -30,6 +28,8 @@ KEPT_ALIVE_AFTER_S = 20.0
 LONG_WAIT_S = 50.0
 #: And then so often.
 BLANK_EVERY_S = 15.0
+RAW_EVENT_STREAM, RAW_PLAIN = raw(EVENT_STREAM), raw(PLAIN)
+JOINED = (b"x-rma-joined", b"1")
 #: May stand before JSON, and is no part of it.
 BLANK = b"\n"
 
@@ -41,9 +41,10 @@ async def follow(run: Run, call: Call, how: Manner, *, asked_at: float, joined: 
     """
     streams = run.job.asked.stream
 
-    def opening() -> Mapping[str, str]:
-        more = {"x-rma-joined": "1"} if joined else {}
-        return {**(EVENT_STREAM if streams else PLAIN), **run.headers(), **openai_errors.noted(call), **more}
+    def opening() -> list[tuple[bytes, bytes]]:
+        found = [*(RAW_EVENT_STREAM if streams else RAW_PLAIN), *run.raw_headers()]
+        found += raw(openai_errors.noted(call))
+        return [*found, JOINED] if joined else found
 
     begun = run.replay()
     quiet = _stream_quiet(how) if streams else _whole_quiet(how)
@@ -88,7 +89,7 @@ async def _finish(run: Run, client: Client) -> None:
         await _say_late(run, client, error)
         return
     if body is not None and not call.started:
-        await call.answer(200, client.opening(), body)
+        await call.give(200, client.opening(), body)
     elif body is not None:
         await client.end(body)
     elif client.ended or stream is None:

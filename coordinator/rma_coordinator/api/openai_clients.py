@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rma_coordinator.api.asgi import PATIENCE_S, Gone
+from rma_coordinator.api.waiting import Ahead
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Coroutine
 
     from rma_coordinator.api.asgi import Call
     from rma_coordinator.api.openai_requests import Manner
@@ -41,7 +42,7 @@ class Client:
         call: Call,
         manner: Manner,
         *,
-        opening: Callable[[], Mapping[str, str]],
+        opening: Callable[[], list[tuple[bytes, bytes]]],
         quiet: Quiet | None,
         clock: Callable[[], float],
         asked_at: float,
@@ -58,8 +59,7 @@ class Client:
         self.over: asyncio.Future[None] = loop.create_future()
         #: Whether it is cut: it fell behind, or it cannot be written to; whether it was given the last of its answer.
         self.cut = self.ended = False
-        self._left = asyncio.create_task(call.left(), name="a client under /v1")
-        self._left.add_done_callback(self._has_left)
+        self._left = Ahead(call.left(), self.wake)
         self._timer = loop.call_later(quiet.first_s, self._beat) if quiet else None
         self._beating: asyncio.Task[None] | None = None
         self._backlog: Backlog | None = None
@@ -120,9 +120,21 @@ class Client:
         self.ended = self.ended or not more
         async with self._turn:
             if not self.call.started:
-                await self.call.start(200, self.opening())
+                await self.call.begin(200, self.opening())
             await self.call.write(data, more=more)
             self._sent_at = self._clock()
+
+    def push(self, data: bytes) -> Coroutine[Any, Any, None] | None:
+        """Send whole events at once; return what is to be awaited before more is sent, if anything. Raises Gone."""
+        if self._turn.locked() or not self.call.started:
+            return self.send(data)
+        waits = self.call.push({"type": "http.response.body", "body": data, "more_body": True})
+        self._sent_at = self._clock()
+        return None if waits is None else self._in_turn(waits)
+
+    async def _in_turn(self, waits: Coroutine[Any, Any, None]) -> None:
+        async with self._turn:
+            await waits
 
     async def end(self, data: bytes) -> None:
         """Send the last of its answer, behind all that still waits for it. Raises Gone."""
@@ -148,19 +160,13 @@ class Client:
 
     def close(self) -> None:
         """Forget it: its answer is there, or it has gone."""
-        self._left.cancel()
+        self._left.close()
         if self._timer is not None:
             self._timer.cancel()
         if self._beating is not None:
             self._beating.cancel()
         if self._backlog is not None:
             self._backlog.close()
-
-    def _has_left(self, left: asyncio.Task[None]) -> None:
-        if not left.cancelled():
-            # However the server says it.
-            left.exception()
-        self.wake()
 
     # -- silence -----------------------------------------------------------------------------------------------
 

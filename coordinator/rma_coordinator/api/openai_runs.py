@@ -12,8 +12,8 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from rma_coordinator.api.asgi import Gone
-from rma_coordinator.api.inference import trace
 from rma_coordinator.api.openai_jobs import EVENT_STREAM, PLAIN
+from rma_coordinator.api.openai_whole import Gathering
 from rma_coordinator.domain.repeats import MOST_KEPT_BYTES, Kept
 from rma_core.errors import RMAError
 
@@ -61,7 +61,7 @@ class Run:
         #: Tokens that the client had when another worker went on.
         self.continued_at: int | None = None
         #: Gives a whole answer, or nothing when a stream has gone out.
-        self.work: asyncio.Task[bytes | None]
+        self.work: asyncio.Future[bytes | None]
         #: Whether the end of the stream is on its way.
         self._ending = False
         self._pacing = self._freed = False
@@ -73,11 +73,27 @@ class Run:
         self._record: list[bytes] | None = [] if name else None
         self._recorded = 0
 
-    def start(self, work: Coroutine[Any, Any, bytes | None]) -> None:
-        """Begin to work, as a task of its own that outlives its clients."""
+    def start(self, work: Coroutine[Any, Any, None]) -> None:
+        """Begin to work at a stream, as a task of its own that outlives its clients."""
         self.job.pool.repeats.begin(self.key, self)
         self.work = asyncio.create_task(work, name=f"{self.id} under /v1")
         self.work.add_done_callback(self._worked)
+
+    def gather(self) -> None:
+        """Begin to gather a whole answer, which needs no task: `settle` ends it."""
+        self.job.pool.repeats.begin(self.key, self)
+        self.work = asyncio.get_running_loop().create_future()
+        Gathering(self).look()
+
+    def settle(self, found: bytes | Exception) -> None:
+        """The whole answer is here, or is not to come."""
+        if self.work.done():
+            return
+        if isinstance(found, Exception):
+            self.work.set_exception(found)
+        else:
+            self.work.set_result(found)
+        self._worked(self.work)
 
     @property
     def done(self) -> bool:
@@ -167,8 +183,10 @@ class Run:
         self._settled()
         if self.work.done():
             self.job.pool.repeats.end(self.key, self)
-        else:
-            self.work.cancel()
+            return
+        self.work.cancel()
+        if not isinstance(self.work, asyncio.Task):
+            self._worked(self.work)
 
     def _too_large(self) -> bool:
         """Whether its answer is too large to wait for a client, by itself or beside the others that do."""
@@ -189,25 +207,46 @@ class Run:
 
     # -- the work ----------------------------------------------------------------------------------------------
 
-    async def give(self, data: bytes, *, more: bool = True) -> None:
+    async def give(self, data: bytes) -> None:
         """Give whole events to every client, as fast as the quickest of them takes them."""
-        self._ending = not more
+        if (waits := self.push(data)) is not None:
+            await waits
+
+    async def end(self, data: bytes) -> None:
+        """Give every client the end of the answer."""
+        self._ending = True
+        if (waits := self.push(data, more=False)) is not None:
+            await waits
+
+    def push(self, data: bytes, *, more: bool = True) -> Coroutine[Any, Any, None] | None:
+        """Give whole events to every client at once; return what is to be awaited before more is given, if anything."""
         if self._record is not None:
             self._note(data)
         clients = self.clients
         if len(clients) == 1 and clients[0].alone:
-            await self._pace(clients[0], data, more=more)
-            return
+            client = clients[0]
+            try:
+                waits = client.push(data) if more else client.send(data, more=False)
+            except Gone:
+                client.drop()
+                self.leave(client)
+                return None
+            return None if waits is None else self._pace(client, waits)
         for one in clients:
             one.post(data, more=more)
-        while clients and all(one.crowded for one in clients):
+        return self._keep_pace() if clients and all(one.crowded for one in clients) else None
+
+    async def _keep_pace(self) -> None:
+        """Wait until one of several clients may be given more."""
+        while self.clients and all(one.crowded for one in self.clients):
             self._stirred.clear()
             await self._stirred.wait()
 
-    async def _pace(self, client: Client, data: bytes, *, more: bool) -> None:
+    async def _pace(self, client: Client, waits: Coroutine[Any, Any, None]) -> None:
+        """Wait for a client that is alone, until another one comes."""
         self._pacing = True
         try:
-            await client.send(data, more=more)
+            await waits
         except Gone:
             self._pacing = False
             client.drop()
@@ -245,8 +284,13 @@ class Run:
         self.job.pool.repeats.recorded_bytes -= self._recorded
         self._record, self._recorded = None, 0
 
-    def _worked(self, work: asyncio.Task[bytes | None]) -> None:
+    def _worked(self, work: asyncio.Future[bytes | None]) -> None:
         """It has come to its end: everyone who waits is told, and who comes back for it finds it for a while."""
+        # A whole answer is here before its worker has said so; nothing else goes on once nobody works at it.
+        if not self.job.relay.complete:
+            self.job.pool.dispatcher.cancel(self.job.task, "the client left")
+        self.job.relay.watch = None
+        self.job.origin.drop()
         for client in self.clients:
             client.wake()
         error = None if work.cancelled() else work.exception()
@@ -283,19 +327,27 @@ class Run:
         began, first_at = self.began_at, attempt.first_byte_at
         return _ms(attempt.offered_at - began), None if first_at is None else _ms(first_at - began)
 
-    def headers(self) -> dict[str, str]:
+    def raw_headers(self) -> list[tuple[bytes, bytes]]:
         """Return the headers that say who answered, and how long what took."""
         job, (queue_ms, first_byte_ms) = self.job, self._waited()
-        found = {"x-request-id": self.id, **trace(job.task)}
-        found["openai-processing-ms"] = str(_ms(job.pool.clock() - self.began_at))
-        told = {
-            "x-rma-worker": job.who(),
-            "x-rma-attempts": self._attempts,
-            "x-rma-queue-ms": queue_ms,
-            "x-rma-first-byte-ms": first_byte_ms,
-            "x-rma-model-state": job.task.attempt.model_state if job.task.attempt else "",
-        }
-        return found | {name: str(value) for name, value in told.items() if value not in (None, "")}
+        found = [
+            (b"x-request-id", self.id.encode()),
+            (b"openai-processing-ms", b"%d" % _ms(job.pool.clock() - self.began_at)),
+            (b"x-rma-attempts", b"%d" % self._attempts),
+        ]
+        if (attempt := job.task.attempt) is not None:
+            found.append((b"x-rma-worker", attempt.worker_id.encode()))
+            if attempt.model_state:
+                found.append((b"x-rma-model-state", attempt.model_state.encode()))
+        if queue_ms is not None:
+            found.append((b"x-rma-queue-ms", b"%d" % queue_ms))
+        if first_byte_ms is not None:
+            found.append((b"x-rma-first-byte-ms", b"%d" % first_byte_ms))
+        return found
+
+    def headers(self) -> dict[str, str]:
+        """Return the same as text."""
+        return {name.decode(): value.decode() for name, value in self.raw_headers()}
 
     def facts(self) -> dict[str, Any]:
         """Return the same for the last event of a stream, whose headers went out before they were known."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rma_coordinator.api import limits, openai_errors
 from rma_coordinator.api.openai_errors import APIProblem
@@ -15,11 +15,11 @@ from rma_coordinator.domain.continuing import continued, decide, ending
 from rma_core.errors import RMAError, TryLater
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import Callable, Coroutine
 
     from rma_coordinator.api.openai_jobs import Job
     from rma_coordinator.api.openai_runs import Run
-    from rma_coordinator.relay import Head
+    from rma_coordinator.relay import Head, Relay
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ async def streamed(run: Run) -> None:
             logger.info(words, task_id, stream.skipped, extra={"action": "events_skipped", "task": task_id})
         if not stream.whole or not (stream.done or run.job.relay.complete):
             raise _broke_off(run.job, stream)
-        await run.give(stream.end(), more=False)
+        await run.end(stream.end())
 
 
 def _settle(run: Run, stream: Stream) -> None:
@@ -106,26 +106,36 @@ async def _relay(run: Run, begin: Callable[[], Stream]) -> Stream | None:
         if head is None or head.status not in GOOD or not _is_stream(head):
             return None
         starts, stream = relay.starts, begin()
-        pieces = relay.pieces()
-        async for piece in pieces:
+
+        def over(stream: Stream = stream) -> bool:
+            return stream.done or stream.broken is not None
+
+        def take(piece: bytes, stream: Stream = stream, status: int = head.status) -> Coroutine[Any, Any, None] | None:
+            waits = None
             if events := stream.feed(piece):
                 if not task.committed:
                     # From here on no other attempt may begin from the beginning.
-                    task.committed, task.http_status = True, head.status
+                    task.committed, task.http_status = True, status
                     run.begins(stream)
-                await run.give(events)
-            if stream.done or stream.broken:
-                await _close(pieces)
-                break
+                waits = run.push(events)
+            return _nothing() if waits is None and (stream.done or stream.broken) else waits
+
+        await relay.pour(take, over)
         if relay.starts == starts:
+            if over():
+                await _close(relay)
             return stream
 
 
-async def _close(pieces: AsyncIterator[bytes]) -> None:
+async def _nothing() -> None:
+    """Wait for nothing: but whoever pours looks whether that was enough."""
+
+
+async def _close(relay: Relay) -> None:
     """Let the worker close what has said its end, so that it counts as done."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(CLOSE_S):
-            async for _ in pieces:
+            async for _ in relay.pieces():
                 pass
 
 

@@ -24,27 +24,55 @@ if TYPE_CHECKING:
 #: an object, all at once, and a worker may mean harm.
 MAX_ANSWER_BYTES = 32 * 1024 * 1024
 MOST_VALUES = 1_000_000
+NO_ANSWER = "the model server of {} gave what is no answer: no JSON, too much of it, or one that broke off"
 
 
-async def whole(run: Run) -> bytes:
-    """Return the whole answer of a run. Raises RMAError."""
-    job = run.job
-    found = await job.collect(MAX_ANSWER_BYTES)
-    if found is None:
-        raise job.failed()
-    head, data = found
-    if head.status not in GOOD:
-        raise job.refused(head, data)
-    body = made_right(data, job.asked)
-    if body is None:
-        words = (
-            f"the model server of {job.who()} gave what is no answer: no JSON, too much of it, or one that broke off"
-        )
-        raise APIProblem(502, words, retry_after_s=5)
-    job.task.committed, job.task.http_status = True, head.status
-    run.answers()
-    limits.settle_whole(run.metered, body)
-    return body
+class Gathering:
+    """One whole answer on its way to its run: nothing of it has gone out, so that the loss of a worker only costs time.
+
+    Its relay is watched instead of read: the answer is gathered where its pieces come, and made right once it is whole.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._parts: list[bytes] = []
+        self._size = 0
+        self._starts = run.job.relay.starts
+        run.job.relay.watch = self.look
+
+    def look(self) -> None:
+        """Something has changed."""
+        relay, run = self._run.job.relay, self._run
+        if relay.starts != self._starts:
+            self._parts, self._size, self._starts = [], 0, relay.starts
+        try:
+            if relay.crowded or relay.complete:
+                self._take(relay.drain())
+            if relay.complete:
+                run.settle(self._whole())
+            elif relay.over:
+                run.settle(run.job.failed())
+        except Exception as error:  # noqa: BLE001 - told to whoever waits, and no business of the worker's
+            run.settle(error)
+
+    def _take(self, data: bytes) -> None:
+        self._size += len(data)
+        if self._size > MAX_ANSWER_BYTES:
+            raise APIProblem(502, f"the answer is longer than {MAX_ANSWER_BYTES} bytes")
+        self._parts.append(data)
+
+    def _whole(self) -> bytes:
+        run, job = self._run, self._run.job
+        head, data = job.relay.head, b"".join(self._parts)
+        if head is None or head.status not in GOOD:
+            raise job.refused(head, data) if head is not None else job.failed()
+        body = made_right(data, job.asked)
+        if body is None:
+            raise APIProblem(502, NO_ANSWER.format(job.who()), retry_after_s=5)
+        job.task.committed, job.task.http_status = True, head.status
+        run.answers()
+        limits.settle_whole(run.metered, body)
+        return body
 
 
 def made_right(data: bytes, asked: Asked) -> bytes | None:

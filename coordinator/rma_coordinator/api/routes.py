@@ -248,6 +248,16 @@ ROUTES: tuple[Route, ...] = (
         gives="object",
         fails=(503,),
     ),
+    Route(
+        "POST",
+        "/api/admin/workers/{worker_id}/owner",
+        "worker_owner",
+        "admin:write",
+        "Say whose machine a worker is: whose requests come first there.",
+        takes=bodies.WorkerOwner,
+        gives="object",
+        fails=(503,),
+    ),
     Route("GET", "/api/admin/stats", "stats", "admin:read", "The pool in numbers.", gives="object"),
     Route(
         "GET",

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from rma_coordinator.api.choices import BREAKS, finish_of, guessed, mend_arguments, mend_call, usage_of
+from rma_coordinator.api.splicing import END, Wrapping
 from rma_coordinator.domain.continuing import Delivered, Seam
 from rma_coordinator.domain.stream_events import BadChunk
 from rma_core.models.strict import encode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
 #: An event longer than this is no piece of an answer.
 MAX_EVENT_BYTES = 1024 * 1024
@@ -44,6 +45,11 @@ class Events:
 
     def __init__(self) -> None:
         self._rest = bytearray()
+
+    @property
+    def between(self) -> bool:
+        """Whether what comes next begins an event."""
+        return not self._rest
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         """Yield the data of each event that is whole now. Raises ValueError for one that is too long."""
@@ -120,12 +126,13 @@ class Stream:
         #: What the client has, for another worker to go on from.
         self.delivered = Delivered()
         self._seam: Seam | None = None
+        self._wrapping: Wrapping | None = None
 
     def resume(self, body: bytes) -> Stream:
         """Go on with what another worker streams for the request ``body``; returns itself."""
         self._seam = Seam(body, self.delivered)
         # Half an event of the lost worker is nobody's.
-        self._events, self.done = Events(), False
+        self._events, self.done, self._wrapping = Events(), False, None
         return self
 
     def add(self, events: Iterable[dict[str, Any]]) -> bytes:
@@ -175,6 +182,8 @@ class Stream:
 
     def feed(self, data: bytes) -> bytes:
         """Return what the client gets for what the engine sent; nothing before the first piece of the answer."""
+        if self._wrapping is not None and (spliced := self._splice(data)) is not None:
+            return spliced
         out: list[bytes] = []
         try:
             for payload in self._events.feed(data):
@@ -187,6 +196,27 @@ class Stream:
         except ValueError as error:
             self.broken = Broken(str(error))
         return b"".join(out)
+
+    def _splice(self, data: bytes) -> bytes | None:
+        """Return what the client gets for one event that is like the last one but for its text."""
+        wrapping = self._wrapping
+        if wrapping is None or self._finished or not self._events.between or not data.endswith(END):
+            return None
+        found = wrapping.take(data[: -len(END)])
+        if found is None:
+            return None
+        try:
+            self.delivered.say(found.text)
+        except UnicodeEncodeError:
+            # Half a character: no piece of an answer.
+            return None
+        return found.event
+
+    def _learn(self, payload: bytes, event: dict[str, Any], ours: bytes) -> None:
+        """Remember what stands around the text of an event that was nothing but some text of the only choice."""
+        name = "content" if self.answer.chat else "text"
+        if self._open == {0} and not self._finished and _is_plain(event["choices"][0], name):
+            self._wrapping = Wrapping.of(payload, ours, name.encode())
 
     def end(self) -> bytes:
         """Return what ends a whole answer: usage where the client asked for it, and the end marker."""
@@ -224,8 +254,11 @@ class Stream:
         except BadChunk:
             self.skipped += 1
             return
+        size, counted = len(out), event.get("usage") is not None or event.get("timings") is not None
         for one in events:
             self._send(one, out)
+        if self._seam is None and len(out) > size and not counted:
+            self._learn(payload, event, out[-1])
         if self._seam is not None and self._seam.done:
             self.done = True
 
@@ -326,6 +359,13 @@ def _is_choice(value: object) -> bool:
         return False
     index, finish = value.get("index", 0), value.get("finish_reason")
     return type(index) is int and 0 <= index < MAX_CHOICES and (finish is None or isinstance(finish, str))
+
+
+def _is_plain(choice: Mapping[str, Any], name: str) -> bool:
+    """Whether a choice as it was sent is a piece of its text, and nothing beside it."""
+    says = choice.get("delta", choice)
+    alone = not any(says[other] for other in says if other not in (name, "index"))
+    return bool(isinstance(says.get(name), str) and says[name] and alone and not choice.get("logprobs"))
 
 
 def _says(delta: dict[str, Any], *, chat: bool) -> bool:

@@ -3,6 +3,9 @@
 A score is seconds, and all its parts can be shown: `Expected`. Of workers that are about as good the freest is taken.
 A task may wait for a busy worker that will have it done much sooner than any that is free, because it is far faster or
 has its conversation in its cache, but only for a while, and only while there is room for everybody else.
+
+Somebody's task goes to a machine of its owner's where that is about as good as the best free one. To go to a slower one
+its owner would wait for nothing; and for a machine that is kept free for its owner everybody else would.
 """
 
 from __future__ import annotations
@@ -79,9 +82,14 @@ class Chooser:
         if not self._lanes.has_free(task.lane):
             return None
         free = self._free(task, now, seats)
-        if not free:
+        seat = self._ready(task, free)
+        if seat is None:
+            # Those that were looked at may be barred from it, or not be ready just now.
+            everyone = self._lanes.free(task.lane, task.service)
+            free = [seat for seat in everyone if self.may(task, seat, now)]
+            seat = self._ready(task, free)
+        if seat is None:
             return None
-        seat = free[0] if len(free) == 1 else self._pick(task, free)
         choice = Choice(seat, self.expected(task, seat))
         roomy = not waiting and len(free) >= LEAST_FREE * min(LOOKED_AT, len(self._lanes.offering(task.lane)))
         slow = choice.expected.known and choice.expected.takes > LEAST_TAKES_S
@@ -102,12 +110,11 @@ class Chooser:
         )
 
     def may(self, task: Task, seat: Seat, now: float) -> bool:
-        """Say whether a worker with room may be given a task at this moment."""
+        """Say whether a worker with room may be given a task, if it is ready at this moment."""
         return (
             seat.full_until <= now
             and seat.worker_id not in task.excluded
             and (not seat.shares or seat.takes(task.lane))
-            and self.ready(seat.worker_id)
             and (not self._breakers or self.allows(seat, task.lane, now))
         )
 
@@ -121,13 +128,20 @@ class Chooser:
     def _free(self, task: Task, now: float, seats: dict[str, Seat]) -> list[Seat]:
         lane, service = task.lane, task.service
         some: Iterable[Seat] = self._lanes.some_free(lane, service, LOOKED_AT, self.chance)
-        found = [seat for seat in some if self.may(task, seat, now)]
-        if not found:
-            # Those that were looked at may be barred from it, or not be ready just now.
-            found = [seat for seat in self._lanes.free(lane, service) if self.may(task, seat, now)]
+        if task.excluded or self._breakers:
+            found = [seat for seat in some if self.may(task, seat, now)]
+        else:
+            found = [seat for seat in some if seat.full_until <= now and (not seat.shares or seat.takes(lane))]
         known = seats.get(task.favourite.worker_id) if task.favourite is not None else None
         if known is not None and known not in found and known.room(service) > 0 and self._reachable(task, known, now):
             found.append(known)
+        if task.owner:
+            own = self._lanes.owned(task.owner, LOOKED_AT, self.chance)
+            found += [
+                seat
+                for seat in own
+                if seat not in found and seat.room(service) > 0 and self._reachable(task, seat, now)
+            ]
         if task.attempts and len(found) > 1:
             tried = {attempt.worker_id for attempt in task.attempts}
             found = [seat for seat in found if seat.worker_id not in tried] or found
@@ -137,28 +151,33 @@ class Chooser:
         offers = seat.usable and seat.reachable and seat.offers(task.service, task.model)
         return offers and self.may(task, seat, now)
 
+    def _ready(self, task: Task, seats: list[Seat]) -> Seat | None:
+        """Return the best of some workers that can be given something at this moment."""
+        while seats:
+            seat = seats[0] if len(seats) == 1 else self._pick(task, seats)
+            if self.ready(seat.worker_id):
+                return seat
+            seats = [one for one in seats if one is not seat]
+        return None
+
     def _pick(self, task: Task, seats: list[Seat]) -> Seat:
         """Return the best of some workers; now and then one of which little is known."""
-        service, lane, known = task.service, task.lane, task.favourite
-        favourite, score = known.worker_id if known is not None else "", self._speeds.score
-        found: list[tuple[float, Seat]] = []
-        unknown: list[Seat] = []
-        for seat in seats:
-            saves = known.saves(seat.slots[service]) if known is not None and seat.worker_id == favourite else 0.0
-            total, is_known = score(
-                seat.worker_id, lane, seat.counts.get(service, 0), saves, task.work, loaded=lane not in seat.cold
-            )
-            found.append((total, seat))
-            if not is_known:
-                unknown.append(seat)
-        if unknown and len(unknown) < len(seats) and task.priority != "high" and self.chance.random() < EXPLORED:
-            good = unknown
+        service, lane, favourite, saves = task.service, task.lane, "", 0.0
+        if task.favourite is not None:
+            favourite = task.favourite.worker_id
+            saves = next((task.favourite.saves(one.slots[service]) for one in seats if one.worker_id == favourite), 0.0)
+        totals, known = self._speeds.totals(seats, lane, service, task.work, favourite=favourite, saves=saves)
+        if 0 < known < len(seats) and task.priority != "high" and self.chance.random() < EXPLORED:
+            good = [seat for seat in seats if not self._speeds.expected(seat.worker_id, lane, beside=0).known]
         else:
-            limit = AS_GOOD * min(total for total, _ in found)
-            good = [seat for total, seat in found if total <= limit]
-        if len(good) == 1:
-            return good[0]
-        return max(good, key=lambda seat: (seat.worker_id == favourite, *_freest(seat, service)))
+            limit = AS_GOOD * min(totals)
+            good = [seat for seat, total in zip(seats, totals, strict=True) if total <= limit]
+        if task.owner:
+            # Only of those that are as good: nobody waits longer for having a machine of one's own.
+            good = [seat for seat in good if seat.owner == task.owner] or good
+        if favourite:
+            good = [seat for seat in good if seat.worker_id == favourite] or good
+        return good[0] if len(good) == 1 else _freest(good, service)
 
     def _busier(self, task: Task, best: Choice, now: float, seats: dict[str, Seat]) -> Choice | None:
         """Return a busy worker that is worth waiting for."""
@@ -208,5 +227,16 @@ def promises(seat: Seat) -> int:
     return len(seat.promised) if seat.promised else 0
 
 
-def _freest(seat: Seat, service: str) -> tuple[float, float, float, str]:
-    return seat.rooms.get(service, 0), -seat.load, -seat.last_given, seat.worker_id
+def _freest(seats: list[Seat], service: str) -> Seat:
+    """Return the worker with most room; then the least busy, then the one that was given nothing for longest."""
+    best = seats[0]
+    room = best.rooms.get(service, 0)
+    for seat in seats:
+        its = seat.rooms.get(service, 0)
+        if its > room or (its == room and _restedness(seat) > _restedness(best)):
+            best, room = seat, its
+    return best
+
+
+def _restedness(seat: Seat) -> tuple[float, float, str]:
+    return -seat.load, -seat.last_given, seat.worker_id

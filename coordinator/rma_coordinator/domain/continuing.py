@@ -100,6 +100,18 @@ class Delivered:
         self.count(piece)
         self.note(piece, chunk)
 
+    def say(self, text: str) -> None:
+        """Take an event with nothing in it but some text of the first choice: what `take` does, at once.
+
+        Raises UnicodeEncodeError for half a character, and is then as before.
+        """
+        data = text.encode()
+        self._run += 1
+        tokens = self._before + self._run
+        new, self._noted = max(0, tokens - self._noted), tokens
+        self._add(text, data, new)
+        self.begun = self.begun or not text.isspace() or self.logprobs
+
     def resume(self) -> None:
         """Count on from what is kept: another run begins."""
         if not self.begun:
@@ -142,18 +154,18 @@ class Delivered:
         if part.finish:
             self.finished[part.choice] = part.finish
         if part.text:
-            self._add(part, new)
+            self._add(part.text, part.text.encode() if part.choice == 0 else b"", new)
         # White space alone can come again unnoticed, but only as the whole of an answer's beginning.
         spread = part.text and (part.choice > 0 or self.logprobs)
         self.begun = bool(self.begun or part.text.strip() or spread or part.other or part.finish)
 
-    def _add(self, part: Part, new: int) -> None:
-        solid = part.text.rstrip()
-        if solid:
+    def _add(self, text: str, data: bytes, new: int) -> None:
+        if not text.isspace():
             # Of tokens that came together, those of the white space at the end are made again.
-            again = (len(part.text) - len(solid)) * new // len(part.text)
-            self.kept = self.tokens - again
-        data = part.text.encode() if part.choice == 0 and not self.too_long else b""
+            again = (len(text) - len(text.rstrip())) * new // len(text)
+            self.kept = self._before + self._run - again
+        if self.too_long:
+            return
         if len(self._text) + len(data) > MOST_TEXT_BYTES:
             self.too_long = True
             self._text.clear()

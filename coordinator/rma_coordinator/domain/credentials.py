@@ -50,6 +50,8 @@ class KeyRecord(msgspec.Struct, frozen=True, kw_only=True):
     expires_at: float | None = None
     revoked_at: float | None = None
     limits: Limits | None = None
+    #: On whose machines its requests come first, if on anybody's.
+    owner: str = ""
 
 
 class JoinTokenRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,6 +65,8 @@ class JoinTokenRecord(msgspec.Struct, frozen=True, kw_only=True):
     uses: int
     used_by: tuple[str, ...] = ()
     revoked_at: float | None = None
+    #: Whose machines join with it, if anybody's in particular.
+    owner: str = ""
 
 
 class Principal(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,6 +76,8 @@ class Principal(msgspec.Struct, frozen=True, kw_only=True):
     kind: Literal["admin", "client", "join", "worker"]
     scopes: tuple[str, ...] = ()
     limits: Limits | None = None
+    #: On whose machines its requests come first, if on anybody's.
+    owner: str = ""
 
     def may(self, scope: str) -> bool:
         """Say whether this caller's scopes open ``scope``; ``infer:*`` opens every ``infer:SERVICE``."""

@@ -248,6 +248,10 @@ class Dispatcher:
         if usable:
             self._matcher.freed(seat)
 
+    def belongs(self, worker_id: str, owner: str) -> None:
+        """A worker is somebody's machine, whose tasks come first on it; an empty ``owner``: nobody's in particular."""
+        self._lanes.belong(self.seat(worker_id), owner)
+
     def set_usable(self, seat: Seat, *, usable: bool) -> None:
         """A worker may be given work, or none for now."""
         if usable != seat.usable:
@@ -263,6 +267,7 @@ class Dispatcher:
         if seat is None:
             return
         self._lanes.offer(seat, {}, NO_MODELS)
+        self._lanes.belong(seat, "")
         seat.usable = False
         self._matcher.lost(seat)
         for attempt in list(seat.running.values()):

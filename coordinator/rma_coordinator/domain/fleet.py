@@ -473,6 +473,7 @@ class Fleet:
             "draining": worker.draining,
             "paused": worker.paused,
             "disabled": record.disabled,
+            "owner": record.owner,
             "ip_address": worker.ip_address,
             "registered_at": iso(record.registered_at),
             "last_heartbeat": iso(self.last_seen(worker)),

@@ -56,6 +56,7 @@ class Keyring:
         scopes: tuple[str, ...],
         ttl_s: float | None = None,
         limits: Limits | None = None,
+        owner: str = "",
     ) -> tuple[str, KeyRecord]:
         """Return a new key, shown this once, and its record."""
         secret = credentials.make_secret(KEY_PREFIX[kind])
@@ -69,11 +70,12 @@ class Keyring:
             created_at=now,
             expires_at=now + ttl_s if ttl_s else None,
             limits=limits or None,
+            owner=owner,
         )
         self._keys[digest] = record
         return secret, record
 
-    def create_token(self, *, label: str, uses: int, ttl_s: float) -> tuple[str, JoinTokenRecord]:
+    def create_token(self, *, label: str, uses: int, ttl_s: float, owner: str = "") -> tuple[str, JoinTokenRecord]:
         """Return a new join token, shown this once, and its record."""
         secret = credentials.make_secret("rmaj_")
         digest, now = credentials.fingerprint(secret), self._clock()
@@ -84,6 +86,7 @@ class Keyring:
             created_at=now,
             expires_at=now + ttl_s,
             uses=uses,
+            owner=owner,
         )
         self._tokens[digest] = record
         return secret, record
@@ -130,7 +133,9 @@ class Keyring:
             message = "this pool does not know that key"
             raise NotAuthenticated(message, hints=("is it another pool's? make one with `rma keys create`",))
         self._check_ended(record.revoked_at, record.expires_at, "key")
-        return Principal(id=f"key:{record.key_id}", kind=record.kind, scopes=record.scopes, limits=record.limits)
+        return Principal(
+            id=f"key:{record.key_id}", kind=record.kind, scopes=record.scopes, limits=record.limits, owner=record.owner
+        )
 
     def valid(self, secret: str) -> bool:
         """Say whether a key of this pool is good now."""

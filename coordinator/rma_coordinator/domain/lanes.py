@@ -30,6 +30,7 @@ class Lanes:
     def __init__(self) -> None:
         self._offering: dict[str, list[Seat]] = {}
         self._free: dict[str, list[Seat]] = {}
+        self._owned: dict[str, list[Seat]] = {}
 
     def offering(self, lane: str) -> Collection[Seat]:
         """Return everyone who offers a lane, with room or without."""
@@ -51,6 +52,21 @@ class Lanes:
             self._offering.setdefault(lane, []).append(seat)
         seat.unlisted = True
         self.open(seat)
+
+    def belong(self, seat: Seat, owner: str) -> None:
+        """Note whose machine a worker is; empty: nobody's in particular."""
+        if seat.owner == owner:
+            return
+        if seat.owner:
+            _remove(self._owned, seat.owner, seat)
+        seat.owner = owner
+        if owner:
+            self._owned.setdefault(owner, []).append(seat)
+
+    def owned(self, owner: str, most: int, chance: random.Random) -> Collection[Seat]:
+        """Return up to ``most`` of somebody's workers, with room or without; at random where there are more."""
+        found = self._owned.get(owner, ())
+        return found if len(found) <= most else chance.sample(found, most)
 
     def open(self, seat: Seat) -> None:
         """A worker may have room now."""
@@ -112,7 +128,7 @@ def _take_out(listed: list[Seat], place: int, lane: str) -> None:
     seat.listed, seat.unlisted = _same(seat.listed - {lane}) or NO_LANES, True
 
 
-def _remove(lists: dict[str, list[Seat]], lane: str, seat: Seat) -> None:
-    lists[lane].remove(seat)
-    if not lists[lane]:
-        del lists[lane]
+def _remove(lists: dict[str, list[Seat]], name: str, seat: Seat) -> None:
+    lists[name].remove(seat)
+    if not lists[name]:
+        del lists[name]

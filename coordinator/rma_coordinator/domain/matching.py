@@ -134,15 +134,18 @@ class Matcher:
         now, barred = self._clock(), list[Task]()
         lanes = {lane for lane in seat.lanes(service) if self.chooser.allows(seat, lane, now)}
         while self._may_take(seat, service, now):
-            # A promise was a turn already.
-            promised = self._promised_one(seat, service)
-            task = promised or self._next(seat, line, set(filter(seat.takes, lanes)) if seat.shares else lanes)
+            open_lanes = set(filter(seat.takes, lanes)) if seat.shares else lanes
+            own = line.pop_for(seat.worker_id, open_lanes, owner=seat.owner) if seat.owner else None
+            beforehand = own or self._promised_one(seat, service)
+            task = beforehand or line.pop_for(seat.worker_id, open_lanes)
             if task is None:
                 break
             if not self.chooser.may(task, seat, now):
                 barred.append(task)
                 continue
-            if promised is None:
+            # A promise was a turn already, and what a machine does for its owner is none: it would put everyone whose
+            # turn is next on a level with whoever had many.
+            if beforehand is None:
                 line.served(task)
             self._give(task, seat, self.chooser.expected(task, seat))
         for task in reversed(barred):
@@ -158,11 +161,6 @@ class Matcher:
         if found is not None:
             self._unpromise(found)
         return found
-
-    def _next(self, seat: Seat, line: Line, lanes: set[str]) -> Task | None:
-        """Take out what a worker gets next: what its owner wants, then whose turn it is."""
-        own = line.pop_for(seat.worker_id, lanes, owner=seat.owner) if seat.owner else None
-        return own or line.pop_for(seat.worker_id, lanes)
 
     def _choose(self, task: Task, line: Line) -> Choice | None:
         return self.chooser.choose(task, self._clock(), waiting=line.waiting, seats=self._seats)

@@ -61,6 +61,8 @@ class TaskRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     usage: dict[str, float] = {}
     #: Where its end is to be told, where that is wanted.
     webhook: str = ""
+    #: On whose machine it comes first, if on anybody's.
+    owner: str = ""
     #: Key of its idempotency record, which ends with it.
     idempotency: str = ""
 

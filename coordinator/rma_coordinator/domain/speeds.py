@@ -9,10 +9,10 @@ nothing is known is taken for an average one, as fast as it is at other things.
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
 _Key = TypeVar("_Key")
 
@@ -97,6 +97,22 @@ class Expected(NamedTuple):
 
 #: A task of which nothing is known, and what it takes a worker of which nothing is known.
 NO_WORK, UNKNOWN = Work(), Expected(0.0, 0.0, 0.0, known=False)
+
+
+class Place(Protocol):
+    """A worker, and what it has: as many tasks of each service, and lanes whose models must be loaded first."""
+
+    @property
+    def worker_id(self) -> str:
+        """Who it is."""
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Its tasks, by service."""
+
+    @property
+    def cold(self) -> Collection[str]:
+        """Its cold lanes."""
 
 
 class Pair:
@@ -211,15 +227,50 @@ class Speeds:
         mean = self._lanes.get(lane)
         return UNKNOWN if mean is None else Expected(*self._parts(mean, worker_id, lane, beside, saves, work, loaded))
 
-    def score(
-        self, worker_id: str, lane: str, beside: int, saves: float, work: Work, *, loaded: bool
-    ) -> tuple[float, bool]:
-        """Return the sum of `expected`, and whether it is known: for looking at many workers."""
+    def totals(  # noqa: C901 - a call for each part would cost more than the parts
+        self, seats: Iterable[Place], lane: str, service: str, work: Work, *, favourite: str = "", saves: float = 0.0
+    ) -> tuple[list[float], int]:
+        """Return for each of some workers the sum of `expected` beside what it has, and how many of them are known.
+
+        One of them, the ``favourite``, has something in its cache. It is `expected` written once more, for the hottest
+        loop of all: what is called for each worker costs more than what it reckons.
+        """
         mean = self._lanes.get(lane)
         if mean is None:
-            return 0.0, False
-        service, failure, saved, known, prefill, load = self._parts(mean, worker_id, lane, beside, saves, work, loaded)
-        return load + prefill + service + failure - saved, known
+            return [0.0 for _ in seats], 0
+        pairs, slowness, now, found, known = self._pairs, self._slowness, self._clock(), list[float](), 0
+        by_token = bool(work.answer and mean.per_answer)
+        for seat in seats:
+            worker_id = seat.worker_id
+            pair = pairs.get((worker_id, lane))
+            slow = 1.0 + CROWDING * seat.counts.get(service, 0)
+            own: Pair | Lane = mean
+            share = 0.0
+            if pair is not None:
+                if now - pair.at > AGED_EVERY_S:
+                    pair.age(now)
+                share = pair.failed / pair.done
+                if pair.tasks >= LEAST_KNOWN:
+                    own = pair
+                    known += 1
+            if own is mean and slowness:
+                slow *= slowness.get(worker_id, 1.0)
+            if by_token:
+                prefill = work.prompt * (own.per_prompt or mean.per_prompt) * slow
+                takes = prefill + work.answer * (own.per_answer or mean.per_answer) * slow
+                reads = prefill
+            else:
+                takes = own.seconds * slow
+                reads = READING * takes
+            total = takes
+            if share > _USUAL:
+                total += (_odds(share) - _USUAL_ODDS) * (takes / 2 + NOTICED_S)
+            if saves and worker_id == favourite:
+                total -= reads * saves
+            if seat.cold and lane in seat.cold:
+                total += (pair.load if pair is not None else 0.0) or mean.load or LOAD_S
+            found.append(total)
+        return found, known
 
     def _parts(  # noqa: PLR0917 - names would cost the hottest call of all as much as its work
         self,

@@ -172,6 +172,7 @@ class Task:
         gap_s: float = LEASE_S,
         priority: Priority = "normal",
         webhook: str = "",
+        owner: str = "",
     ) -> None:
         self.id = task_id or new_task_id()
         self.service = service
@@ -196,7 +197,7 @@ class Task:
         #: Whether its answer begins before it is whole, so that its first byte comes early.
         self.streamed = False
         #: Whose machine it would rather run on, and be first there; empty: anyone's.
-        self.owner = ""
+        self.owner = owner
         #: How often a worker that came free took a later one of the same key.
         self.passed_over = 0
         #: The busy worker that it waits for although others are free, if any, and how often it may do so.
@@ -319,7 +320,7 @@ class Seat:
         self.last_given = 0.0
         #: How busy it says it is, with whatever it does beside, 0..1.
         self.load = 0.0
-        #: Whose machine it is, where somebody's tasks come first on it.
+        #: Whose machine it is, where somebody's tasks come first on it; changed by `Lanes.belong` only.
         self.owner = ""
         #: The lanes in whose lists of free workers it stands, which may be outdated: see `Lanes`.
         self.listed = NO_LANES

@@ -52,6 +52,8 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     generation: int = 0
     epoch: int = 0
     disabled: bool = False
+    #: Whose machine it is, where somebody's requests come first on it.
+    owner: str = ""
     last_seen_at: float = 0.0
     #: Why it was offline when this was written; empty when it was not.
     away: str = ""
@@ -66,6 +68,7 @@ class Brief(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     generation: int
     epoch: int
     disabled: bool
+    owner: str
     last_seen_at: float
     away: str
 
@@ -84,6 +87,7 @@ def brief(record: WorkerRecord) -> Brief:
         generation=record.generation,
         epoch=record.epoch,
         disabled=record.disabled,
+        owner=same(record.owner),
         last_seen_at=record.last_seen_at,
         away=record.away,
     )

@@ -1,0 +1,67 @@
+"""The shortest way for the commonest event: a piece of text in the same wrapping as the one before it.
+
+Engines write each event of an answer alike but for its text. Of one that was read and made right in full, what stands
+before and after its text is kept, as it came and as it went. The next one that has the same before and after it, and
+one JSON string between, can only mean the same with another text: it need be neither read nor written anew.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_text: Callable[[bytes], str] = msgspec.json.Decoder(str).decode
+STRING = re.compile(rb' *("(?:[^"\\]|\\.)*")')
+DATA, END = b"data: ", b"\n\n"
+
+
+class Spliced(NamedTuple):
+    """An event for the client, and the text in it."""
+
+    event: bytes
+    text: str
+
+
+class Wrapping:
+    """What stands around the text of an engine's events, and of those that clients get for them."""
+
+    __slots__ = ("_after", "_before", "_least", "_our_after", "_our_before")
+
+    def __init__(self, theirs: tuple[bytes, bytes], ours: tuple[bytes, bytes]) -> None:
+        self._before, self._after = DATA + theirs[0], theirs[1]
+        self._our_before, self._our_after = ours
+        self._least = len(self._before) + len(self._after)
+
+    @classmethod
+    def of(cls, payload: bytes, event: bytes, name: bytes) -> Wrapping | None:
+        """Return the wrapping of an event's data and of what the client got for it; the text is a member ``name``."""
+        theirs, ours = _around(payload, name), _around(event, name)
+        return cls(theirs, ours) if theirs and ours else None
+
+    def take(self, block: bytes) -> Spliced | None:
+        """Return what the client gets for an event, without its end, if it is wrapped like this one."""
+        if len(block) <= self._least or not (block.startswith(self._before) and block.endswith(self._after)):
+            return None
+        middle = block[len(self._before) : len(block) - len(self._after)]
+        try:
+            # Anything but exactly one string is something else in the same wrapping.
+            text = _text(middle)
+        except (msgspec.DecodeError, UnicodeError):
+            return None
+        return Spliced(self._our_before + middle + self._our_after, text) if text else None
+
+
+def _around(data: bytes, name: bytes) -> tuple[bytes, bytes] | None:
+    """Return what stands before and after the one string that is a member of that name; nothing without such a one."""
+    mark = b'"%s":' % name
+    # Within a string its quotation marks would be escaped: this is the member itself, or one further inside.
+    if data.count(mark) != 1:
+        return None
+    start = data.index(mark) + len(mark)
+    found = STRING.match(data, start)
+    return (data[: found.start(1)], data[found.end(1) :]) if found else None
