@@ -103,7 +103,8 @@ class ModelServer(NamedTuple):
         """Return the processes that hold a model."""
         with contextlib.suppress(psutil.NoSuchProcess):
             children = psutil.Process(self.process.pid).children(recursive=True)
-            return [child for child in children if "rma_llama_cpp.engine" in " ".join(child.cmdline())]
+            # Another child only asks it which devices there are.
+            return [child for child in children if child.cmdline()[-2:] == ["-m", "rma_llama_cpp.engine"]]
         return []
 
     def kill_engine(self) -> None:
@@ -142,6 +143,8 @@ class Brake:
         self._known: dict[int, list[psutil.Process]] = {}
         self._over = threading.Event()
         self._held, self._still = threading.Event(), threading.Event()
+        #: How often they still work before they are held; none of that below 1.
+        self._times = 0
         self._thread = threading.Thread(target=self._run, name="brake", daemon=True)
 
     def __enter__(self) -> Self:
@@ -163,14 +166,23 @@ class Brake:
         """Let them work now and then again."""
         self._held.clear()
 
+    def work(self, times: int) -> None:
+        """Let them work so many times, then not at all."""
+        self._still.clear()
+        self._times = times
+        self._held.clear()
+        assert self._still.wait(PATIENCE_S)
+
     def _run(self) -> None:
         while not self._over.is_set():
-            held = self._held.is_set()
-            if not held:
+            if not self._held.is_set():
                 self._all(signal.SIGCONT)
                 time.sleep(self._works_s)
+                self._times -= 1
+                if self._times == 0:
+                    self._held.set()
             self._all(signal.SIGSTOP)
-            if held:
+            if self._held.is_set():
                 self._still.set()
             self._over.wait(self._rests_s)
 
