@@ -245,12 +245,17 @@ class Pool:
 
 
 @contextlib.asynccontextmanager
-async def workers(folder: Path, count: int, /, *, slow: bool = False, **settings: str) -> AsyncIterator[Pool]:
+async def workers(
+    folder: Path, count: int, /, *, slow: bool = False, works_s: float = 0.002, **settings: str
+) -> AsyncIterator[Pool]:
     """A pool of so many workers with a model server each, and a copy of the slow service where ``slow``.
 
-    ``settings`` are the coordinator's.
+    ``works_s`` is for how long at once the brake lets engines work; ``settings`` are the coordinator's.
     """
-    with serving(folder / "m", count=count, env={"SLOTS": str(SLOTS)}) as servers, Brake(servers) as brake:
+    with (
+        serving(folder / "m", count=count, env={"SLOTS": str(SLOTS)}) as servers,
+        Brake(servers, works_s=works_s) as brake,
+    ):
         alone = {"RMA_FIND_MODEL_SERVERS": "0"} if slow else {"RMA_FIND_MODEL_SERVERS": "0", "RMA_RUNTIMES": "docker"}
         agents = [{**alone, "RMA_ATTACH": server.endpoint} for server in servers]
         async with crash_kit.town(folder, [None] * count, agents, **settings) as made, sdk(made) as client:

@@ -25,8 +25,6 @@ VICTIMS: tuple[Victim, ...] = ("agent", "coordinator", "engine", "agent", "serve
 CLIENTS = 20
 #: The share of requests that go to a model.
 MODEL = 0.45
-#: Requests that come to an end between two kills, at least and at most.
-APART = (8, 30)
 #: Seconds at most from that to the kill, and from a kill to the next start.
 MOMENT_S, DOWN_S = 0.3, 1.0
 #: What was refused before anything was done for it, and is asked again.
@@ -189,12 +187,12 @@ class Mix(Storm):
 
     # -- who kills ---------------------------------------------------------------------------------------------
 
-    async def kills(self) -> None:
-        """Kill one after the other until all requests have come to an end; of workers one at a time."""
+    async def kills(self, apart: int) -> None:
+        """Kill someone whenever about ``apart`` requests have come to an end; of workers one at a time."""
         chance, worker_side = random.Random(self.seed), asyncio.Lock()
         while True:
             for victim in chance.sample(VICTIMS, len(VICTIMS)):
-                if not await self._reached(self.ends + chance.randint(*APART)):
+                if not await self._reached(self.ends + chance.randint(apart // 2, apart * 3 // 2)):
                     return
                 await asyncio.sleep(chance.uniform(0, MOMENT_S))
                 self.counts[f"{victim} killed"] += 1
@@ -249,15 +247,15 @@ class Mix(Storm):
         await asyncio.to_thread(model_servers.until, lambda: model_servers.is_ready(server), what=f"s{number} is back")
 
 
-async def pass_over(pool: Pool, uncut: Mapping[losses.Ask, Got], *, total: int, seed: int) -> Mix:
-    """Make so many requests while everyone is killed; return what was seen once all that was acknowledged has ended."""
+async def pass_over(pool: Pool, uncut: Mapping[losses.Ask, Got], *, total: int, apart: int, seed: int) -> Mix:
+    """Make ``total`` requests, kill someone about each ``apart`` of them, and return what was seen once all has ended."""
     found = Mix(pool, uncut, total=total, seed=seed)
     async with found.hearing():
         clients = [pool.made.begin(found.client(number)) for number in range(CLIENTS)]
-        admin, killer = pool.made.begin(found.admin()), pool.made.begin(found.kills())
+        admin, killer = pool.made.begin(found.admin()), pool.made.begin(found.kills(apart))
         await asyncio.gather(killer, *clients)
         found.over.set()
         await admin
-        await pool.all_serve()
+        await pool.made.serving(len(pool.servers))
         await found.all_ended()
     return found

@@ -113,9 +113,12 @@ def check(one: Round, outcome: Outcome, uncut: dict[Ask, Got]) -> bool:
     return got.attempts > 1
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-    "kills", [KILLS, pytest.param(MANY_KILLS, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])]
+    "kills",
+    [
+        pytest.param(KILLS, marks=pytest.mark.timeout(300)),
+        pytest.param(MANY_KILLS, marks=[pytest.mark.soak, pytest.mark.timeout(3600)]),
+    ],
 )
 async def test_an_answer_whose_agent_or_model_server_is_killed_is_the_same_as_without(
     tmp_path_factory: pytest.TempPathFactory, kills: int

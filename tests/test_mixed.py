@@ -20,9 +20,13 @@ from tests.storm import check_executed, check_store
 if TYPE_CHECKING:
     from pathlib import Path
 
-#: Requests in the suite and under `make soak`; workers that do them.
-REQUESTS, MANY_REQUESTS = 240, 2000
+#: Requests in the suite and under `make soak`, and about how many of them come to an end between two kills.
+REQUESTS, APART = 200, 12
+MANY_REQUESTS, MANY_APART = 2000, 20
+#: Workers that do them.
 WORKERS = 3
+#: Seconds that engines work at once between their rests: an answer is long enough to be cut, and many are given.
+WORKS_S = 0.01
 SETTINGS = {"RMA_WEBHOOK_HTTP": "1", "RMA_WEBHOOK_NETWORKS": "127.0.0.0/8", "RMA_HEARTBEAT_INTERVAL_S": "2"}
 
 
@@ -32,19 +36,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("x")
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    "requests", [REQUESTS, pytest.param(MANY_REQUESTS, marks=[pytest.mark.soak, pytest.mark.timeout(7200)])]
+    ("requests", "apart"),
+    [
+        pytest.param(REQUESTS, APART, marks=pytest.mark.timeout(600)),
+        pytest.param(MANY_REQUESTS, MANY_APART, marks=[pytest.mark.soak, pytest.mark.timeout(7200)]),
+    ],
 )
 async def test_requests_of_every_kind_have_one_end_while_agents_model_servers_and_the_coordinator_are_killed(
-    folder: Path, requests: int
+    folder: Path, requests: int, apart: int
 ) -> None:
     need("llama")
     seed = int(os.environ.get("RMA_SEED") or secrets.randbelow(2**31))
     print(f"seed {seed} (RMA_SEED)")  # noqa: T201 - pytest shows it with a failure
-    async with workers(folder, WORKERS, slow=True, **SETTINGS) as pool:
+    async with workers(folder, WORKERS, slow=True, works_s=WORKS_S, **SETTINGS) as pool:
         uncut = {one: await answer(pool.client, one) for one in asks()}
-        found = await pass_over(pool, uncut, total=requests, seed=seed)
+        found = await pass_over(pool, uncut, total=requests, apart=apart, seed=seed)
         check_executed(pool.made, found)
         await check_store(pool.made, found)
         print(dict(found.counts))  # noqa: T201 - what the storm was like
