@@ -248,7 +248,7 @@ class Mix(Storm):
 
 
 async def pass_over(pool: Pool, uncut: Mapping[losses.Ask, Got], *, total: int, apart: int, seed: int) -> Mix:
-    """Make ``total`` requests, kill someone about each ``apart`` of them, and return what was seen once all has ended."""
+    """Make ``total`` requests, kill someone about each ``apart`` of them; return what was seen when all has ended."""
     found = Mix(pool, uncut, total=total, seed=seed)
     async with found.hearing():
         clients = [pool.made.begin(found.client(number)) for number in range(CLIENTS)]
