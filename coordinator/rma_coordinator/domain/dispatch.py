@@ -128,8 +128,7 @@ class Dispatcher:
     def restore(self, task: Task, given: Attempt | None) -> None:
         """Take a durable task up again after the coordinator's restart; ``given`` is the attempt that may still run."""
         self.tasks[task.id] = task
-        task.excluded |= {attempt.worker_id for attempt in task.attempts if attempt.state in ("failed", "returned")}
-        self._readmit(task)
+        task.excluded |= {attempt.worker_id for attempt in task.attempts if attempt.state == "failed"}
         if given is None:
             self._matcher.restore(task)
             return
@@ -526,12 +525,15 @@ class Dispatcher:
             self._matcher.again(task)
 
     def _readmit(self, task: Task) -> None:
-        """Let those that only gave a task back have it again, after a moment, once nobody else offers its lane."""
-        returned = {attempt.worker_id for attempt in task.attempts if attempt.state == "returned"} & task.excluded
-        returned -= {attempt.worker_id for attempt in task.attempts if attempt.state == "failed"}
-        if not returned or self.can_serve(task.service, task.model, besides=task.excluded):
+        """Once nobody else offers a task's lane, let those have it again that only gave it back, after a moment.
+
+        And those that it was only better not to ask: who lost the beginning of the answer that it is to go on with.
+        """
+        if not task.excluded or self.can_serve(task.service, task.model, besides=task.excluded):
             return
-        task.excluded -= returned
+        failed = {attempt.worker_id for attempt in task.attempts if attempt.state == "failed"}
+        returned = {attempt.worker_id for attempt in task.attempts if attempt.state == "returned"} - failed
+        task.excluded -= returned | (task.excluded - {attempt.worker_id for attempt in task.attempts})
         for seat in filter(None, map(self.seats.get, returned)):
             seat.full_until = max(seat.full_until, self._clock() + FULL_S)
 
