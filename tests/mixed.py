@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import httpx2
 import openai
 
+from rma_coordinator.domain.dispatch import MAX_BLAMED
 from tests import crash_kit, losses, model_servers, slow_service
 from tests.storm import RETRY_S, Ask, Storm
 
@@ -34,14 +35,22 @@ BACK = ("the channel to the coordinator is open", "rma-slow-worker is healthy")
 
 
 class Killed(NamedTuple):
-    """How often agents were killed so far; and the coordinator, its starts counted too: odd while it is away."""
+    """How often agents were killed so far, and model servers; and the coordinator, its starts counted too.
+
+    That one is odd while the coordinator is away.
+    """
 
     agents: int = 0
+    servers: int = 0
     coordinator: int = 0
 
     def away(self, now: Killed) -> bool:
         """Say whether the coordinator was away at some time between this and ``now``."""
         return self.coordinator % 2 == 1 or now.coordinator != self.coordinator
+
+    def given_up(self, now: Killed) -> bool:
+        """Say whether a request may have lost as many workers as end it, the first of them a moment before it came."""
+        return now.agents + now.servers - self.agents - self.servers >= MAX_BLAMED - 1
 
 
 def make(chance: random.Random, name: str, hook: str) -> Ask:
@@ -130,9 +139,13 @@ class Mix(Storm):
         self._broke(f"{one} {name}", since, error)
 
     def _broke(self, what: str, since: Killed, why: object) -> None:
-        """An answer has not come: the coordinator must have been away."""
+        """An answer has not come: the coordinator must have been away, or one worker after the other was lost."""
         self.counts["broken off"] += 1
-        if not since.away(self.killed):
+        if since.away(self.killed):
+            return
+        if since.given_up(self.killed) and "did not answer" in str(why):
+            self.counts["given up, workers lost"] += 1
+        else:
             self.wrong(f"{what}: the coordinator was there all the time, and: {why!r}")
 
     async def _send(self, http: httpx2.AsyncClient, ask: Ask) -> httpx2.Response | None:
@@ -220,8 +233,8 @@ class Mix(Storm):
         return self.ends < self.total
 
     async def _kill_coordinator(self, chance: random.Random) -> None:
-        agents, coordinator = self.killed
-        self.killed = Killed(agents, coordinator + 1)
+        coordinator = self.killed.coordinator
+        self.killed = self.killed._replace(coordinator=coordinator + 1)
         self.made.stop()
         await asyncio.sleep(chance.choice([0, chance.uniform(0, DOWN_S)]))
         self.made.start()
@@ -235,7 +248,10 @@ class Mix(Storm):
 
     async def _kill_worker(self, victim: losses.Victim, worker: str, down_s: float) -> None:
         number = self.pool.numbers[worker]
-        self.killed = self.killed._replace(agents=self.killed.agents + (victim == "agent"))
+        if victim == "agent":
+            self.killed = self.killed._replace(agents=self.killed.agents + 1)
+        else:
+            self.killed = self.killed._replace(servers=self.killed.servers + 1)
         self.pool.kill(worker, victim)
         await asyncio.sleep(down_s)
         self.pool.again(worker, victim)
