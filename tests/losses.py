@@ -16,7 +16,7 @@ import httpx2
 import openai
 
 from tests import crash_kit
-from tests.model_servers import SOLID, SOLID_PROMPT, SOLID_TOKENS, Brake, serving
+from tests.model_servers import SOLID, SOLID_PROMPT, SOLID_TOKENS, Brake, processors, serving
 
 if TYPE_CHECKING:
     import random
@@ -253,7 +253,7 @@ async def workers(
     ``works_s`` is for how long at once the brake lets engines work; ``settings`` are the coordinator's.
     """
     with (
-        serving(folder / "m", count=count, env={"SLOTS": str(SLOTS)}) as servers,
+        serving(folder / "m", count=count, env={"SLOTS": str(SLOTS)}, on=processors()) as servers,
         Brake(servers, works_s=works_s) as brake,
     ):
         alone = {"RMA_FIND_MODEL_SERVERS": "0"} if slow else {"RMA_FIND_MODEL_SERVERS": "0", "RMA_RUNTIMES": "docker"}

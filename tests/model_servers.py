@@ -52,6 +52,8 @@ class ModelServer(NamedTuple):
     #: How it was started, where it can be started again.
     command: Sequence[str] = ()
     env: Mapping[str, str] = MappingProxyType({})
+    #: The only processor it may use, if there is one.
+    processor: int | None = None
 
     def connect(self) -> http.client.HTTPConnection:
         """Return a connection, on which nothing was asked yet."""
@@ -124,7 +126,7 @@ class ModelServer(NamedTuple):
     def again(self) -> ModelServer:
         """Start it once more at the same address, when it has ended; waits for nothing."""
         self.process.wait(PATIENCE_S)
-        return self._replace(process=_run(self.command, self.env, self.log))
+        return self._replace(process=_run(self.command, self.env, self.log, self.processor))
 
     def said(self) -> str:
         """Return all it wrote so far."""
@@ -240,8 +242,9 @@ def until(condition: Callable[[], object], *, what: str, patience_s: float = PAT
 
 
 def start(
-    folder: Path, file: Path, *, model: str = "tiny", unix: bool = False, env: Mapping[str, str] | None = None
-) -> ModelServer:
+    folder: Path, file: Path, *, model: str = "tiny", unix: bool = False, env: Mapping[str, str] | None = None,
+    processor: int | None = None,
+) -> ModelServer:  # fmt: skip
     """Start the service for ``file``, with its log and its socket in ``folder``; waits for nothing."""
     folder.mkdir(parents=True, exist_ok=True)
     if unix:
@@ -261,14 +264,25 @@ def start(
         **(env or {}),
     }
     log, command = folder / "log", [sys.executable, "-I", "-u", "-m", "rma_llama_cpp", *where]
-    return ModelServer(_run(command, told, log), endpoint, model, log, command, told)
+    return ModelServer(_run(command, told, log, processor), endpoint, model, log, command, told, processor)
 
 
-def _run(command: Sequence[str], env: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+def _run(
+    command: Sequence[str], env: Mapping[str, str], log: Path, processor: int | None = None
+) -> subprocess.Popen[bytes]:
     with log.open("ab") as output:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command, env={**os.environ, **env}, stdin=subprocess.DEVNULL, stdout=output, stderr=output
         )
+    if processor is not None:
+        # It counts its processors only once it has loaded what it needs.
+        psutil.Process(process.pid).cpu_affinity([processor])
+    return process
+
+
+def processors() -> list[int]:
+    """Return the processors that there are to give each server one: threads that wait for each other cost two."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
 def is_ready(server: ModelServer) -> bool:
@@ -296,12 +310,19 @@ def stop(server: ModelServer) -> None:
 @contextlib.contextmanager
 def serving(
     folder: Path, *, count: int = 1, file: Path | None = None, unix: bool = False, model: str = "tiny",
-    env: Mapping[str, str] | None = None,
+    env: Mapping[str, str] | None = None, on: Sequence[int] = (),
 ) -> Iterator[list[ModelServer]]:  # fmt: skip
-    """Start ``count`` servers of one file (a new tiny chat model where none is named), and wait until all are ready."""
+    """Start ``count`` servers of one file (a new tiny chat model where none is named), and wait until all are ready.
+
+    Each has one of the processors ``on`` to itself, or all where none is named.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     served = file or tiny_model.write_chat_model(folder / "chat.gguf")
-    servers = [start(folder / str(n), served, unix=unix, model=model, env=env) for n in range(count)]
+    its = [on[n % len(on)] if on else None for n in range(count)]
+    servers = [
+        start(folder / str(n), served, unix=unix, model=model, env=env, processor=processor)
+        for n, processor in enumerate(its)
+    ]
     try:
         for server in servers:
             until(lambda server=server: is_ready(server), what="the model is loaded")  # type: ignore[misc]  # bound now

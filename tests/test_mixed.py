@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 #: Requests in the suite and under `make soak`, and about how many of them come to an end between two kills.
-REQUESTS, APART = 200, 16
+REQUESTS, APART = 300, 16
 MANY_REQUESTS, MANY_APART = 2000, 20
 #: Workers that do them.
 WORKERS = 3
