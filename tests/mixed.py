@@ -68,7 +68,7 @@ def make(chance: random.Random, name: str, hook: str) -> Ask:
 
 
 class Mix(Storm):
-    """All clients together, ``total`` requests; ``uncut`` is what the model says when nobody is killed."""
+    """All clients together, ``total`` requests at least; ``uncut`` is what the model says when nobody is killed."""
 
     def __init__(self, pool: Pool, uncut: Mapping[losses.Ask, Got], *, total: int, seed: int) -> None:
         super().__init__(pool.made, seed=seed)
@@ -77,13 +77,18 @@ class Mix(Storm):
         self.killed = Killed()
         self._ended = asyncio.Event()
 
+    @property
+    def more(self) -> bool:
+        """Whether there are to be more requests: until there were all, and everyone was killed once at least."""
+        return self.begun < self.total or not all(self.counts[f"{victim} killed"] for victim in VICTIMS)
+
     # -- clients -----------------------------------------------------------------------------------------------
 
     async def client(self, number: int) -> None:
-        """Make one request after the other while there are any."""
+        """Make one request after the other while there are to be more."""
         chance = random.Random(f"{self.seed}/client/{number}")
         async with self.made.client() as http:
-            while self.begun < self.total:
+            while self.more:
                 await self._one(http)
                 old = chance.choice(self.asks) if self.asks else None
                 if old and old.task_id and (old.end is not None or chance.random() < 0.3):
@@ -226,11 +231,13 @@ class Mix(Storm):
             self.wrong(f"a worker has not come back: {error!r}")
 
     async def _reached(self, count: int) -> bool:
-        """Wait until so many requests have come to an end; ``False`` when all have."""
-        while self.ends < min(count, self.total):
+        """Wait until so many requests have come to an end; ``False`` when no more are to come."""
+        while self.ends < count:
+            if not self.more and self.ends == self.begun:
+                return False
             self._ended.clear()
             await self._ended.wait()
-        return self.ends < self.total
+        return self.more
 
     async def _kill_coordinator(self, chance: random.Random) -> None:
         coordinator = self.killed.coordinator

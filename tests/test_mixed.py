@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.losses import answer, asks, workers
-from tests.mixed import VICTIMS, pass_over
+from tests.mixed import pass_over
 from tests.needs import need
 from tests.storm import check_executed, check_store
 
@@ -56,6 +56,5 @@ async def test_requests_of_every_kind_have_one_end_while_agents_model_servers_an
         await check_store(pool.made, found)
         print(dict(found.counts))  # noqa: T201 - what the storm was like
         assert not found.violations, "\n".join([*found.violations, pool.made.words()])
-        assert all(found.counts[f"{victim} killed"] for victim in VICTIMS), found.counts
         assert not [line for line in pool.made.said if "Traceback" in line or " CRITICAL " in line]
         assert "Traceback" not in pool.made.words()
