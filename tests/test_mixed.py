@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 #: Requests in the suite and under `make soak`, and about how many of them come to an end between two kills.
 REQUESTS, APART = 300, 16
-MANY_REQUESTS, MANY_APART = 2000, 20
+MANY_REQUESTS, MANY_APART = 2000, 16
 #: Workers that do them.
 WORKERS = 3
 #: Seconds that engines work at once between their rests: an answer is long enough to be cut, and many are given.
