@@ -175,12 +175,14 @@ def started(
 
 
 @contextlib.contextmanager
-def coordinator(home: Path, *, cores: set[int], arguments: Sequence[str] = ()) -> Iterator[Server]:
+def coordinator(
+    home: Path, *, cores: set[int], arguments: Sequence[str] = (), env: Mapping[str, str] | None = None
+) -> Iterator[Server]:
     """Run a real coordinator on a free port of loopback, with its state in ``home``."""
     port = free_port()
     command = ["-m", "rma_core", "coordinator", "--port", str(port), *arguments]
     began = time.perf_counter()
-    with started(command, home=home, cores=cores) as process:
+    with started(command, home=home, cores=cores, env=env) as process:
         url = f"http://127.0.0.1:{port}"
         wait_until_answered(f"{url}/health", process, home)
         answered_s = time.perf_counter() - began

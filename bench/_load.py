@@ -148,8 +148,8 @@ class Machine:
             generation=self.generation,
         )
 
-    async def beat(self) -> None:
-        """Send a heartbeat and do as its answer says, as if every container were healthy at once."""
+    async def beat(self) -> HeartbeatAnswer:
+        """Send a heartbeat and do as its answer says, as if every container were healthy at once; return that."""
         if self._channel is not None:
             answer = await self._channel.beat(self._heartbeat(), self._slots)
         else:
@@ -157,6 +157,7 @@ class Machine:
             answer = msgspec.json.decode(data, type=HeartbeatAnswer)
         if answer.containers is not None:
             self._run(answer.generation, answer.containers)
+        return answer
 
     def _run(self, generation: int, assignments: Iterable[Assignment]) -> None:
         self.generation = generation

@@ -30,14 +30,16 @@ class Connection:
 
     def __init__(self, url: str, token: str = "") -> None:
         self.token = token
+        #: Headers of the last answer, their names in lower case.
+        self.headers: dict[str, str] = {}
         self._address = urlsplit(url)
         self._turn = asyncio.Lock()
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
-    async def call(self, method: str, path: str, body: bytes = b"") -> bytes:
+    async def call(self, method: str, path: str, body: bytes = b"", *, within_s: float = CALL_S) -> bytes:
         """Return the answer's body. Raises CallFailedError."""
         try:
-            async with asyncio.timeout(CALL_S), self._turn:
+            async with asyncio.timeout(within_s), self._turn:
                 status, answer = await self._exchange(method, path, body)
         except (OSError, asyncio.IncompleteReadError) as error:
             self.close()
@@ -61,9 +63,9 @@ class Connection:
         )
         writer.write(head.encode() + body)
         lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower().split("\r\n")
-        lengths = [int(line.partition(":")[2]) for line in lines if line.startswith("content-length:")]
-        answer = await reader.readexactly(lengths[0] if lengths else 0)
-        if "connection: close" in lines:
+        self.headers = {name: value.strip() for name, _, value in (line.partition(":") for line in lines[1:])}
+        answer = await reader.readexactly(int(self.headers.get("content-length", 0)))
+        if self.headers.get("connection") == "close":
             self.close()
         return int(lines[0].split()[1]), answer
 

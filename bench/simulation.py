@@ -2,7 +2,8 @@
 
 The real dispatcher runs against a clock of its own: machines of very different speed that come and go, requests in
 bursts, one key that asks for most. The others send each request on at once, to a queue at a worker, as a load balancer
-does. ``--workers`` machines (10,000 take a few minutes), 15 simulated seconds for each of ``--seconds``.
+does. ``--workers`` machines, 15 simulated seconds for each of ``--seconds``; ``--workers 10000 --seconds 40`` is ten
+minutes of a large pool and takes about as long.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import heapq
 import itertools
 import math
 import random
+import sys
 from collections import deque
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -35,8 +37,10 @@ MEDIAN_LIFE_S = 35 * 3600.0
 MISSED_S = 10.0
 #: Tokens of an answer: median, spread and most.
 TOKENS, SPREAD, MOST_TOKENS = 200.0, 0.8, 2000.0
+MEAN_TOKENS = TOKENS * math.exp(SPREAD**2 / 2)
 DEADLINE_S = 600.0
-TICK_S = 2.0
+#: How often time passes for the dispatcher, and how often each way says how far it is.
+TICK_S, PROGRESSES = 2.0, 10
 LANE = "llm"
 
 
@@ -81,14 +85,14 @@ class World:
         self.order, self.names = itertools.count(), itertools.count()
         self.ended: list[Ended] = []
         self.asked = self.failed = 0
+        self.lost_tokens = 0.0
+        #: Machines that left, and requests that were handed to another machine because of that.
+        self.left = self.again = 0
         for _ in range(workers):
             self.at(0.0, "come", None)
-        mean = sum(one.share * total_speed(one) for one in MACHINES) / sum(one.share for one in MACHINES)
         #: Tokens a second of all machines together, on average.
-        self.capacity = workers * mean
-        mean_tokens = TOKENS * math.exp(SPREAD**2 / 2)
-        bursts = 1 + (BURST - 1) * BURST_S / EVERY_S
-        self.rate = LOAD * self.capacity / mean_tokens / bursts
+        self.capacity = workers * sum(one.share * total_speed(one) for one in MACHINES) / 100
+        self.rate = LOAD * self.capacity / MEAN_TOKENS / (1 + (BURST - 1) * BURST_S / EVERY_S)
 
     def at(self, time: float, kind: str, what: object) -> None:
         """Let something happen then."""
@@ -119,6 +123,11 @@ class World:
     def takes(self, task: Task, worker_id: str, beside: int) -> float:
         """Return the seconds of a request on a machine that has so many others."""
         return self.work[task.id] / self.machines[worker_id].speed * (1 + CROWDING * beside)
+
+    def gave_up(self, task: Task) -> None:
+        """A request will have no answer."""
+        self.failed += 1
+        self.lost_tokens += self.work.pop(task.id)
 
     def answered(self, task: Task, begun: float) -> None:
         """A request has its whole answer."""
@@ -190,8 +199,9 @@ class Pull:
     def accepted(self, attempt: Attempt) -> None:
         """A machine has begun."""
 
-    def restarted(self, task: Task) -> None:
+    def restarted(self, task: Task) -> None:  # noqa: ARG002 - the dispatcher's word
         """A request begins anew."""
+        self.world.again += 1
 
     def closing(self, task: Task) -> None:
         """No request here is durable."""
@@ -201,7 +211,7 @@ class Pull:
         if task.state == "succeeded" and task.attempt is not None:
             self.world.answered(task, task.attempt.offered_at)
         else:
-            self.world.failed += 1
+            self.world.gave_up(task)
 
 
 class Running(NamedTuple):
@@ -241,6 +251,7 @@ class Push:
         """A machine that left is missed: what it had goes to others."""
         self.here.remove(name)
         lost = [one.task for one in self.running.pop(name)] + list(self.queues.pop(name))
+        self.world.again += len(lost)
         for task in lost:
             self.ask(task)
 
@@ -289,6 +300,10 @@ class Push:
         machine = self.world.machines.get(name)
         while machine is not None and queue and len(running) < machine.slots:
             task = queue.popleft()
+            if self.world.now > task.created_at + DEADLINE_S:
+                # Who asked has gone.
+                self.world.gave_up(task)
+                continue
             one = Running(task, name, self.world.now)
             self.world.at(self.world.now + self.world.takes(task, name, len(running)), "done", one)
             running.append(one)
@@ -309,14 +324,19 @@ def simulate(way: Way, workers: int, seconds: float) -> dict[str, Any]:
         "done": pool.done,
         "tick": lambda _: _tick(world, pool),
     }
+    said = 0.0
     while world.events and (world.now < seconds or world.work):
         world.now, _, kind, what = heapq.heappop(world.events)
         happens[kind](what)
+        if min(world.now, seconds) >= said + seconds / PROGRESSES:
+            said = world.now
+            print(f"{way}: {said:.0f} of {seconds:.0f} simulated seconds", file=sys.stderr, flush=True)
     return _result(world)
 
 
 def _leave(world: World, pool: Pull | Push, name: str) -> None:
     del world.machines[name]
+    world.left += 1
     pool.leave(name)
     world.at(world.now, "come", None)
 
@@ -331,6 +351,8 @@ def _result(world: World) -> dict[str, Any]:
     return {
         "asked": world.asked,
         "answered": len(ended),
+        "machines_left": world.left,
+        "began_again": world.again,
         "goodput_of_asked": round(sum(one.tokens for one in ended) / _all_tokens(world), 4),
         "waited_s": _spread([one.waited for one in ended]),
         "took_s": _spread([one.took for one in ended]),
@@ -341,7 +363,7 @@ def _result(world: World) -> dict[str, Any]:
 
 
 def _all_tokens(world: World) -> float:
-    return sum(one.tokens for one in world.ended) + sum(world.work.values()) or 1.0
+    return sum(one.tokens for one in world.ended) + world.lost_tokens or 1.0
 
 
 def _spread(seconds: list[float]) -> dict[str, float]:
@@ -363,13 +385,15 @@ def main() -> int:
 
 def _lines(result: dict[str, Any]) -> Iterator[str]:
     yield f"{result['workers']} machines, {result['simulated_s']:g} simulated seconds, load {LOAD:g} with bursts"
-    heads = f"{'answered':>9} {'goodput':>8} {'waited p50':>11} {'p95':>8} {'took p50':>9} {'p95':>8}"
+    heads = f"{'answered':>9} {'goodput':>8} {'left':>5} {'again':>6} "
+    heads += f"{'waited p50':>11} {'p95':>8} {'took p50':>9} {'p95':>8}"
     yield f"    {'':14}{heads}   waited p95 by key"
     for way, one in result["ways"].items():
         keys = ", ".join(f"{key} {value:.1f}" for key, value in one["waited_p95_s_by_key"].items())
         waited, took = one["waited_s"], one["took_s"]
         numbers = f"{waited['p50']:11.2f} {waited['p95']:8.2f} {took['p50']:9.2f} {took['p95']:8.2f}"
-        yield f"    {way:14}{one['answered']:9} {one['goodput_of_asked']:8.3f} {numbers}   {keys}"
+        gone = f"{one['machines_left']:5} {one['began_again']:6}"
+        yield f"    {way:14}{one['answered']:9} {one['goodput_of_asked']:8.3f} {gone} {numbers}   {keys}"
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from rma_coordinator.domain.records import LedgerEntry, TaskRecord, TaskResult
 from rma_coordinator.domain.webhooks import WebhookRecord
+from rma_coordinator.ledger import entries_of
 from rma_coordinator.store import SqliteStore
 from rma_core.agent.state import RECORD_FILE
 from rma_core.commands.common import read_client
@@ -230,7 +231,7 @@ async def kept(home: Path) -> Kept:
         return Kept(
             {one.task_id: one for one in tasks},
             {one.task_id: one for one in results},
-            {one.task_id: one for one in await store.load(LedgerEntry)},
+            {one.task_id: one for one in await entries_of(store)},
             {one.task_id: one for one in await store.load(WebhookRecord)},
         )
     finally:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from rma_coordinator.domain.records import LedgerEntry, LedgerTotal, TaskRecord, TaskResult
+from rma_coordinator.domain.records import LedgerEntry, LedgerPage, LedgerTotal, TaskRecord, TaskResult
 from rma_coordinator.domain.webhooks import WebhookRecord
 
 if TYPE_CHECKING:
@@ -74,6 +74,8 @@ class History:
     _ends: dict[str, tuple[str, str]] = field(default_factory=dict)
     _credits: dict[str, tuple[str, int]] = field(default_factory=dict)
     _folded: Counter[str] = field(default_factory=Counter)
+    #: The tasks that one record of the ledger credits, by its key.
+    _written: dict[str, list[str]] = field(default_factory=dict)
 
     def invoke(self, kind: str, client: int, now: float, **facts: Any) -> Operation:
         operation = Operation(len(self.operations), kind, client, now, **facts)
@@ -88,19 +90,27 @@ class History:
     def watch(self, rows: list[Row]) -> None:
         """Look at what is committed: an end that is on disk stays, and nobody is credited twice."""
         for kind, key, data in rows:
-            if kind == "LedgerEntry" and data is not None:
-                entry = msgspec.json.decode(data, type=LedgerEntry)
-                who = (entry.worker_id, entry.attempt)
-                if self._credits.setdefault(key, who) != who:
-                    self.complain(f"{key} is credited to {self._credits[key]} and to {who}")
-            elif kind == "LedgerEntry":
-                self._folded[key] += 1
+            if kind == "LedgerEntry":
+                self._credited(key, () if data is None else (msgspec.json.decode(data, type=LedgerEntry),))
+            elif kind == "LedgerPage":
+                self._credited(key, () if data is None else msgspec.json.decode(data, type=LedgerPage).entries)
             elif kind == "TaskRecord" and data is not None:
                 record = msgspec.json.decode(data, type=TaskRecord)
                 if record.ended_at is not None:
                     self.end(key, record.state, "")
                 elif key in self._ends:
                     self.complain(f"{key} has ended, and is written as {record.state}")
+
+    def _credited(self, key: str, entries: tuple[LedgerEntry, ...]) -> None:
+        """Entries are written together, or, without any, those that were are added up."""
+        for entry in entries:
+            who = (entry.worker_id, entry.attempt)
+            if self._credits.setdefault(entry.task_id, who) != who:
+                self.complain(f"{entry.task_id} is credited to {self._credits[entry.task_id]} and to {who}")
+        if not entries:
+            self._folded.update(self._written.pop(key))
+        else:
+            self._written[key] = [entry.task_id for entry in entries]
 
     def end(self, task_id: str, state: str, answer: str) -> None:
         """Note how a task has ended, as somebody saw it."""
@@ -196,11 +206,14 @@ class History:
             self.complain(f"{message_id} tells of {ids[message_id]} tasks")
 
     def _ledger(self, disk: Disk, records: dict[str, TaskRecord], troubles: list[float]) -> None:
-        entries = {entry.task_id: entry for entry in disk.load(LedgerEntry)}
+        pages = [entry for page in disk.load(LedgerPage) for entry in page.entries]
+        entries = {entry.task_id for entry in [*disk.load(LedgerEntry), *pages]}
+        if len(entries) != len(disk.load(LedgerEntry)) + len(pages):
+            self.complain("a task is twice in the ledger")
         totals = sum(total.tasks for total in disk.load(LedgerTotal))
         if totals != sum(self._folded.values()) or any(count > 1 for count in self._folded.values()):
             self.complain(f"{totals} tasks are in the ledger's totals, and {len(self._folded)} left its rows")
-        credited = set(entries) | set(self._folded)
+        credited = entries | set(self._folded)
         durable = {task_id for task_id, record in records.items() if record.state == "succeeded"}
         self._complain_of(durable - credited, "has succeeded and is not in the ledger")
         self._complain_of((credited & set(records)) - durable, "is in the ledger and has not succeeded")

@@ -127,23 +127,26 @@ async def llama_pool(folder: Path, machines: Sequence[Sequence[ModelServer]]) ->
         yield pool
 
 
-async def check_freed(servers: Servers, begin: Callable[[], Awaitable[Callable[[], Awaitable[object]]]]) -> None:
-    """Assert that a model server's slot is free within a second of its client's leaving.
+async def check_freed(
+    servers: Servers | ModelServer, begin: Callable[[], Awaitable[Callable[[], Awaitable[object]]]]
+) -> float:
+    """Assert that a model server's slot is free within a second of its client's leaving; return how long it took.
 
     ``begin`` sends a request that would take much longer and returns what leaves it.
     """
     took: list[float] = []
     while len(took) < TRIES and not any(seconds <= FREE_WITHIN_S for seconds in took):
         leave = await begin()
-        await _until(lambda: servers.busy() == 1)
+        await until_seen(lambda: servers.busy() == 1)
         left_at = time.monotonic()
         await leave()
-        await _until(lambda: servers.busy() == 0)
+        await until_seen(lambda: servers.busy() == 0)
         took.append(time.monotonic() - left_at)
     assert min(took) <= FREE_WITHIN_S, took
+    return min(took)
 
 
-async def _until(what: Callable[[], bool]) -> None:
+async def until_seen(what: Callable[[], bool]) -> None:
     """Wait until something holds that takes a thread to look at."""
     async with asyncio.timeout(30):
         while not await asyncio.to_thread(what):  # noqa: ASYNC110 - what is waited for is another process's

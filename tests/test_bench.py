@@ -38,6 +38,7 @@ SCRIPTS = {
     "fleet": {"workers", "memory_at_rest", "phases", "memory_per_100_workers", "limit", "targets"},
     "gateway": {"workers", "cores", "left_out", "gateways", "ratios", "targets"},
     "heartbeats": {"floor", "http", "channel", "of_floor"},
+    "idle": {"workers", "interval_s", "open", "parked", "targets"},
     "memory": {"workers", "rss_mib", "mb_per_100"},
     "overhead": {"direct", "pool", "added_p50_ms"},
     "pause": {"held_mib", "stopped_s", "free_s", "loaded_again_s"},

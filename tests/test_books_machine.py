@@ -22,8 +22,9 @@ from hypothesis import settings as profile
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from rma_coordinator.domain.records import LedgerEntry, LedgerTotal, TaskRecord
+from rma_coordinator.domain.records import LedgerTotal, TaskRecord
 from rma_coordinator.domain.tasks import Attempt, Task, new_task_id
+from rma_coordinator.ledger import entries_of
 from rma_coordinator.pool import Pool
 from rma_coordinator.relay import Head
 from rma_coordinator.store import MemoryStore, SqliteStore
@@ -384,7 +385,7 @@ class Lives(RuleBasedStateMachine):
             else:
                 assert task_id not in self.ends, f"{task_id} had ended"
         records = {record.task_id: record for record in await self.gate.load(TaskRecord)}
-        entries = {entry.task_id: entry for entry in await self.gate.load(LedgerEntry)}
+        entries = {entry.task_id: entry for entry in await entries_of(self.gate)}
         assert await self.gate.load(LedgerTotal) == []
         assert set(entries) == {task_id for task_id, record in records.items() if record.state == "succeeded"}
         for task_id, entry in entries.items():

@@ -123,6 +123,26 @@ def test_a_chat_waits_for_the_busy_worker_that_knows_it_where_that_is_worth_it()
     assert pool.given(again).worker_id == here
 
 
+@pytest.mark.parametrize(
+    ("chat", "busy_s", "waits"),
+    [(NEXT, 4.0, True), ((), 4.0, False), (NEXT, 5.5, False)],
+    ids=["sooner there", "no chat", "sooner elsewhere"],
+)
+def test_a_chat_stays_where_its_cache_is_unless_its_wait_costs_what_that_gains(
+    chat: tuple[object, ...], busy_s: float, waits: bool
+) -> None:
+    pool = Pool({"one": (0.01, 0.01), "two": (0.01, 0.01)})
+    first = pool.task(600, 100, chat=CHAT)
+    here = pool.given(first).worker_id
+    pool.done(first)
+    other = pool.dispatcher.seat("two" if here == "one" else "one")
+    pool.dispatcher.set_usable(other, usable=False)
+    assert pool.given(pool.task(0, 100 * busy_s)).worker_id == here
+    pool.dispatcher.set_usable(other, usable=True)
+    # Elsewhere it would take 7 s: 6 to read it and 1 to answer.
+    assert (pool.task(600, 100, chat=chat).promise is not None) is waits
+
+
 def waiting(pool: Pool) -> tuple[Task, Task]:
     """Let a task wait for the fast worker, which has one already."""
     busy = pool.task(answer=200)

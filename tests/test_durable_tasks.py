@@ -11,6 +11,7 @@ import pytest
 from rma_coordinator.books import Books
 from rma_coordinator.domain.records import LedgerEntry, TaskRecord
 from rma_coordinator.domain.tasks import LEASE_S
+from rma_coordinator.ledger import entries_of
 from rma_coordinator.spool import Body
 from rma_coordinator.store import SqliteStore, StoreFailed
 from rma_core.models import channel as frames
@@ -45,7 +46,7 @@ async def ask(pool: Running, task_id: str, *, wait: float = 0) -> dict[str, Any]
 
 async def ledger(pool: Running) -> list[LedgerEntry]:
     await pool.pool.books.write()
-    return await pool.pool.store.load(LedgerEntry)
+    return await entries_of(pool.pool.store)
 
 
 async def test_an_asynchronous_task_is_acknowledged_run_and_its_result_kept(tmp_path: Path) -> None:
@@ -421,27 +422,27 @@ async def test_a_credit_counts_once_it_is_on_disk_and_no_answer_waits_for_it(
         asking = asyncio.create_task(pool.infer())
         await line.serve(b"1")
         assert (await soon(asking)).status_code == 200
-        assert (worker.completed, pool.pool.books.completed()[line.id]) == (0, 0)
+        assert (worker.completed, pool.pool.books.ledger.completed()[line.id]) == (0, 0)
         writes.set()
         await until(lambda: worker.completed == 1)
-        assert [entry.worker_id for entry in await store.load(LedgerEntry)] == [line.id]
+        assert [entry.worker_id for entry in await entries_of(store)] == [line.id]
 
 
 async def test_the_ledger_has_every_task_once_and_older_entries_added_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rma_coordinator.books.LEDGER_ROWS", 5)
+    monkeypatch.setattr("rma_coordinator.ledger.LEDGER_ROWS", 5)
     async with running(tmp_path) as pool, pool.worker(slots=8) as line:
         for _ in range(23):
             asking = asyncio.create_task(pool.infer())
             await line.serve(b"1")
             await soon(asking)
-        await until(lambda: pool.pool.books.completed()[line.id] == 23)
-        await until(lambda: sum(total.tasks for total in pool.pool.books.totals.values()) >= 15)
+        await until(lambda: pool.pool.books.ledger.completed()[line.id] == 23)
+        await until(lambda: sum(total.tasks for total in pool.pool.books.ledger.totals.values()) >= 15)
         worker = line.id
     async with running(tmp_path) as pool:
         assert pool.pool.fleet.get(worker).completed == 23
-        assert len(await pool.pool.store.load(LedgerEntry)) < 10
+        assert len(await entries_of(pool.pool.store)) < 10
 
 
 async def test_an_end_that_cannot_be_written_is_not_known_before_it_is(

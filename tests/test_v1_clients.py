@@ -70,7 +70,7 @@ class Pool:
         self.late = late
         self.pieces: asyncio.Queue[str | None] = asyncio.Queue()
         pool = SimpleNamespace(repeats=Repeats(lambda: 0.0), clock=lambda: 0.0)
-        task = SimpleNamespace(id="task-1", created_at=0.0, attempts=[], attempt=None)
+        task = SimpleNamespace(id="task-1", created_at=0.0, attempts=[], attempt=None, holder=None)
         relay, origin = SimpleNamespace(complete=True, watch=None), SimpleNamespace(drop=lambda: None)
         job = SimpleNamespace(pool=pool, task=task, relay=relay, origin=origin)
         # A name keeps it going when nobody is there.

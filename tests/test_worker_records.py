@@ -9,7 +9,15 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rma_coordinator.domain.worker_records import WINDOW_BYTES, Press, WorkerRecord, brief, same
+from rma_coordinator.domain.worker_records import (
+    WINDOW_BYTES,
+    Press,
+    WorkerRecord,
+    brief,
+    ids_of,
+    same,
+    thumbprint_of,
+)
 from rma_core.models.hardware import Capabilities, HardwareReport
 from rma_core.models.worker import Assignment
 
@@ -44,6 +52,16 @@ RECORDS = st.builds(
 )
 
 
+def named(one: WorkerRecord, key: bytes, number: int = 0) -> WorkerRecord:
+    """Return a record with the names that a machine gets by its key: the usual id, or another where that is taken."""
+    thumbprint, text = thumbprint_of(key), base64.urlsafe_b64encode(key).rstrip(b"=").decode()
+    names = {"worker_id": list(ids_of(thumbprint))[number], "thumbprint": thumbprint, "public_key": text}
+    return msgspec.structs.replace(one, **names)
+
+
+KEYED = st.builds(named, RECORDS, st.binary(min_size=31, max_size=33), st.sampled_from((0, 0, 0, 1)))
+
+
 def record(number: int, **more: object) -> WorkerRecord:
     made = WorkerRecord(
         worker_id=f"worker-{number:08x}",
@@ -59,7 +77,7 @@ def noise(size: int, seed: int) -> str:
     return base64.b64encode(random.Random(seed).randbytes(size)).decode()
 
 
-@given(records=st.lists(RECORDS, min_size=1, max_size=12))
+@given(records=st.lists(RECORDS | KEYED, min_size=1, max_size=12))
 def test_what_was_pressed_comes_back_whole_after_all_that_was_pressed_since(records: list[WorkerRecord]) -> None:
     press = Press()
     pressed = [press.press(one) for one in records]
@@ -84,10 +102,25 @@ def test_records_like_earlier_ones_become_small() -> None:
     assert max(sizes) < len(words[0]) / 10
 
 
+def test_what_follows_from_a_machines_key_is_not_kept_beside_it() -> None:
+    press, chance = Press(), random.Random(1)
+    # What else there is of them is the same, and so hardly takes any room.
+    sizes = [len(press.press(named(record(9, away="x" * 500), chance.randbytes(32)))) for _ in range(50)]
+    assert max(sizes[10:]) < 32 + 30
+
+
 @given(one=RECORDS)
 def test_a_brief_says_what_its_record_says(one: WorkerRecord) -> None:
     short = brief(one)
     assert all(getattr(short, name) == getattr(one, name) for name in short.__struct_fields__)
+
+
+def test_workers_that_have_the_same_share_their_brief() -> None:
+    def pool_of(text: str) -> WorkerRecord:
+        return record(len(text), tier=2, tier_reason="".join(text), assignment=())
+
+    assert brief(pool_of("a reason")) is brief(msgspec.structs.replace(pool_of("a reason"), worker_id="another"))
+    assert brief(pool_of("a reason")) is not brief(pool_of("another"))
 
 
 def test_equal_values_are_kept_once() -> None:

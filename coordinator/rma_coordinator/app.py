@@ -300,14 +300,16 @@ class Lanes:
 
     async def _wait(self, call: Call, steps: Generator[Any, Any, None], waits_for: object) -> None:
         """Go on with a call that has to wait: from now on it can be ended, and its time may be bounded."""
-        task = self._count()
+        task, bound_s = self._count(), call.bound_s
         try:
-            async with asyncio.timeout(call.bound_s):
+            if bound_s is None:
                 await go_on(steps, waits_for)
-        except TimeoutError:
-            if call.bound_s is None:
-                raise
-            raise (Gone if call.started else too_slow(call.bound_s)) from None
+                return
+            try:
+                async with asyncio.timeout(bound_s):
+                    await go_on(steps, waits_for)
+            except TimeoutError:
+                raise (Gone if call.started else too_slow(bound_s)) from None
         finally:
             self._open.discard(task)
 

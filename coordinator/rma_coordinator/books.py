@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections import Counter, OrderedDict, deque
+from collections import OrderedDict
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
@@ -20,13 +20,13 @@ from rma_coordinator.domain.records import (
     AttemptRecord,
     IdempotencyRecord,
     LedgerEntry,
-    LedgerTotal,
     TaskBody,
     TaskRecord,
     TaskResult,
 )
 from rma_coordinator.domain.tasks import Attempt, Task
 from rma_coordinator.domain.webhooks import WebhookRecord, message
+from rma_coordinator.ledger import written
 from rma_coordinator.relay import Head, Relay
 from rma_coordinator.store import Delete, Put
 from rma_core.backoff import Backoff
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from rma_coordinator.domain.dispatch import Dispatcher
     from rma_coordinator.hub import Hub
+    from rma_coordinator.ledger import Ledger
     from rma_coordinator.spool import Body, Spools
     from rma_coordinator.store import Change, Store
     from rma_coordinator.webhooks import Webhooks
@@ -47,8 +48,8 @@ logger = logging.getLogger(__name__)
 
 #: Bodies and answers up to here are kept in the store itself; larger ones in files.
 KEPT_IN_STORE = 64 * 1024
-#: Entries of the ledger that stand on their own; older ones are added up, worker by worker.
-LEDGER_ROWS = 1000
+#: What is answered at once is credited so much later, many tasks in one go.
+CREDITED_EVERY_S = 0.1
 #: A task whose time ran out while the coordinator was away has this long after its return.
 LEAST_AFTER_RESTART_S = 60.0
 #: A write that failed is tried again after this, and at longest after that.
@@ -78,9 +79,9 @@ class Books:
         settings: CoordinatorSettings,
         clock: Callable[[], float],
         wall: Callable[[], float],
-        on_credited: Callable[[LedgerEntry], None],
+        ledger: Ledger,
     ) -> None:
-        self._on_credited = on_credited
+        self.ledger = ledger
         self._store, self._spools, self._dispatcher, self._hub = store, spools, dispatcher, hub
         self._webhooks = webhooks
         self._settings, self._clock, self._wall = settings, clock, wall
@@ -96,10 +97,8 @@ class Books:
         #: Finished tasks by the moment (of ``clock``) until which they are kept, oldest first.
         self._kept: OrderedDict[str, float] = OrderedDict()
         self._noted: set[str] = set()
-        self._owed: deque[LedgerEntry] = deque()
-        self._rows: deque[LedgerEntry] = deque()
-        self.totals: dict[str, LedgerTotal] = {}
         self._work = asyncio.Event()
+        self._soon: asyncio.TimerHandle | None = None
         self._writing = asyncio.Lock()
 
     # -- life --------------------------------------------------------------------------------------------------
@@ -107,8 +106,7 @@ class Books:
     async def open(self, epoch: int) -> None:
         """Take up what the store holds; ``epoch`` is higher than at any start before. Raises StoreFailed."""
         self._epoch = epoch
-        self.totals = {total.key: total for total in await self._store.load(LedgerTotal)}
-        self._rows.extend(sorted(await self._store.load(LedgerEntry), key=lambda entry: entry.ended_at))
+        await self.ledger.open()
         records = await self._store.load(TaskRecord)
         known = {record.task_id for record in records}
         for one in await self._store.load(IdempotencyRecord):
@@ -176,6 +174,8 @@ class Books:
 
     async def close(self) -> None:
         """Let go of everything; what has not ended goes on after the next start."""
+        if self._soon is not None:
+            self._soon.cancel()
         for task in [*self._closing, *self._collecting.values()]:
             task.cancel()
         for task in [*self._closing, *self._collecting.values()]:
@@ -374,7 +374,7 @@ class Books:
             changes.append(Put(task.id, entry))
         await self._insist(changes)
         if entry is not None:
-            self._credited(entry)
+            self.ledger.credited(entry)
         self._kept[task.id] = self._clock() + self._settings.result_ttl_s
         if len(self._kept) > self._settings.kept_tasks:
             self._work.set()
@@ -419,12 +419,13 @@ class Books:
         """
         entry = self._entry(task)
         if entry is not None:
-            self._owed.append(entry)
-            self._work.set()
+            self.ledger.owe(entry)
+            if self._soon is None:
+                self._soon = asyncio.get_running_loop().call_later(CREDITED_EVERY_S, self._now)
 
-    def _credited(self, entry: LedgerEntry) -> None:
-        self._rows.append(entry)
-        self._on_credited(entry)
+    def _now(self) -> None:
+        self._soon = None
+        self._work.set()
 
     def _entry(self, task: Task) -> LedgerEntry | None:
         attempt = task.holder
@@ -441,13 +442,6 @@ class Books:
             bytes_out=task.answer_bytes,
         )
 
-    def completed(self) -> Counter[str]:
-        """Return how many tasks the ledger has of each worker."""
-        counts: Counter[str] = Counter(entry.worker_id for entry in self._rows)
-        for total in self.totals.values():
-            counts[total.worker_id] += total.tasks
-        return counts
-
     async def run(self) -> None:
         """Write what is noted or owed as it comes, and let go of what is too old. Runs until cancelled."""
         backoff = Backoff(base_s=RETRY_BASE_S, cap_s=RETRY_CAP_S)
@@ -458,7 +452,9 @@ class Books:
             try:
                 await self.write()
                 await self._expire()
-                await self._fold()
+                if await self.ledger.fold():
+                    # There may be more than one lot: the next round comes at once.
+                    self._work.set()
                 backoff.reset()
             except RMAError as error:
                 logger.debug("the books are written later: %s", error)
@@ -473,11 +469,11 @@ class Books:
         # Two at once would count what they both write twice.
         async with self._writing:
             self._work.clear()
-            noted, owed = self._noted, list(self._owed)
+            noted, owed = self._noted, self.ledger.owed()
             self._noted = set()
             tasks = [one for key in noted if (one := self._dispatcher.tasks.get(key)) and one.closing is None]
             changes: list[Change] = [Put(task.id, self.written(task)) for task in tasks]
-            changes += [Put(entry.task_id, entry) for entry in owed]
+            changes += map(written, owed)
             if not changes:
                 return
             try:
@@ -485,27 +481,7 @@ class Books:
             except BaseException:
                 self._noted |= noted
                 raise
-            for entry in owed:
-                self._owed.popleft()
-                self._credited(entry)
-
-    async def _fold(self) -> None:
-        """Add the oldest entries of the ledger up, so that it does not grow for ever."""
-        if len(self._rows) < 2 * LEDGER_ROWS:
-            return
-        old = [self._rows[index] for index in range(LEDGER_ROWS)]
-        totals: dict[str, LedgerTotal] = {}
-        for entry in old:
-            empty = LedgerTotal(worker_id=entry.worker_id, service=entry.service)
-            known = totals.get(empty.key) or self.totals.get(empty.key, empty)
-            totals[empty.key] = known.plus(entry)
-        puts: list[Change] = [Put(total.key, total) for total in totals.values()]
-        await self._store.commit([*puts, *(Delete(LedgerEntry, entry.task_id) for entry in old)], urgent=True)
-        self.totals |= totals
-        for _ in old:
-            self._rows.popleft()
-        # There may be more than one lot: the next round comes at once.
-        self._work.set()
+            self.ledger.settle(owed)
 
     async def _expire(self) -> None:
         """Forget finished tasks whose time is over, or that are too many."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections import Counter
 from datetime import UTC, datetime
 from itertools import count, islice
 from typing import TYPE_CHECKING, Any
@@ -27,6 +26,8 @@ from rma_coordinator.domain.tasks import NO_LANES, NO_SHARES
 from rma_coordinator.domain.traffic import Traffic, TrafficRecord
 from rma_coordinator.domain.webhooks import WebhookSecrets
 from rma_coordinator.hub import Hub
+from rma_coordinator.ledger import Ledger
+from rma_coordinator.parking import Parking
 from rma_coordinator.relay import Relay
 from rma_coordinator.spool import Spools
 from rma_coordinator.store import Delete, Put, StoreFailed
@@ -59,10 +60,6 @@ logger = logging.getLogger(__name__)
 TICK_S = 0.5
 #: Backups that are kept; an older one is removed when a new one has been made.
 KEPT_BACKUPS = 7
-#: Below this share of `max_channels` nobody is parked.
-CHANNELS_LOW = 0.9
-#: Workers with room that each lane keeps reachable while others are parked.
-SPARE_SEATS = 8
 #: Models that a client is told of when it names another, and the longest wait it is told when one is made ready.
 SHOWN_MODELS, MOST_WAIT_S = 20, 3600.0
 #: Machines whose reasons a client is told when none of all could do what it asks.
@@ -136,6 +133,7 @@ class Pool:
             total_memory_bytes=settings.memory_bodies_bytes,
             disk_bytes=settings.spool_bytes,
         )
+        self.parking = Parking(self.hub, self.dispatcher, most=settings.max_channels, usable=self._usable)
         self.seen_models = Models(wall=wall, offered=self.model_entries)
         self.webhooks = Webhooks(store=store, clock=clock, wall=wall, allowed=_networks(settings.webhook_networks))
         self.limiter = Limiter()
@@ -151,7 +149,7 @@ class Pool:
             settings=settings,
             clock=clock,
             wall=wall,
-            on_credited=self._credited,
+            ledger=Ledger(store, self._credited),
         )
         #: Runs under /v1, by what was asked for.
         self.repeats: Repeats[Any] = Repeats(clock)
@@ -165,8 +163,6 @@ class Pool:
         self._started = False
         self._renewing = asyncio.Lock()
         self._need = 0
-        self._channels = 0
-        self._spare: Counter[str] = Counter()
 
     @property
     def unwell(self) -> str:
@@ -218,7 +214,7 @@ class Pool:
         self.traffic.restore(await self.store.load(TrafficRecord))
         await self.books.open(self.record.starts)
         await self.webhooks.open(self.keyring, kept=self.books.known)
-        completed = self.books.completed()
+        completed = self.books.ledger.completed()
         for worker in self.fleet.workers.values():
             worker.completed = completed[worker.id]
         self._started = True
@@ -254,7 +250,7 @@ class Pool:
                 self.dispatcher.tick()
                 self.webhooks.tick()
                 self.traffic.tick(self.wall())
-                self._count_channels()
+                self.parking.count()
                 if self.clock() - swept >= SWEEP_S:
                     swept = self.clock()
                     self.sweep()
@@ -548,34 +544,8 @@ class Pool:
             containers=record.assignment if generation != record.generation else None,
             cancel=cancel,
             nonce=self.nonces.make() if nonce else "",
-            connect=self.keeps_channel(worker),
+            connect=self.parking.keeps_channel(worker),
         )
-
-    def keeps_channel(self, worker: Worker) -> bool:
-        """Say whether a worker should have its channel open; the others are parked while there are enough of them."""
-        if self._channels <= self.settings.max_channels * CHANNELS_LOW:
-            return True
-        seat = self.dispatcher.seats.get(worker.id)
-        if seat is None or seat.running:
-            return seat is not None or self._channels <= self.settings.max_channels
-        has = seat.reachable
-        if has and self._channels <= self.settings.max_channels:
-            return True
-        lanes = seat.lanes()
-        # Those beside it count, not it itself.
-        wanted = any(self._spare[lane] - has < SPARE_SEATS for lane in lanes)
-        if has != wanted:
-            step = 1 if wanted else -1
-            self._channels += step
-            for lane in lanes:
-                self._spare[lane] += step
-        return wanted
-
-    def _count_channels(self) -> None:
-        """Look how many channels are open, and how many workers on them have room for each lane."""
-        self._channels = self.hub.channels
-        if self._channels > self.settings.max_channels * CHANNELS_LOW:
-            self._spare = self.dispatcher.spare()
 
     def offers(self, worker: Worker, slots: Mapping[str, int] | None = None) -> None:
         """Tell dispatch what a worker can take: the slots it says, else those of its healthy containers.

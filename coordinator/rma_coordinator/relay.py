@@ -198,6 +198,11 @@ class Relay:
         """Whether so much waits that its worker may soon have to."""
         return self._buffered > WINDOW_BYTES // 2
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits to be taken."""
+        return not self._buffered
+
     def drain(self) -> bytes:
         """Take all that waits, and give the room back."""
         data = b"".join(self._chunks)

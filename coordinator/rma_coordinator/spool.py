@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 #: Pieces in which what was stored is read again.
 PIECE_BYTES = 64 * 1024
+#: Large bodies that are whole in memory at once, because somebody has to read them.
+WHOLE_AT_ONCE = 4
 
 
 class Spools:
@@ -34,6 +36,8 @@ class Spools:
         self.disk_bytes = disk_bytes
         self.memory_used = 0
         self.disk_used = 0
+        #: Taken by whoever has a large body whole in memory.
+        self.whole = asyncio.Semaphore(WHOLE_AT_ONCE)
         self._closing: set[asyncio.Task[None]] = set()
 
     def make(self, name: str = "", *, memory_bytes: int | None = None) -> Body:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import hashlib
 import importlib
 import secrets
 import sys
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from rma_coordinator.domain.worker_records import same
+from rma_coordinator.domain.worker_records import same, thumbprint_of
 from rma_core.errors import NotAuthenticated
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ class WorkerClaims(msgspec.Struct, frozen=True, gc=False):
 
 def thumbprint(public_key: str) -> str:
     """Return the identity of a device key (base64url, raw): its SHA-256, hex."""
-    return hashlib.sha256(_raw(public_key)).hexdigest()
+    return thumbprint_of(_raw(public_key))
 
 
 def verify_proof(token: str, *, public_key: str, kind: str, issuer: str) -> dict[str, Any]:

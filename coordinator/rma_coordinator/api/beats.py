@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from rma_coordinator.domain.fleet import Worker
 
 
+#: A parked worker calls again only in half a minute: its connection would cost as much as the channel that it spares.
+LAST_CALL = {"connection": "close"}
 #: Answers that are kept as they are sent: machines of the same kind to which nothing new is said get the same one.
 ANSWERS = 256
 
@@ -65,4 +67,5 @@ def nothing_new(
             heartbeat_interval_s=interval_s, generation=generation, tier=tier, tier_reason=tier_reason, connect=connect
         )
     )
-    return json_head(len(body)), {"type": "http.response.body", "body": body, "more_body": False}
+    more = [] if connect else [(name.encode(), value.encode()) for name, value in LAST_CALL.items()]
+    return json_head(len(body), more=more), {"type": "http.response.body", "body": body, "more_body": False}

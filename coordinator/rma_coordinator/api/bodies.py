@@ -91,6 +91,8 @@ class ChatCompletionRequest(msgspec.Struct, frozen=True, kw_only=True):
     stream_options: StreamOptions | None = None
     n: OneChoice | None = None
     tools: list[dict[str, Any]] | None = None
+    max_tokens: Any = None
+    max_completion_tokens: Any = None
 
 
 class CompletionRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -101,6 +103,7 @@ class CompletionRequest(msgspec.Struct, frozen=True, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: OneChoice | None = None
+    max_tokens: Any = None
 
 
 class EmbeddingRequest(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import math
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
-
-import msgspec
+from typing import TYPE_CHECKING
 
 from rma_coordinator.api.problems import HTTPProblem
 from rma_coordinator.domain.limits import Estimate, Over, Reservation, by_size, counted, estimate
@@ -154,13 +152,9 @@ def failed(call: Call) -> None:
         metered.settle(0)
 
 
-class _Whole(msgspec.Struct):
-    usage: Any = None
-
-
-def settle_whole(metered: Metered | None, answer: bytes) -> None:
+def settle_whole(metered: Metered | None, usage: object) -> None:
     """Take what a whole answer says it used; an engine that does not say leaves it at what was reserved."""
-    if metered is not None and (tokens := counted(msgspec.json.decode(answer, type=_Whole).usage)) is not None:
+    if metered is not None and (tokens := counted(usage)) is not None:
         metered.settle(tokens)
 
 

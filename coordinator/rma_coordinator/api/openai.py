@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 import math
-import secrets
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rma_coordinator.api import limits
+from rma_coordinator.api.asgi import QUICK_BYTES
 from rma_coordinator.api.inference import deadline_s, priority
 from rma_coordinator.api.openai_access import check_model, principal_of
 from rma_coordinator.api.openai_answers import follow, give_again
@@ -21,20 +21,24 @@ from rma_coordinator.api.openai_requests import CHAT, COMPLETION, EMBEDDING, man
 from rma_coordinator.api.openai_runs import Run
 from rma_coordinator.api.openai_streams import streamed
 from rma_coordinator.api.sse import Answer
+from rma_coordinator.domain import unguessable
 from rma_coordinator.domain.affinity import prefixes
 from rma_coordinator.domain.continuing import TOKEN_CHARACTERS
 from rma_coordinator.domain.fleet import ATTACHABLE
-from rma_coordinator.domain.repeats import OtherRequest, key_of
+from rma_coordinator.domain.repeats import Kept, OtherRequest, key_of
+from rma_coordinator.domain.speeds import NO_WORK, Work
 from rma_coordinator.domain.tasks import LEASE_S, Task
 from rma_core.errors import TryLater
 from rma_core.models.strict import encode
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rma_coordinator.api.asgi import Call
     from rma_coordinator.api.openai_requests import Kind, Manner
     from rma_coordinator.domain.affinity import Prefix
     from rma_coordinator.domain.credentials import Principal
-    from rma_coordinator.domain.repeats import Kept, Key
+    from rma_coordinator.domain.repeats import Key
     from rma_coordinator.domain.tasks import Priority
     from rma_coordinator.pool import Pool
 
@@ -69,45 +73,103 @@ async def _serve(pool: Pool, call: Call, kind: Kind) -> None:
     asked_at = pool.clock()
     principal = principal_of(pool, call)
     _correlate(call)
-    how, urgency, asked_s = manner(call), priority(call, principal), deadline_s(call)
-    data = await call.body(min(MAX_BODY_BYTES, pool.settings.max_body_bytes))
-    request, sent = read(data, kind)
-    key = key_of(principal.id, kind.path, data)
-    if how.name and (kept := _claimed(pool, how.name, key)) is not None:
-        await give_again(call, kept)
+    how = manner(call)
+    found = await _found(pool, call, kind, principal, how)
+    if isinstance(found, Kept):
+        await give_again(call, found)
         return
-    run = _known(pool, key, how)
-    if run is None:
-        run = await _begin(pool, call, kind, Ask(principal, key, how, urgency, asked_s, request, sent))
-    joined = run.id != request_id(call)
+    joined = found.id != request_id(call)
     if joined:
         # What the pool's admin knows the request by.
-        call.scope[REQUEST_ID] = run.id
-        logger.debug("%s was asked for again, and is joined", run.id, extra={"action": "run_joined", "task": run.id})
-    await follow(run, call, how, asked_at=asked_at, joined=joined)
+        call.scope[REQUEST_ID] = found.id
+        logger.debug(
+            "%s was asked for again, and is joined", found.id, extra={"action": "run_joined", "task": found.id}
+        )
+    # Nothing of the request's body is held here any more: it may be large, and wait for long.
+    await follow(found, call, how, asked_at=asked_at, joined=joined)
+
+
+async def _found(pool: Pool, call: Call, kind: Kind, principal: Principal, how: Manner) -> Run | Kept:
+    """Read a request, and return what answers it: a new run, one that it repeats, or the answer that is kept for it."""
+    urgency, asked_s = priority(call, principal), deadline_s(call)
+    most = min(MAX_BODY_BYTES, pool.settings.max_body_bytes)
+    if 0 < call.check_body(most) <= QUICK_BYTES:
+        data = await call.body(most)
+        return await _answering(pool, call, kind, data, Ask(principal, how, urgency, asked_s))
+    body = pool.spools.make()
+    try:
+        async for chunk in call.chunks(most):
+            await body.write(chunk)
+        # Only so many are looked at together, for as long as the disk takes; the others wait there.
+        async with pool.spools.whole:
+            data = b"".join([piece async for piece in body.pieces()])
+            return await _answering(pool, call, kind, data, Ask(principal, how, urgency, asked_s))
+    finally:
+        await body.close()
 
 
 class Ask(NamedTuple):
-    """A request that has been looked at, and the body that model servers get of it."""
+    """Who asks, how, how urgently, and with how much time."""
 
     principal: Principal
-    key: Key
     how: Manner
     urgency: Priority
     #: Seconds that its client gives it.
     asked_s: float
+
+
+class Wanted(NamedTuple):
+    """A request that has been looked at, and the body that model servers get of it."""
+
+    kind: Kind
+    key: Key
     request: Any
-    body: bytes
+    sent: bytes
 
 
-async def _begin(pool: Pool, call: Call, kind: Kind, ask: Ask) -> Run:
+async def _answering(pool: Pool, call: Call, kind: Kind, data: bytes, ask: Ask) -> Run | Kept:
+    request, sent = read(data, kind)
+    key = key_of(ask.principal.id, kind.path, data)
+    if ask.how.name and (kept := _claimed(pool, ask.how.name, key)) is not None:
+        return kept
+    return _known(pool, key, ask.how) or await _begin(pool, call, ask, Wanted(kind, key, request, sent))
+
+
+async def _begin(pool: Pool, call: Call, ask: Ask, wanted: Wanted) -> Run:
     """Return a new run for a request, or the one that has begun for it while its body was put aside."""
+    kind, key, request, sent = wanted
     pool.check_store()
-    model = ask.request.model
-    check_model(pool, model)
-    limits.admit(pool, call, ask.principal, ask.body)
-    key_id = ask.principal.id
-    known = _prefixes(ask.request, len(ask.body), salt=key_id) if kind is CHAT else ()
+    check_model(pool, request.model)
+    limits.admit(pool, call, ask.principal, sent)
+    again = _again(pool, ask, wanted)
+    body = pool.spools.make()
+    try:
+        if not body.hold(sent):
+            await body.write(sent)
+        if (other := _known(pool, key, ask.how)) is not None:
+            await body.close()
+            return other
+        task = again(body.size, request_id(call))
+        relay = pool.submit(task, body)
+    except BaseException as error:
+        await body.close()
+        if isinstance(error, TryLater):
+            raise _full(pool, error, request.model) from None
+        raise
+    job = Job(pool, task, relay, _asked(pool, kind, request, len(sent)), body, again)
+    run = Run(job, key, name=ask.how.name, metered=call.scope.get(limits.METERED))
+    if job.asked.stream:
+        run.start(streamed(run))
+    else:
+        run.gather()
+    return run
+
+
+def _again(pool: Pool, ask: Ask, wanted: Wanted) -> Callable[..., Task]:
+    """Return what makes a task for a request, or for what is left of it; it lives as long as that, and holds little."""
+    kind, model, key_id = wanted.kind, wanted.request.model, ask.principal.id
+    known = _prefixes(wanted.request, len(wanted.sent), salt=key_id) if kind is CHAT else ()
+    work, streams = _work(pool, wanted, key_id), bool(getattr(wanted.request, "stream", None))
 
     def again(size: int, task_id: str = "") -> Task:
         task = _task(
@@ -120,30 +182,10 @@ async def _begin(pool: Pool, call: Call, kind: Kind, ask: Ask) -> Run:
             urgency=ask.urgency,
             asked_s=ask.asked_s,
         )
-        task.prefixes, task.owner = known, ask.principal.owner
+        task.prefixes, task.owner, task.work, task.streamed = known, ask.principal.owner, work, streams
         return task
 
-    body = pool.spools.make()
-    try:
-        if not body.hold(ask.body):
-            await body.write(ask.body)
-        if (other := _known(pool, ask.key, ask.how)) is not None:
-            await body.close()
-            return other
-        task = again(body.size, request_id(call))
-        relay = pool.submit(task, body)
-    except BaseException as error:
-        await body.close()
-        if isinstance(error, TryLater):
-            raise _full(pool, error, model) from None
-        raise
-    job = Job(pool, task, relay, _asked(pool, kind, ask.request, len(ask.body)), body, again)
-    run = Run(job, ask.key, name=ask.how.name, metered=call.scope.get(limits.METERED))
-    if job.asked.stream:
-        run.start(streamed(run))
-    else:
-        run.gather()
-    return run
+    return again
 
 
 def _correlate(call: Call) -> None:
@@ -217,10 +259,21 @@ def _prefixes(request: Any, size: int, *, salt: str) -> tuple[Prefix, ...]:  # n
     return prefixes(map(encode, request.messages), salt=salt) if size <= MOST_HASHED_BYTES else ()
 
 
+def _work(pool: Pool, wanted: Wanted, key_id: str) -> Work:
+    """Return what a request is likely to be, in tokens; pictures are not measured by their bytes, nor vectors."""
+    request, size = wanted.request, len(wanted.sent)
+    if wanted.kind is EMBEDDING or size > MOST_HASHED_BYTES:
+        return NO_WORK
+    bounds = (getattr(request, "max_completion_tokens", None), request.max_tokens)
+    most = next((one for one in bounds if type(one) is int and one >= 0), None)
+    lane = f"{ATTACHABLE} {request.model}"
+    return Work(size / TOKEN_CHARACTERS, pool.dispatcher.speeds.length(key_id, lane, most))
+
+
 def _asked(pool: Pool, kind: Kind, request: Any, size: int) -> Asked:  # noqa: ANN401 - a record of `Kind`
     options = getattr(request, "stream_options", None)
     answer = Answer(
-        id=kind.prefix + secrets.token_hex(12) if kind.prefix else "",
+        id=kind.prefix + unguessable.source.hex(12) if kind.prefix else "",
         created=int(pool.wall()),
         model=request.model,
         chat=kind is CHAT,
@@ -228,4 +281,5 @@ def _asked(pool: Pool, kind: Kind, request: Any, size: int) -> Asked:  # noqa: A
         prompt_guess=max(1, size // TOKEN_CHARACTERS),
     )
     base64 = getattr(request, "encoding_format", None) == "base64"
-    return Asked(answer, stream=bool(getattr(request, "stream", None)), base64=base64)
+    bursts = bool(getattr(request, "tools", None))
+    return Asked(answer, stream=bool(getattr(request, "stream", None)), base64=base64, bursts=bursts)

@@ -54,8 +54,12 @@ async def follow(run: Run, call: Call, how: Manner, *, asked_at: float, joined: 
         if begun:
             await client.send(begun, more=not run.done)
         await client.over
-        if not run.done and not client.ended:
-            raise Gone
+        if not run.done:
+            if not client.ended:
+                raise Gone
+            # It was quick to leave with the end of its answer, of which its run does not know yet that it is out.
+            await client.flush()
+            return
         await client.settle()
         await _finish(run, client)
     finally:

@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from rma_coordinator.api import openai_errors, tasks
 from rma_coordinator.api.openai_errors import APIProblem
+from rma_coordinator.domain import timings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from rma_coordinator.api.sse import Answer
     from rma_coordinator.domain.tasks import Task
+    from rma_coordinator.domain.timings import Seen
     from rma_coordinator.pool import Pool
     from rma_coordinator.relay import Head, Relay
     from rma_coordinator.spool import Body
@@ -38,6 +40,8 @@ class Asked(NamedTuple):
     stream: bool
     #: Whether embeddings are wanted as base64, which not every engine knows.
     base64: bool
+    #: Whether engines may keep much of it back for long: several give a call of a tool only when they have all of it.
+    bursts: bool = False
 
 
 class Job(NamedTuple):
@@ -57,6 +61,13 @@ class Job(NamedTuple):
     def who(self) -> str:
         """Return the worker that speaks for the task."""
         return self.task.attempt.worker_id if self.task.attempt else ""
+
+    def measured(self, told: object, usage: object, seen: Seen | None = None, *, tokens: int | None = None) -> None:
+        """Learn from what the engine of a whole answer says, or was ``seen`` to do; it has ``tokens`` in all."""
+        found = timings.told(told) or timings.counted(usage, seen)
+        if found is not None:
+            length = found.answer_tokens if tokens is None else tokens
+            self.pool.dispatcher.measured(self.task, found, tokens=length)
 
     def failed(self) -> RMAError:
         """Return why the task ended without an answer, with every reason."""

@@ -65,6 +65,8 @@ class Run:
         #: Whether the end of the stream is on its way.
         self._ending = False
         self._pacing = self._freed = False
+        #: Whether it waits for its clients to take more.
+        self.paces = False
         self._timer: asyncio.TimerHandle | None = None
         self.began_at = job.task.created_at
         self._queue_ms: int | None = None
@@ -238,13 +240,24 @@ class Run:
 
     async def _keep_pace(self) -> None:
         """Wait until one of several clients may be given more."""
-        while self.clients and all(one.crowded for one in self.clients):
-            self._stirred.clear()
-            await self._stirred.wait()
+        began, self.paces = self.job.pool.clock(), True
+        try:
+            while self.clients and all(one.crowded for one in self.clients):
+                self._stirred.clear()
+                await self._stirred.wait()
+        finally:
+            self._held(began)
+
+    def _held(self, began: float) -> None:
+        """Its clients have held its worker up since then."""
+        self.paces = False
+        if (attempt := self.job.task.holder) is not None:
+            attempt.held_s += self.job.pool.clock() - began
 
     async def _pace(self, client: Client, waits: Coroutine[Any, Any, None]) -> None:
         """Wait for a client that is alone, until another one comes."""
-        self._pacing = True
+        began = self.job.pool.clock()
+        self._pacing = self.paces = True
         try:
             await waits
         except Gone:
@@ -257,6 +270,7 @@ class Run:
                 raise
         finally:
             self._pacing = self._freed = False
+            self._held(began)
 
     def begins(self, stream: Stream) -> None:
         """A stream begins to go out: from now on whoever joins is given what there is of it."""

@@ -11,6 +11,7 @@ from rma_coordinator.api import limits, openai_errors
 from rma_coordinator.api.openai_errors import APIProblem
 from rma_coordinator.api.openai_jobs import GOOD
 from rma_coordinator.api.sse import CONTINUED, Stream
+from rma_coordinator.api.stalls import Watch
 from rma_coordinator.domain.continuing import continued, decide, ending
 from rma_core.errors import RMAError, TryLater
 
@@ -52,6 +53,14 @@ async def streamed(run: Run) -> None:
 
 def _settle(run: Run, stream: Stream) -> None:
     limits.settle_stream(run.metered, stream.usage, stream.delivered.tokens)
+
+
+def _learn(run: Run, stream: Stream, watch: Watch) -> None:
+    """Learn from what a stream's engine did, if it has said its end."""
+    if stream.whole and (stream.done or run.job.relay.complete):
+        # What was seen of one that goes on for another is only a part of what its usage counts.
+        seen = watch.seen() if run.continued_at is None else None
+        run.job.measured(stream.timings, stream.usage, seen, tokens=stream.delivered.tokens)
 
 
 async def _go_on(run: Run, stream: Stream, stack: contextlib.AsyncExitStack) -> None:
@@ -105,14 +114,17 @@ async def _relay(run: Run, begin: Callable[[], Stream]) -> Stream | None:
         head = await relay.ready()
         if head is None or head.status not in GOOD or not _is_stream(head):
             return None
-        starts, stream = relay.starts, begin()
+        starts, stream, watch = relay.starts, begin(), Watch(run)
 
         def over(stream: Stream = stream) -> bool:
             return stream.done or stream.broken is not None
 
-        def take(piece: bytes, stream: Stream = stream, status: int = head.status) -> Coroutine[Any, Any, None] | None:
+        def take(
+            piece: bytes, stream: Stream = stream, status: int = head.status, watch: Watch = watch
+        ) -> Coroutine[Any, Any, None] | None:
             waits = None
             if events := stream.feed(piece):
+                watch.heard()
                 if not task.committed:
                     # From here on no other attempt may begin from the beginning.
                     task.committed, task.http_status = True, status
@@ -120,10 +132,14 @@ async def _relay(run: Run, begin: Callable[[], Stream]) -> Stream | None:
                 waits = run.push(events)
             return _nothing() if waits is None and (stream.done or stream.broken) else waits
 
-        await relay.pour(take, over)
+        try:
+            await relay.pour(take, over)
+        finally:
+            watch.stop()
         if relay.starts == starts:
             if over():
                 await _close(relay)
+            _learn(run, stream, watch)
             return stream
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import struct
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
@@ -66,19 +66,29 @@ class Gathering:
         head, data = job.relay.head, b"".join(self._parts)
         if head is None or head.status not in GOOD:
             raise job.refused(head, data) if head is not None else job.failed()
-        body = made_right(data, job.asked)
-        if body is None:
+        made = made_right(data, job.asked)
+        if made is None:
             raise APIProblem(502, NO_ANSWER.format(job.who()), retry_after_s=5)
         job.task.committed, job.task.http_status = True, head.status
         run.answers()
-        limits.settle_whole(run.metered, body)
-        return body
+        limits.settle_whole(run.metered, made.usage)
+        if job.asked.answer.id:
+            job.measured(made.timings, made.usage)
+        return made.body
 
 
-def made_right(data: bytes, asked: Asked) -> bytes | None:
+class Made(NamedTuple):
+    """An answer that has been made right, what it took, and what its engine says of that."""
+
+    body: bytes
+    usage: dict[str, Any]
+    timings: object
+
+
+def made_right(data: bytes, asked: Asked) -> Made | None:
     """Return a whole answer with our id and the name that the client knows; ``None`` for what is no answer."""
     answer = asked.answer
-    if sum(data.count(mark) for mark in (b",", b"[", b"{")) > MOST_VALUES:
+    if len(data) > MOST_VALUES and sum(data.count(mark) for mark in (b",", b"[", b"{")) > MOST_VALUES:
         return None
     try:
         found = msgspec.json.decode(data)
@@ -98,7 +108,7 @@ def made_right(data: bytes, asked: Asked) -> bytes | None:
             _pack_all(entries)
     found["model"] = answer.model
     _count(found, entries, asked)
-    return encode(found)
+    return Made(encode(found), found["usage"], found.get("timings"))
 
 
 def _count(found: dict[str, Any], entries: list[Any], asked: Asked) -> None:

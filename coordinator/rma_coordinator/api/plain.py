@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rma_coordinator import enrolment
 from rma_coordinator.api.asgi import Gone
-from rma_coordinator.api.beats import nothing_new, read_beat
+from rma_coordinator.api.beats import LAST_CALL, nothing_new, read_beat
 from rma_coordinator.domain.tasks import LEASE_S
 from rma_coordinator.hub import Poll
 from rma_coordinator.relay import Head, Overrun
@@ -55,9 +55,9 @@ async def heartbeat(pool: Pool, call: Call) -> None:
     if cancel or nonce or beat.generation != known.generation or call.bound_s is None:
         answer = pool.answer(worker, beat.generation, cancel=cancel, nonce=nonce)
         pool.offers(worker)
-        await call.json(answer)
+        await call.json(answer, headers=None if answer.connect else LAST_CALL)
         return
-    connect = pool.keeps_channel(worker)
+    connect = pool.parking.keeps_channel(worker)
     pool.offers(worker)
     await call.both(*nothing_new(pool.fleet.interval_s, known.generation, known.tier, known.tier_reason, connect))
 

@@ -119,6 +119,8 @@ class Stream:
         self.skipped = 0
         self._events = Events()
         self._usage: dict[str, Any] | None = None
+        #: What the engine says of its own work, as it says it.
+        self.timings: object = None
         self._estimated = False
         self._open: set[int] = set()
         self._finished: set[int] = set()
@@ -132,7 +134,7 @@ class Stream:
         """Go on with what another worker streams for the request ``body``; returns itself."""
         self._seam = Seam(body, self.delivered)
         # Half an event of the lost worker is nobody's.
-        self._events, self.done, self._wrapping = Events(), False, None
+        self._events, self.done, self._wrapping, self.timings = Events(), False, None, None
         return self
 
     def add(self, events: Iterable[dict[str, Any]]) -> bytes:
@@ -255,6 +257,7 @@ class Stream:
             self.skipped += 1
             return
         size, counted = len(out), event.get("usage") is not None or event.get("timings") is not None
+        self.timings = event.get("timings") or self.timings
         for one in events:
             self._send(one, out)
         if self._seam is None and len(out) > size and not counted:

@@ -33,13 +33,15 @@ class Prefix(NamedTuple):
 def prefixes(messages: Iterable[bytes], *, salt: str) -> tuple[Prefix, ...]:
     """Return the longest beginnings of a conversation, the whole of it first."""
     state = hashlib.blake2b(salt.encode(), digest_size=12)
-    found, size = list[tuple[bytes, int]](), 0
+    found, size = list[Prefix](), 0
     for message in messages:
-        state.update(len(message).to_bytes(8, "big"))
-        state.update(message)
-        size += len(message)
-        found.append((state.digest(), size))
-    return tuple(Prefix(digest, length / size) for digest, length in reversed(found[-MOST_NEW - 1 :]) if size)
+        length = len(message)
+        size += length
+        state.update(b"%d:%b" % (length, message))
+        found.append(Prefix(state.digest(), size))
+    if not size:
+        return ()
+    return tuple([Prefix(digest, length / size) for digest, length in found[: -MOST_NEW - 2 : -1]])
 
 
 class Favourite(NamedTuple):

@@ -31,8 +31,9 @@ AS_GOOD = 1.15
 EXPLORED = 0.02
 #: Busy workers that are looked at beside the one that knows the conversation.
 BUSY_LOOKED_AT = 8
-#: A busy worker must have a task done in this part of the time that the best free one would need.
-WORTH_WAITING = 0.5
+#: A busy worker must have a task done in this part of the time that the best free one would need; one that knows its
+#: conversation in this one, for what is read anew elsewhere keeps everybody else waiting too.
+WORTH_WAITING, WORTH_KEEPING = 0.5, 0.9
 #: Nobody waits by choice unless so large a part of the workers is free: near saturation waiting costs everyone.
 LEAST_FREE = 0.25
 #: Seconds that a task waits for a busy worker at most; what is done sooner than this does not wait at all.
@@ -181,16 +182,16 @@ class Chooser:
 
     def _busier(self, task: Task, best: Choice, now: float, seats: dict[str, Seat]) -> Choice | None:
         """Return a busy worker that is worth waiting for."""
-        found: Choice | None = None
-        limit = WORTH_WAITING * best.expected.total
+        found, least = None, best.expected.total
         for seat in self._busy(task, seats):
             expected = self.expected(task, seat, less=1)
+            limit = min(least, (WORTH_KEEPING if expected.saved else WORTH_WAITING) * best.expected.total)
             if not expected.known or expected.total >= limit or not self._reachable(task, seat, now):
                 continue
             waits_s = self.wait_s(seat, task.service, now)
             total = waits_s + expected.total
             if waits_s <= MOST_WAIT_S and total < limit:
-                found, limit = Choice(seat, expected._replace(wait=waits_s), waits_s), total
+                found, least = Choice(seat, expected._replace(wait=waits_s), waits_s), total
         return found
 
     def _busy(self, task: Task, seats: dict[str, Seat]) -> Iterable[Seat]:

@@ -13,6 +13,7 @@ import random
 from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING, Protocol
 
+from rma_coordinator.domain import dispatch_log, timings
 from rma_coordinator.domain.affinity import Affinity
 from rma_coordinator.domain.breakers import Breakers
 from rma_coordinator.domain.choosing import Chooser
@@ -40,9 +41,6 @@ MAX_ATTEMPTS = 10
 REMEMBERED = 1000
 #: A worker that gives a task back before it began it is given nothing for so long: it is full, or about to say why.
 FULL_S = 1.0
-#: A service has so many times as long as was expected to begin its answer, and so many seconds more; at least and at
-#: most so long, where that can be expected at all.
-FIRST_BYTE_TIMES, FIRST_BYTE_MORE_S, LEAST_FIRST_BYTE_S, MOST_FIRST_BYTE_S = 3.0, 10.0, 15.0, 300.0
 #: A tick that comes later than this after the one before means that the coordinator itself stood still.
 STALL_S = 2.0
 
@@ -219,7 +217,7 @@ class Dispatcher:
         if seat is not None:
             self._unreachable(seat)
             seat.gone_at = self._clock()
-            _log_break(seat)
+            dispatch_log.channel_ended(seat)
 
     def _unreachable(self, seat: Seat) -> None:
         seat.reachable = False
@@ -387,21 +385,28 @@ class Dispatcher:
         if seat is not None and seat.quota:
             seat.double(task.service)
         if attempt.started_at is not None and not attempt.restored:
-            took_s = now - attempt.started_at
+            took_s = now - attempt.started_at - attempt.held_s
             self.speeds.learn(worker_id, task.lane, took_s, beside=attempt.beside, answer_bytes=task.answer_bytes)
         if task.prefixes:
             self.affinity.remember(task.lane, task.prefixes, worker_id)
         if self.breakers and self.breakers.succeeded(worker_id, task.lane, now):
-            _log_breaker(worker_id, task.lane, shut_s=0.0)
+            dispatch_log.breaker(worker_id, task.lane, shut_s=0.0)
         self._close(task, "succeeded", "")
 
-    def measured(self, task: Task, found: Measured) -> None:
-        """The engine of a task that has succeeded has said what it did."""
+    def measured(self, task: Task, found: Measured, *, tokens: float) -> None:
+        """The engine of a task whose answer is whole says what it did, or was seen to; the answer has ``tokens``."""
         attempt = task.holder
-        if attempt is not None:
+        if attempt is not None and attempt.started_at is not None and not attempt.restored:
+            ended_at = self._clock() if attempt.ended_at is None else attempt.ended_at
+            found = timings.believed(found, ended_at - attempt.started_at - attempt.held_s)
             self.speeds.measured(attempt.worker_id, task.lane, found, beside=attempt.beside)
-        if found.answer_tokens > 0:
-            self.speeds.answered(task.key_id, task.lane, found.answer_tokens)
+        if tokens > 0:
+            self.speeds.answered(task.key_id, task.lane, tokens)
+
+    def silence_s(self, attempt: Attempt) -> float:
+        """Return how long an attempt's engine may say nothing in the middle of a streamed answer."""
+        task = attempt.task
+        return timings.silence_s(*self.speeds.per_token(attempt.worker_id, task.lane), task.gap_s)
 
     def fail(self, attempt: Attempt, fault: Fault, reason: str) -> None:
         """The attempt ended without a whole answer; whose fault it was decides what follows."""
@@ -495,13 +500,13 @@ class Dispatcher:
             self.speeds.failed(attempt.worker_id, task.lane)
             if self.breakers.failed(attempt.worker_id, task.lane, self._clock()):
                 until = self.breakers.until(attempt.worker_id, task.lane)
-                _log_breaker(attempt.worker_id, task.lane, shut_s=until - self._clock(), reason=reason)
+                dispatch_log.breaker(attempt.worker_id, task.lane, shut_s=until - self._clock(), reason=reason)
             if seat:
                 seat.halve(task.service)
         if exclude if exclude is not None else (blame or state == "returned"):
             task.excluded.add(attempt.worker_id)
         task.reasons.append(f"{attempt.worker_id}: {reason}")
-        _log_lost(attempt)
+        dispatch_log.attempt_lost(attempt)
         self._go_on(task, reason)
 
     def _go_on(self, task: Task, reason: str) -> None:
@@ -586,7 +591,7 @@ class Dispatcher:
         self.finished[task.id] = task
         while len(self.finished) > REMEMBERED:
             self.finished.popitem(last=False)
-        _log(task)
+        dispatch_log.task_ended(task)
         self._effects.finished(task)
 
     def _give(self, task: Task, seat: Seat, expected: Expected) -> None:
@@ -594,8 +599,9 @@ class Dispatcher:
         attempt = Attempt(task, task.next_number, seat.worker_id, now)
         attempt.lease_s, attempt.expected = self._lease_s, expected
         attempt.beside = seat.busy(task.service)
-        if task.streamed and expected.known:
-            attempt.first_byte_s = _first_byte_s(expected, task.first_byte_s)
+        if task.streamed and expected.known and expected.prefill:
+            load_s = self.speeds.load_s(seat.worker_id, task.lane)
+            attempt.first_byte_s = timings.first_byte_s(expected, load_s, task.first_byte_s)
         task.attempts.append(attempt)
         task.state, task.holder = "running", attempt
         seat.begin(attempt)
@@ -604,61 +610,3 @@ class Dispatcher:
             self.breakers.given(seat.worker_id, task.lane, attempt.lease_id)
         if not self._effects.offer(attempt):
             self._lose(attempt, "the worker could not be reached")
-
-
-def _first_byte_s(expected: Expected, most_s: float | None) -> float:
-    """Return how long a service may take to begin a streamed answer: a slow one its time, a stuck one not for ever."""
-    scaled = FIRST_BYTE_TIMES * (expected.load + expected.prefill) + FIRST_BYTE_MORE_S
-    scaled = min(MOST_FIRST_BYTE_S, max(LEAST_FIRST_BYTE_S, scaled))
-    return scaled if most_s is None else min(scaled, most_s)
-
-
-def _log_breaker(worker_id: str, lane: str, *, shut_s: float, reason: str = "") -> None:
-    """Say that a worker is not given one kind of work any more for a while, or that it is again."""
-    about = {"action": "breaker_shut" if shut_s else "breaker_open", "worker": worker_id, "service": lane}
-    if shut_s:
-        words = "%s is given no %s for %.0f s, it failed again and again: %s"
-        logger.warning(words, worker_id, lane, shut_s, reason, extra=about)
-    else:
-        logger.info("%s is given %s again", worker_id, lane, extra=about)
-
-
-def _log_break(seat: Seat) -> None:
-    """Say that a worker's channel broke: it comes and goes by itself, and matters when tasks are on it."""
-    count = len(seat.running)
-    words = "%s: its channel ended%s"
-    waits = f"; attempts that wait {RESUME_WITHIN_S:.0f} s for it to come back: {count}" if count else ""
-    about = {"action": "channel_down", "worker": seat.worker_id}
-    logger.log(logging.INFO if count else logging.DEBUG, words, seat.worker_id, waits, extra=about)
-
-
-def _log_lost(attempt: Attempt) -> None:
-    """Say why an attempt came to nothing, for whoever looks closer: the task's own line will tell it too."""
-    task, number, worker_id = attempt.task, attempt.number, attempt.worker_id
-    about = {"action": f"attempt_{attempt.state}", "task": task.id, "attempt": number, "worker": worker_id}
-    logger.debug("%s attempt %d on %s: %s", task.id, number, worker_id, attempt.reason, extra=about)
-
-
-def _log(task: Task) -> None:
-    """Write the one line of a task: how it ended, where, and all that stood in its way."""
-    level = logging.WARNING if task.state == "failed" else logging.INFO
-    if not logger.isEnabledFor(level):
-        return
-    attempt = task.attempt
-    seconds = (task.ended_at or 0) - task.created_at
-    about: dict[str, object] = {"action": f"task_{task.state}", "task": task.id, "service": task.service}
-    if task.model:
-        about["model"] = task.model
-    if attempt:
-        about |= {"attempt": attempt.number, "worker": attempt.worker_id}
-    logger.log(
-        level,
-        "%s %s %s in %.2f s%s%s",
-        task.id,
-        task.lane,
-        task.state,
-        seconds,
-        f" on {attempt.worker_id}, attempt {attempt.number}" if attempt else "",
-        f": {'; '.join(task.reasons)}" if task.reasons else "",
-        extra=about | {"seconds": round(seconds, 3), "key": task.key_id.removeprefix("key:")},
-    )

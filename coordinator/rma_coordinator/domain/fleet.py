@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from rma_coordinator.domain.tasks import NO_MODELS, NO_SHARES
-from rma_coordinator.domain.worker_records import SHARED, Press, WorkerRecord, brief, same
+from rma_coordinator.domain.worker_records import SHARED, Press, WorkerRecord, brief, ids_of, same
 from rma_core.errors import NotFound
 from rma_core.models.worker import lane
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from rma_core.models.hardware import Capabilities
     from rma_core.models.worker import Assignment, ContainerStatus, Heartbeat, WorkerStatus
@@ -239,10 +239,6 @@ def _lanes(worker: Worker) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _ids(thumbprint: str) -> Iterator[str]:
-    return (f"worker-{thumbprint[start : start + 8]}" for start in range(len(thumbprint) - 8))
-
-
 class Fleet:
     """All workers in memory. ``clock`` is monotonic seconds, ``wall`` Unix seconds."""
 
@@ -291,12 +287,12 @@ class Fleet:
     def by_thumbprint(self, thumbprint: str) -> Worker | None:
         """Return the worker with that key, if any."""
         # Its id is a part of its key, so nothing more need be kept to find it.
-        known = (self.workers.get(candidate) for candidate in _ids(thumbprint))
+        known = (self.workers.get(candidate) for candidate in ids_of(thumbprint))
         return next((worker for worker in known if worker and worker.record.thumbprint == thumbprint), None)
 
     def new_id(self, thumbprint: str) -> str:
         """Return a free worker id, from the key where it can be."""
-        for candidate in _ids(thumbprint):
+        for candidate in ids_of(thumbprint):
             if candidate not in self.workers:
                 # Each of its tokens names it too.
                 return sys.intern(candidate)
@@ -459,7 +455,7 @@ class Fleet:
 
     def last_seen(self, worker: Worker) -> float:
         """Return the Unix time at which a worker last said anything."""
-        return self.wall_time(worker.last_beat) if worker.heard else worker.brief.last_seen_at
+        return self.wall_time(worker.last_beat) if worker.heard else worker.record.last_seen_at
 
     def show(self, worker: Worker, *, full: bool = False) -> dict[str, Any]:
         """Return a worker as CONTRACT writes it; ``full`` adds devices, probes, plugins, runtimes and placement."""

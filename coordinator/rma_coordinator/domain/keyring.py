@@ -39,6 +39,8 @@ class Keyring:
         self._tokens = {token.hash: token for token in tokens}
         self._webhooks = {one.key_id: one for one in webhooks}
         self._clock = clock
+        #: Who holds which key, for as long as its record stays as it is.
+        self._principals: dict[str, tuple[KeyRecord, Principal]] = {}
 
     def all_keys(self) -> list[KeyRecord]:
         """Return every key, oldest first."""
@@ -133,9 +135,10 @@ class Keyring:
             message = "this pool does not know that key"
             raise NotAuthenticated(message, hints=("is it another pool's? make one with `rma keys create`",))
         self._check_ended(record.revoked_at, record.expires_at, "key")
-        return Principal(
-            id=f"key:{record.key_id}", kind=record.kind, scopes=record.scopes, limits=record.limits, owner=record.owner
-        )
+        known = self._principals.get(record.hash)
+        if known is None or known[0] is not record:
+            known = self._principals[record.hash] = (record, _principal(record))
+        return known[1]
 
     def valid(self, secret: str) -> bool:
         """Say whether a key of this pool is good now."""
@@ -179,3 +182,9 @@ class Keyring:
         if expires_at is not None and expires_at <= self._clock():
             message = f"this {what} has expired"
             raise NotAuthenticated(message, hints=("ask for a new one",))
+
+
+def _principal(record: KeyRecord) -> Principal:
+    return Principal(
+        id=f"key:{record.key_id}", kind=record.kind, scopes=record.scopes, limits=record.limits, owner=record.owner
+    )

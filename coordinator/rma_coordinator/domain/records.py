@@ -105,6 +105,13 @@ class LedgerEntry(msgspec.Struct, frozen=True, kw_only=True):
     bytes_out: int
 
 
+class LedgerPage(msgspec.Struct, frozen=True, kw_only=True):
+    """Entries of tasks that were answered at once, written together; ``key`` is the first one's task."""
+
+    key: str
+    entries: tuple[LedgerEntry, ...]
+
+
 class LedgerTotal(msgspec.Struct, frozen=True, kw_only=True):
     """What older entries of one worker and service came to."""
 

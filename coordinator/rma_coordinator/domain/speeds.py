@@ -253,7 +253,7 @@ class Speeds:
                 if pair.tasks >= LEAST_KNOWN:
                     own = pair
                     known += 1
-            if own is mean and slowness:
+            if slowness and (own is mean or (by_token and not own.per_answer)):
                 slow *= slowness.get(worker_id, 1.0)
             if by_token:
                 prefill = work.prompt * (own.per_prompt or mean.per_prompt) * slow
@@ -293,13 +293,13 @@ class Speeds:
                 odds = _odds(share) - _USUAL_ODDS
             known = pair.tasks >= LEAST_KNOWN
         slow = 1 + CROWDING * beside
-        own: Pair | Lane = mean
-        if known and pair is not None:
-            own = pair
-        elif self._slowness:
+        own: Pair | Lane = pair if known and pair is not None else mean
+        by_token = bool(work.answer and mean.per_answer)
+        if own is mean or (by_token and not own.per_answer):
+            # Where others' measure stands in for its own.
             slow *= self._slowness.get(worker_id, 1.0)
         saved = prefill = load = 0.0
-        if work.answer and mean.per_answer:
+        if by_token:
             # A model of which the whole is known and no token yet has the average's tokens.
             prefill = work.prompt * (own.per_prompt or mean.per_prompt) * slow
             service = work.answer * (own.per_answer or mean.per_answer) * slow
@@ -316,6 +316,11 @@ class Speeds:
         """Return what a worker's next task of each lane would take, had the worker nothing else to do."""
         lanes = [lane for name, lane in self._pairs if name == worker_id]
         return {lane: self.expected(worker_id, lane, beside=0) for lane in lanes}
+
+    def load_s(self, worker_id: str, lane: str) -> float:
+        """Return a worker's seconds to load a model; 0 where nobody has measured it."""
+        pair = self._pairs.get((worker_id, lane))
+        return pair.load if pair is not None else 0.0
 
     def per_token(self, worker_id: str, lane: str) -> tuple[float, float]:
         """Return a worker's seconds a token of reading and of answering; 0 where nobody has measured it."""

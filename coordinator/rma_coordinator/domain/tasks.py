@@ -50,6 +50,7 @@ class Attempt:
         "expected",
         "first_byte_at",
         "first_byte_s",
+        "held_s",
         "lease_id",
         "lease_s",
         "lease_until",
@@ -79,6 +80,8 @@ class Attempt:
         #: When its answer began, and how many bytes of one have come.
         self.first_byte_at: float | None = None
         self.answer_bytes = 0
+        #: How long its client held it up, in seconds, by taking the answer more slowly than it came.
+        self.held_s = 0.0
         self.ended_at: float | None = None
         #: What its worker said of the task's model when it began: loaded, loading or cold; empty where it has none.
         self.model_state = ""
@@ -270,6 +273,12 @@ NO_SHARES: Mapping[str, int] = MappingProxyType({})
 NO_LANES: frozenset[str] = frozenset()
 
 
+def lanes_of(slots: Mapping[str, int], models: Mapping[str, frozenset[str]], service: str = "") -> frozenset[str]:
+    """Return the lanes of what a worker offers, or of one service: that with slots, and it with each of its models."""
+    services = [name for name, count in slots.items() if count > 0 and service in ("", name)]
+    return frozenset((*services, *(f"{name} {model}" for name in services for model in models.get(name, ()))))
+
+
 class Seat:
     """A worker as dispatch sees it: slots per service, what it runs, and whether it can be reached."""
 
@@ -376,10 +385,8 @@ class Seat:
         return self.slots.get(service, 0) > 0 and (not model or model in self.models.get(service, ()))
 
     def lanes(self, service: str = "") -> frozenset[str]:
-        """Return all lanes, or those of one service: each service with slots, and it with each of its models."""
-        services = [name for name, slots in self.slots.items() if slots > 0 and service in ("", name)]
-        models = [f"{name} {model}" for name in services for model in self.models.get(name, ())]
-        return frozenset((*services, *models))
+        """Return all lanes, or those of one service."""
+        return lanes_of(self.slots, self.models, service)
 
     def room(self, service: str) -> int:
         """Return how many more attempts of a service it may be given now."""
