@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rma_core.agent import channel as channel_module
 from rma_core.agent import heart as heart_module
@@ -184,16 +184,21 @@ class Server:
             await found.write(writer)
             return
         status = "404 Not Found" if found is None else "200 OK"
-        if isinstance(found, Loading):
-            status, found = "503 Service Unavailable", found.body
+        if isinstance(found, Refusing):
+            status, found = f"{found.status} X", found.body
         body = found if isinstance(found, bytes) else encode(found)
         writer.write(f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
 
 
-class Loading:
-    """What llama.cpp answers while it loads."""
+class Refusing(NamedTuple):
+    """An answer that is none."""
 
-    body: Any = {"error": {"code": 503, "message": "Loading model", "type": "unavailable_error"}}  # noqa: RUF012 - never changed
+    status: int
+    body: Any
+
+
+#: What llama.cpp answers while it loads.
+LOADING = Refusing(503, {"error": {"code": 503, "message": "Loading model", "type": "unavailable_error"}})
 
 
 class EndlessAnswer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import signal
 import socket
 import time
@@ -13,13 +14,14 @@ from rma_coordinator.domain.records import LedgerEntry, TaskRecord, TaskResult
 from rma_coordinator.domain.webhooks import WebhookRecord
 from rma_coordinator.ledger import entries_of
 from rma_coordinator.store import SqliteStore
+from rma_core.agent.state import RECORD_FILE
 from rma_core.commands.common import read_client
 from rma_core.http import open_client
 from tests import slow_service
 from tests.pools import NO_ENGINE, Running, environment, left_over, rma
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+    from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
     from pathlib import Path
 
     import httpx2
@@ -56,6 +58,9 @@ class Town:
         self._env = environment(self.home, {"RMA_CATALOG": str(self.catalog), **settings})
         self.said: list[str] = []
         self.agents: dict[str, Running] = {}
+        #: How each agent is started, and what those said that a later one of the same name has followed.
+        self._started: dict[str, tuple[list[str], dict[str, str]]] = {}
+        self._before: dict[str, list[str]] = {}
         self._process: Running | None = None
         self._begun: set[asyncio.Task[Any]] = set()
 
@@ -94,11 +99,16 @@ class Town:
         self.said += process.lines
         return code
 
-    def client(self, *, timeout_s: float = PATIENCE_S) -> httpx2.AsyncClient:
-        """Return a client with a key that opens everything."""
+    @property
+    def key(self) -> str:
+        """A key that opens everything."""
         found = read_client(self.home)
         assert found is not None
-        return open_client(self.url, token=found.key, timeout_s=timeout_s)
+        return found.key
+
+    def client(self, *, timeout_s: float = PATIENCE_S) -> httpx2.AsyncClient:
+        """Return a client with a key that opens everything."""
+        return open_client(self.url, token=self.key, timeout_s=timeout_s)
 
     # -- agents --------------------------------------------------------------------------------------------------
 
@@ -108,15 +118,26 @@ class Town:
             answer = await client.post("/api/admin/tokens", json={"uses": uses})
             return str(answer.json()["token"])
 
-    def start_agent(self, name: str, token: str, machine: Machine | None = None) -> Running:
+    def start_agent(self, name: str, token: str, machine: Machine | None = None, **settings: str) -> Running:
         """Start an agent, on another machine where one is given; with the same name it is the same worker."""
         url = self.url if machine is None else f"http://{machine.host}:{self.port}"
         told = {"RMA_COORDINATOR_URL": url, "RMA_JOIN_TOKEN": token, "RMA_INSECURE_HTTP": "1", "RMA_DRAIN_S": "1"}
         how = {"RMA_RUNTIMES": "process", "RMA_SERVICE_SOURCES": str(self.sources), "RMA_LOG_LEVEL": "info"}
         command = rma("agent") if machine is None else machine.command(*rma("agent"))
-        agent = Running(command, environment(self.agents_home / name, {**NO_ENGINE, **told, **how}))
-        self.agents[name] = agent
+        self._started[name] = command, environment(self.agents_home / name, {**NO_ENGINE, **told, **how, **settings})
+        return self.agent_again(name)
+
+    def agent_again(self, name: str) -> Running:
+        """Start an agent that has ended as it was started before."""
+        if name in self.agents:
+            self._before.setdefault(name, []).extend([*self.agents[name].lines, "-- and again"])
+        agent = self.agents[name] = Running(*self._started[name])
         return agent
+
+    def worker(self, name: str) -> str:
+        """Return by which name the pool knows an agent."""
+        record = json.loads((self.agents_home / name / RECORD_FILE).read_bytes())
+        return str(record["worker_id"])
 
     async def serving(self, count: int, *, within_s: float = PATIENCE_S) -> None:
         """Wait until so many workers say that they serve."""
@@ -132,8 +153,12 @@ class Town:
         """Return everything that was said, for a failure."""
         process = self._process
         said = [*self.said, *(process.lines if process else [])]
-        parts = [f"== {name}\n{agent.text}" for name, agent in self.agents.items()]
+        parts = [f"== {name}\n{self.told(name)}" for name in self.agents]
         return "\n".join(["== coordinator", *said[-200:], *parts])
+
+    def told(self, name: str) -> str:
+        """Return what an agent has said, however often it was started."""
+        return "\n".join([*self._before.get(name, [])[-200:], self.agents[name].text])
 
     def where(self, request: str) -> list[str]:
         """Return the names of the agents whose copies began a request, in order."""
@@ -159,16 +184,25 @@ def _serves(worker: dict[str, Any]) -> bool:
 
 @contextlib.asynccontextmanager
 async def town(
-    folder: Path, machines: Sequence[Machine | None], *, host: str = "127.0.0.1", **settings: str
+    folder: Path,
+    machines: Sequence[Machine | None],
+    agents: Sequence[Mapping[str, str]] = (),
+    /,
+    *,
+    host: str = "127.0.0.1",
+    **settings: str,
 ) -> AsyncIterator[Town]:
-    """A coordinator with agents ``m0``, ``m1`` … that serve; nothing is left of it after."""
+    """A coordinator with agents ``m0``, ``m1`` … that serve; nothing is left of it after.
+
+    ``settings`` are the coordinator's, those of ``agents`` what one agent each has beside the usual ones.
+    """
     made = Town(folder, host=host, **settings)
     try:
         made.start()
         await made.ready()
         token = await made.token(len(machines))
         for number, machine in enumerate(machines):
-            made.start_agent(f"m{number}", token, machine)
+            made.start_agent(f"m{number}", token, machine, **(agents[number] if agents else {}))
         await made.serving(len(machines), within_s=2 * PATIENCE_S)
         yield made
     finally:

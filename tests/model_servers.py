@@ -10,15 +10,17 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import psutil
 
 from tests import tiny_model
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
 #: Seconds until anything that is waited for has happened.
@@ -47,6 +49,11 @@ class ModelServer(NamedTuple):
     endpoint: str
     model: str
     log: Path
+    #: How it was started, where it can be started again.
+    command: Sequence[str] = ()
+    env: Mapping[str, str] = MappingProxyType({})
+    #: The only processor it may use, if there is one.
+    processor: int | None = None
 
     def connect(self) -> http.client.HTTPConnection:
         """Return a connection, on which nothing was asked yet."""
@@ -98,7 +105,8 @@ class ModelServer(NamedTuple):
         """Return the processes that hold a model."""
         with contextlib.suppress(psutil.NoSuchProcess):
             children = psutil.Process(self.process.pid).children(recursive=True)
-            return [child for child in children if "rma_llama_cpp.engine" in " ".join(child.cmdline())]
+            # Another child only asks it which devices there are.
+            return [child for child in children if child.cmdline()[-2:] == ["-m", "rma_llama_cpp.engine"]]
         return []
 
     def kill_engine(self) -> None:
@@ -106,9 +114,88 @@ class ModelServer(NamedTuple):
         for engine in self.engines():
             engine.send_signal(signal.SIGKILL)
 
+    def kill(self) -> None:
+        """Kill the whole service, as if its machine had taken all of it back."""
+        engines = self.engines()
+        self.process.kill()
+        for engine in engines:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                engine.kill()
+        self.process.wait(PATIENCE_S)
+
+    def again(self) -> ModelServer:
+        """Start it once more at the same address, when it has ended; waits for nothing."""
+        self.process.wait(PATIENCE_S)
+        return self._replace(process=_run(self.command, self.env, self.log, self.processor))
+
     def said(self) -> str:
         """Return all it wrote so far."""
         return self.log.read_text(encoding="utf-8", errors="replace")
+
+
+class Brake:
+    """Lets the engines of servers work for a moment now and then, as on a machine with too much to do.
+
+    A tiny model says all of an answer before anybody has read the first word of it; braked, it is at work for a second.
+    The list of ``servers`` may change meanwhile.
+    """
+
+    def __init__(self, servers: Sequence[ModelServer], *, works_s: float = 0.002, rests_s: float = 0.01) -> None:
+        self._servers, self._works_s, self._rests_s = servers, works_s, rests_s
+        self._known: dict[int, list[psutil.Process]] = {}
+        self._over = threading.Event()
+        self._held, self._still = threading.Event(), threading.Event()
+        #: How often they still work before they are held; none of that below 1.
+        self._times = 0
+        self._thread = threading.Thread(target=self._run, name="brake", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join(PATIENCE_S)
+        self._all(signal.SIGCONT)
+
+    def hold(self) -> None:
+        """Let nobody work at all."""
+        self._still.clear()
+        self._held.set()
+        assert self._still.wait(PATIENCE_S)
+
+    def let_go(self) -> None:
+        """Let them work now and then again."""
+        self._held.clear()
+
+    def work(self, times: int) -> None:
+        """Let them work so many times, then not at all."""
+        self._still.clear()
+        self._times = times
+        self._held.clear()
+        assert self._still.wait(PATIENCE_S)
+
+    def _run(self) -> None:
+        while not self._over.is_set():
+            if not self._held.is_set():
+                self._all(signal.SIGCONT)
+                time.sleep(self._works_s)
+                self._times -= 1
+                if self._times == 0:
+                    self._held.set()
+            self._all(signal.SIGSTOP)
+            if self._held.is_set():
+                self._still.set()
+            self._over.wait(self._rests_s)
+
+    def _all(self, number: signal.Signals) -> None:
+        for server in list(self._servers):
+            pid = server.process.pid
+            if not self._known.get(pid) and server.process.returncode is None:
+                self._known[pid] = server.engines()
+            for engine in self._known.get(pid, ()):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    engine.send_signal(number)
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -155,8 +242,9 @@ def until(condition: Callable[[], object], *, what: str, patience_s: float = PAT
 
 
 def start(
-    folder: Path, file: Path, *, model: str = "tiny", unix: bool = False, env: Mapping[str, str] | None = None
-) -> ModelServer:
+    folder: Path, file: Path, *, model: str = "tiny", unix: bool = False, env: Mapping[str, str] | None = None,
+    processor: int | None = None,
+) -> ModelServer:  # fmt: skip
     """Start the service for ``file``, with its log and its socket in ``folder``; waits for nothing."""
     folder.mkdir(parents=True, exist_ok=True)
     if unix:
@@ -175,13 +263,26 @@ def start(
         "TMPDIR": str(folder),
         **(env or {}),
     }
-    log = folder / "log"
-    with log.open("wb") as output:
+    log, command = folder / "log", [sys.executable, "-I", "-u", "-m", "rma_llama_cpp", *where]
+    return ModelServer(_run(command, told, log, processor), endpoint, model, log, command, told, processor)
+
+
+def _run(
+    command: Sequence[str], env: Mapping[str, str], log: Path, processor: int | None = None
+) -> subprocess.Popen[bytes]:
+    with log.open("ab") as output:
         process = subprocess.Popen(
-            [sys.executable, "-I", "-u", "-m", "rma_llama_cpp", *where],
-            env={**os.environ, **told}, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-        )  # fmt: skip
-    return ModelServer(process, endpoint, model, log)
+            command, env={**os.environ, **env}, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+        )
+    if processor is not None:
+        # It counts its processors only once it has loaded what it needs.
+        psutil.Process(process.pid).cpu_affinity([processor])
+    return process
+
+
+def processors() -> list[int]:
+    """Return the processors that there are to give each server one: threads that wait for each other cost two."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
 def is_ready(server: ModelServer) -> bool:
@@ -209,12 +310,19 @@ def stop(server: ModelServer) -> None:
 @contextlib.contextmanager
 def serving(
     folder: Path, *, count: int = 1, file: Path | None = None, unix: bool = False, model: str = "tiny",
-    env: Mapping[str, str] | None = None,
+    env: Mapping[str, str] | None = None, on: Sequence[int] = (),
 ) -> Iterator[list[ModelServer]]:  # fmt: skip
-    """Start ``count`` servers of one file (a new tiny chat model where none is named), and wait until all are ready."""
+    """Start ``count`` servers of one file (a new tiny chat model where none is named), and wait until all are ready.
+
+    Each has one of the processors ``on`` to itself, or all where none is named.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     served = file or tiny_model.write_chat_model(folder / "chat.gguf")
-    servers = [start(folder / str(n), served, unix=unix, model=model, env=env) for n in range(count)]
+    its = [on[n % len(on)] if on else None for n in range(count)]
+    servers = [
+        start(folder / str(n), served, unix=unix, model=model, env=env, processor=processor)
+        for n, processor in enumerate(its)
+    ]
     try:
         for server in servers:
             until(lambda server=server: is_ready(server), what="the model is loaded")  # type: ignore[misc]  # bound now

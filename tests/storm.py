@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 import signal
@@ -18,7 +19,7 @@ from tests.crash_kit import check_ends, kept
 from tests.receivers import DIE, Receiver, listening
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
 
     from tests.crash_kit import Town
     from tests.receivers import Arrival
@@ -118,6 +119,16 @@ class Storm:
     def wrong(self, words: str) -> None:
         """Remember what must not be."""
         self.violations.append(words)
+
+    @contextlib.asynccontextmanager
+    async def hearing(self) -> AsyncIterator[None]:
+        """Listen to webhooks, which are signed with a new secret of the key that everyone here uses."""
+        async with listening(self.hooks):
+            async with self.made.client() as http:
+                key_id = (await http.get("/api/admin/keys")).json()["keys"][0]["key_id"]
+                made = await http.post(f"/api/admin/keys/{key_id}/webhook-secret")
+                self.hooks.secret = made.json()["secret"]
+            yield
 
     # -- clients -------------------------------------------------------------------------------------------------
 
@@ -239,12 +250,16 @@ class Storm:
                 await asyncio.sleep(LOOK_S)
 
     async def look(self, http: httpx2.AsyncClient) -> None:
-        """Look once: nobody is offline, and no attempt's number comes twice."""
+        """Look once: nobody is offline."""
         found = await self._get(http, "/api/admin/workers")
         for worker in found.json()["workers"] if found is not None else ():
             self.counts[f"seen {worker['status']}"] += 1
             if worker["status"] == "offline":
                 self.wrong(f"{worker['worker_id']} is offline: {worker['status_reason']}")
+        await self.look_at_tasks(http)
+
+    async def look_at_tasks(self, http: httpx2.AsyncClient) -> None:
+        """Look at the newest tasks: no attempt's number comes twice."""
         found = await self._get(http, "/api/admin/tasks?limit=50")
         for task in found.json()["tasks"] if found is not None else ():
             self.attempts(task["task_id"], task["attempts"])
@@ -308,24 +323,16 @@ async def kill(made: Town, rng: random.Random) -> None:
 async def pass_over(made: Town, *, kills: int, seed: int) -> Storm:
     """Kill the coordinator so many times while clients ask; return what they saw once all that they know has ended."""
     rng, found = random.Random(seed), Storm(made, seed=seed)
-    async with listening(found.hooks):
-        await _pass_over(made, found, rng, kills=kills)
+    async with found.hearing():
+        clients = [made.begin(found.client(number)) for number in range(CLIENTS)]
+        admin = made.begin(found.admin())
+        for _ in range(kills):
+            await kill(made, rng)
+        await made.ready()
+        found.over.set()
+        await asyncio.gather(admin, *clients)
+        await found.all_ended()
     return found
-
-
-async def _pass_over(made: Town, found: Storm, rng: random.Random, *, kills: int) -> None:
-    async with made.client() as http:
-        key_id = (await http.get("/api/admin/keys")).json()["keys"][0]["key_id"]
-        secret = await http.post(f"/api/admin/keys/{key_id}/webhook-secret")
-        found.hooks.secret = secret.json()["secret"]
-    clients = [made.begin(found.client(number)) for number in range(CLIENTS)]
-    admin = made.begin(found.admin())
-    for _ in range(kills):
-        await kill(made, rng)
-    await made.ready()
-    found.over.set()
-    await asyncio.gather(admin, *clients)
-    await found.all_ended()
 
 
 def check_executed(made: Town, found: Storm) -> None:

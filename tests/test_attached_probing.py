@@ -30,11 +30,11 @@ from tests.attached_servers import (
     CHAT,
     LLAMA_CPP,
     LM_STUDIO,
+    LOADING,
     OLLAMA,
     OLLAMA_TAGS,
     VLLM,
     EndlessAnswer,
-    Loading,
     Server,
     attached,
     listed,
@@ -273,8 +273,7 @@ async def test_at_most_64_models_are_listed_the_loaded_ones_first() -> None:
 
 
 async def test_a_server_that_loads_is_starting_and_one_without_models_is_no_use() -> None:
-    loading = Loading()
-    status = await looked({"/props": loading, "/v1/models": loading})
+    status = await looked({"/props": LOADING, "/v1/models": LOADING})
     assert (status.state, status.reason) == ("starting", "it loads its model")
     status = await looked({**OLLAMA, "/api/tags": {"models": None}})
     assert (status.state, status.reason) == ("unhealthy", "Ollama has no model to share")

@@ -23,7 +23,20 @@ from rma_core.models.strict import encode
 from rma_core.settings import AgentSettings
 from tests.agent_service import PATIENCE_S, eventually
 from tests.agent_stand_in import offer, stand_in
-from tests.attached_servers import CHAT, LLAMA_CPP, OLLAMA, VLLM, Server, attached, beats, house, listed, running
+from tests.attached_servers import (
+    CHAT,
+    LLAMA_CPP,
+    LOADING,
+    OLLAMA,
+    VLLM,
+    Refusing,
+    Server,
+    attached,
+    beats,
+    house,
+    listed,
+    running,
+)
 from tests.model_servers import serving
 from tests.model_servers import stop as stop_server
 from tests.pools import NO_ENGINE, Running, environment, pool, rma, until
@@ -228,6 +241,34 @@ async def test_a_server_that_dies_fails_its_attempts_and_is_seen_to_be_gone_at_o
         assert (beat.slots, status.state, status.models) == ({}, "unhealthy", ())
         fault, reason = await here.refused({}, model="facebook/opt-125m")
         assert (fault, reason[:34]) == ("owner", f"{status.name} is unhealthy: no conne"[:34])
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "fault"),
+    [
+        (502, {"error": {"message": "llama.cpp broke off"}}, "service"),
+        (504, b"", "service"),
+        (503, LOADING.body, "owner"),
+        (500, {"error": {"message": "a template that fails"}}, ""),
+    ],
+)
+async def test_a_server_that_says_that_its_engine_is_not_there_has_not_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, body: Any, fault: str
+) -> None:
+    """Another worker may; what is said of the request itself is for the client."""
+    model = "facebook/opt-125m"
+    async with (
+        running({**VLLM, CHAT: Refusing(status, body)}) as server,
+        house(tmp_path, monkeypatch, server.url) as here,
+    ):
+        if fault:
+            found, reason = await here.refused({"model": model}, model=model)
+            said = body["error"]["message"] if body else "without a reason"
+            assert (found, f"answered {status}: " in reason, said in reason) == (fault, True, True)
+        else:
+            stream = await here.ask({"model": model}, model=model)
+            assert (await here.line.frame(frames.Head, stream)).status == status
+            await here.line.frame(frames.End, stream)
 
 
 async def test_while_draining_nothing_is_offered(

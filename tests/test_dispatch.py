@@ -90,6 +90,31 @@ def test_a_worker_that_had_no_room_just_then_may_have_the_task_a_moment_later(be
     assert (task.state, bench.attempt(task).worker_id, bench.attempt(task).number) == ("running", "w1", 2)
 
 
+def test_a_worker_that_gave_a_task_back_may_have_it_again_when_there_is_no_other(bench: Bench) -> None:
+    bench.worker("w1")
+    attempt = bench.running()
+    task = attempt.task
+    bench.dispatcher.fail(attempt, "owner", "its model server is used by others just now")
+    bench.turn(FULL_S / 2)
+    assert (attempt.state, task.state) == ("returned", "queued")
+    bench.turn(FULL_S / 2)
+    assert (task.state, bench.attempt(task).worker_id) == ("running", "w1")
+
+
+def test_a_task_that_all_but_its_blamed_worker_gave_back_goes_to_those_again(bench: Bench) -> None:
+    bench.worker("w1")
+    attempt = bench.running()
+    bench.worker("w2")
+    bench.dispatcher.fail(attempt, "service", "crashed")
+    for _ in range(3):
+        again = bench.attempt(attempt.task)
+        assert again.worker_id == "w2"
+        bench.dispatcher.accept(again)
+        bench.dispatcher.fail(again, "owner", "busy just now")
+        assert attempt.task.state == "queued"
+        bench.turn(FULL_S)
+
+
 def test_a_bad_request_fails_at_once_and_blames_nobody(bench: Bench) -> None:
     seat = bench.worker("w1", 4)
     bench.worker("w2", 1)

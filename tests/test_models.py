@@ -82,6 +82,20 @@ async def test_a_model_is_known_after_a_restart_though_nobody_offers_it_yet(tmp_
             pool.pool.check_model("small")
 
 
+async def test_a_new_model_is_written_long_before_the_counters_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(tmp_path) as pool, pool.worker(slots=0) as line:
+
+        async def too_late() -> None:
+            """Write nothing: whoever waits for this waits for too long."""
+
+        monkeypatch.setattr(pool.pool, "flush", too_late)
+        await shares(pool, line, attached("small"))
+        await until(lambda: pool.pool.seen_models.changed == set())
+        assert [record.name for record in await pool.pool.store.load(ModelRecord)] == ["small"]
+
+
 async def test_what_is_attached_counts_for_its_one_service_and_only_so_far(tmp_path: Path) -> None:
     async with running(tmp_path) as pool, pool.worker(slots=0) as line:
         many = attached("small", slots=1000)

@@ -108,6 +108,19 @@ async def test_a_worker_that_lost_an_answer_gets_it_again_when_there_is_no_other
         assert text_of(events((await asked).text)[:-1]) == "one two"
 
 
+async def test_a_worker_that_lost_an_answer_gets_it_again_when_the_other_cannot_go_on(tmp_path: Path) -> None:
+    async with pool_with(tmp_path) as (pool, line), pool.worker(slots=0) as other:
+        asked = stream(pool)
+        task = await begins(pool, line, ROLE, delta("one "))
+        await attach(pool, other, "tiny", slots=1)
+        await line.say(frames.Error(stream=task.stream, fault="service", reason="its model server crashed"))
+        lost = await other.task()
+        await other.say(frames.Error(stream=lost.stream, fault="service", reason="no connection"))
+        again = await line.task()
+        await line.answer(again.stream, ROLE, delta(" two"), delta(finish="stop"), END, headers=SSE)
+        assert text_of(events((await asked).text)[:-1]) == "one two"
+
+
 async def test_an_answer_that_is_lost_again_and_again_ends_with_an_error(tmp_path: Path) -> None:
     async with pool_with(tmp_path) as (pool, line):
         asked = stream(pool)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 from datetime import UTC, datetime
-from itertools import islice
+from itertools import count, islice
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -259,11 +259,17 @@ class Pool:
                 logger.exception("a round of upkeep failed")
 
     async def keep_books(self) -> None:
-        """Write the counters that changed, now and then; a slow disk holds up nothing else. Runs until cancelled."""
-        while True:
-            await asyncio.sleep(FLUSH_S)
+        """Write the counters that changed, now and then; a slow disk holds up nothing else. Runs until cancelled.
+
+        A new model is written soon: after a crash it would be one that nobody ever had, and clients give up.
+        """
+        for tick in count(1):
+            await asyncio.sleep(TICK_S)
             try:
-                await self.flush()
+                if tick % round(FLUSH_S / TICK_S) == 0:
+                    await self.flush()
+                elif self.seen_models.news:
+                    await self._write_news()
             except Exception:
                 # The books must go on after one bad round; the traceback says what to mend.
                 logger.exception("the counters could not be written")
@@ -293,8 +299,15 @@ class Pool:
                 raise
             logger.debug("%s; it is tried again", error)
 
+    async def _write_news(self) -> None:
+        try:
+            await self._write_models()
+        except RMAError as error:
+            logger.debug("%s; it is tried again", error)
+
     async def _write_models(self) -> None:
         models = self.seen_models
+        models.news = False
         changed, gone = set(models.changed), set(models.gone)
         if not changed and not gone:
             return

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
-from rma_core.agent.incoming import EndpointError
+from rma_core.agent.incoming import EndpointError, NotNowError
 from rma_core.errors import ValidationProblem
 from rma_core.models.strict import decode
 
@@ -27,8 +28,13 @@ ALSO_CALLED = {
     "vlm": "vision",
 }
 OK, NOT_AUTHENTICATED, FORBIDDEN, UNAVAILABLE = 200, 401, 403, 503
+#: Statuses by which a model server says that its engine has ended or does not answer: that is no answer.
+ENGINE_LOST = frozenset({502, 504})
+#: Seconds that it may take to say more then, and characters of that which go on.
+SAID_S, MAX_SAID = 5.0, 500
 
 T = TypeVar("T", bound=msgspec.Struct)
+R = TypeVar("R", bound="Reply")
 
 
 async def get(endpoint: Client, path: str) -> tuple[int, bytes]:
@@ -62,6 +68,25 @@ async def whole(answer: Reply, what: str, *, within_s: float | None = None) -> b
         if len(body) > MAX_ANSWER_BYTES:
             raise EndpointError(f"its answer to {what} is larger than {MAX_ANSWER_BYTES} bytes")
     return bytes(body)
+
+
+async def by_engine(answer: R) -> R:
+    """Return the answer to a task's request if its model server's engine gave it.
+
+    Raises EndpointError where the server says that its engine was lost, NotNowError where that is busy, or loads.
+    """
+    if answer.status not in ENGINE_LOST | {UNAVAILABLE}:
+        return answer
+    try:
+        async with asyncio.timeout(SAID_S):
+            said = await whole(answer, "a request")
+    except TimeoutError:
+        said = b""
+    finally:
+        await answer.aclose()
+    text = said.decode("utf-8", "replace")[:MAX_SAID].strip()
+    words = f"it answered {answer.status}: {text or 'without a reason'}"
+    raise NotNowError(words) if answer.status == UNAVAILABLE else EndpointError(words)
 
 
 def read(body: bytes, kind: type[T]) -> T | None:

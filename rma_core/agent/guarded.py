@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
+from rma_core.agent.asking import by_engine
 from rma_core.agent.endpoint import Endpoint, EndpointError
 from rma_core.agent.execute import AttemptFailed
 from rma_core.errors import UsageProblem
@@ -38,8 +39,9 @@ class Asked(Protocol):
 class Guarded:
     """What sends tasks to an attached server: nothing but the shared calls and models gets through.
 
-    ``models`` gives the names that are shared now; ``failed`` is told when the server could not be reached; ``full``
-    says why the server has no room just now, if so; ``asked`` gives another way to ask it than OpenAI's, if it has one.
+    ``models`` gives the names that are shared now; ``failed`` is told when the server could not be reached, or has lost
+    its engine; ``full`` says why the server has no room just now, if so; ``asked`` gives another way to ask it than
+    OpenAI's, if it has one.
     """
 
     def __init__(
@@ -79,9 +81,10 @@ class Guarded:
                 raise AttemptFailed("owner", reason)
             if (asked := self._asked()) is not None:
                 return await asked(self._endpoint, path, whole, model, answer_s)
-            return await self._endpoint.request(
+            answer = await self._endpoint.request(
                 method, path, headers=kept, body=whole, write_s=write_s, answer_s=answer_s
             )
+            return await by_engine(answer)
         except EndpointError:
             self._failed()
             raise

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
+from rma_core.agent.asking import by_engine
 from rma_core.agent.endpoint import Endpoint, EndpointError
 from rma_core.agent.incoming import NotNowError
 from rma_core.agent.model_room import Claim, NoRoomError
@@ -74,9 +75,10 @@ class ModelEndpoint(Endpoint):
         if path.partition("?")[0].rstrip("/") in CONTROL:
             raise UsageProblem(f"{method} {path[:200]!r} is for this machine's agent")
         await self._model.wanted_now()
-        return await super().request(
+        answer = await super().request(
             method, path, headers=headers, body=body, length=length, write_s=write_s, answer_s=answer_s
         )
+        return await by_engine(answer)
 
 
 class ModelService:

@@ -104,8 +104,8 @@ async def enable(pool: Pool, web: Web) -> object:
 
 async def worker_owner(pool: Pool, web: Web) -> object:
     """Say whose machine a worker is."""
-    found = pool.fleet.get(web.parts["worker_id"])
     asked = decode(await web.body(), WorkerOwner, subject="owner")
+    found = pool.fleet.get(web.parts["worker_id"])
     await pool.set_owner(found, asked.owner)
     return pool.fleet.show(found)
 

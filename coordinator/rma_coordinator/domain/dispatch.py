@@ -126,7 +126,7 @@ class Dispatcher:
     def restore(self, task: Task, given: Attempt | None) -> None:
         """Take a durable task up again after the coordinator's restart; ``given`` is the attempt that may still run."""
         self.tasks[task.id] = task
-        task.excluded |= {attempt.worker_id for attempt in task.attempts if attempt.state in ("failed", "returned")}
+        task.excluded |= {attempt.worker_id for attempt in task.attempts if attempt.state == "failed"}
         if given is None:
             self._matcher.restore(task)
             return
@@ -487,7 +487,8 @@ class Dispatcher:
     ) -> None:
         """End an attempt without an answer; the task goes back to the queue unless it cannot.
 
-        A worker that is blamed or gave it back is not given the task again (``exclude`` says otherwise).
+        A worker that is blamed or gave it back is not given the task again (``exclude`` says otherwise), unless nobody
+        but those that gave it back is left.
         """
         if not attempt.open or attempt.delivered:
             return
@@ -513,6 +514,7 @@ class Dispatcher:
         blamed = {attempt.worker_id for attempt in task.attempts if attempt.state == "failed"}
         tried = sum(attempt.number > task.base for attempt in task.attempts)
         patient = task.durable and not blamed
+        self._readmit(task)
         if task.committed:
             self._close(task, "failed", f"the answer broke off: {reason}")
         elif len(blamed) >= MAX_BLAMED or tried >= MAX_ATTEMPTS:
@@ -526,6 +528,19 @@ class Dispatcher:
             task.state = "queued"
             self._effects.restarted(task)
             self._matcher.again(task)
+
+    def _readmit(self, task: Task) -> None:
+        """Once nobody else offers a task's lane, let those have it again that only gave it back, after a moment.
+
+        And those that it was only better not to ask: who lost the beginning of the answer that it is to go on with.
+        """
+        if not task.excluded or self.can_serve(task.service, task.model, besides=task.excluded):
+            return
+        failed = {attempt.worker_id for attempt in task.attempts if attempt.state == "failed"}
+        returned = {attempt.worker_id for attempt in task.attempts if attempt.state == "returned"} - failed
+        task.excluded -= returned | (task.excluded - {attempt.worker_id for attempt in task.attempts})
+        for seat in filter(None, map(self.seats.get, returned)):
+            seat.full_until = max(seat.full_until, self._clock() + FULL_S)
 
     def _end(self, attempt: Attempt, state: AttemptState, reason: str) -> None:
         attempt.state, attempt.reason, attempt.ended_at = state, reason, self._clock()

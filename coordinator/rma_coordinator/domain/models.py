@@ -79,6 +79,8 @@ class Models:
         self._seen: OrderedDict[str, ModelRecord] = OrderedDict()
         #: What is to be written and what is to be forgotten; whoever does that takes them out.
         self.changed, self.gone = set[str](), set[str]()
+        #: Whether that holds any model for the first time.
+        self.news = False
 
     def restore(self, records: Iterable[ModelRecord]) -> None:
         """Take in what the store holds, and forget what nobody had for long."""
@@ -109,6 +111,7 @@ class Models:
             context = model.context or (known.context if known else 0)
             if known and known.context == context and 0 <= now - known.seen_at < NOTED_EVERY_S:
                 continue
+            self.news = self.news or known is None
             self._seen[model.name] = ModelRecord(name=model.name, context=context, seen_at=now)
             self._seen.move_to_end(model.name)
             self.changed.add(model.name)
