@@ -21,8 +21,8 @@ import psutil
 
 from bench import _common, _load
 from bench._common import Target
-from rma_core.agent.ollama_answer import translation
-from rma_core.agent.ollama_request import Wanted
+from rma_core.agent.attach.ollama_answer import translation
+from rma_core.agent.attach.ollama_request import Wanted
 from tests.model_servers import serving
 from tests.ollama_stand_in import MODEL, STATS, said
 

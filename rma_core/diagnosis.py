@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
+from rma_core.agent.attach.nearby import find
 from rma_core.agent.control import ask
-from rma_core.agent.nearby import find
 from rma_core.agent.start import look, plugin_tables
 from rma_core.agent.status import AgentStatus
 from rma_core.errors import RMAError

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rma_core.agent import channel as channel_module
 from rma_core.agent import heart as heart_module
-from rma_core.agent.attachable import addresses
-from rma_core.agent.attached import AttachedServer
+from rma_core.agent.attach.attachable import addresses
+from rma_core.agent.attach.attached import AttachedServer
 from rma_core.agent.lifecycle import Agent
 from rma_core.agent.start import EVERYTHING, opened
 from rma_core.backoff import Backoff

@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rma_core.agent import keeper, model_room
+from rma_core.agent import keeper
 from rma_core.agent.consent import Consent
 from rma_core.agent.engines import in_order
 from rma_core.agent.execute import AttemptFailed, forward
-from rma_core.agent.model_files import ModelFiles
-from rma_core.agent.model_room import LOOK_S, PATIENCE_S, Claim, ModelRoom, NoRoomError
+from rma_core.agent.llm import model_room
+from rma_core.agent.llm.model_files import ModelFiles
+from rma_core.agent.llm.model_room import LOOK_S, PATIENCE_S, Claim, ModelRoom, NoRoomError
 from rma_core.agent.pace import LOAD_BASE_S, STALL_BASE_S, Pace
 from rma_core.agent.reconcile import Reconciler
 from rma_core.catalog import Needs, Room

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from rma_core.agent import attached as attached_module
-from rma_core.agent.attachable import addresses
-from rma_core.agent.attached import AttachedServers
+from rma_core.agent.attach import attached as attached_module
+from rma_core.agent.attach.attachable import addresses
+from rma_core.agent.attach.attached import AttachedServers
 from rma_core.models import channel as frames
 from rma_core.models.strict import encode
 from tests import tiny_model
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
 
-    from rma_core.agent.attached import AttachedServer
+    from rma_core.agent.attach.attached import AttachedServer
     from tests.model_servers import ModelServer
 
 

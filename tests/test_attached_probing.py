@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rma_core.agent import attached as attached_module
-from rma_core.agent import model_server
-from rma_core.agent.asking import MAX_ANSWER_BYTES
-from rma_core.agent.attachable import Address, addresses
+from rma_core.agent.attach import attached as attached_module
+from rma_core.agent.attach import model_server
+from rma_core.agent.attach.asking import MAX_ANSWER_BYTES
+from rma_core.agent.attach.attachable import Address, addresses
 from rma_core.agent.incoming import EndpointError
 from rma_core.errors import UsageProblem
 from rma_core.models.strict import decode, encode
@@ -48,8 +48,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-    from rma_core.agent.attached import AttachedServer
-    from rma_core.agent.model_server import Found
+    from rma_core.agent.attach.attached import AttachedServer
+    from rma_core.agent.attach.model_server import Found
     from tests.model_servers import ModelServer
 
 
@@ -197,7 +197,7 @@ async def test_a_llama_cpp_that_sleeps_is_cold() -> None:
 async def test_ollama_says_what_is_loaded_and_what_runs_elsewhere_is_not_shared(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level(logging.INFO, logger="rma_core.agent.attached")
+    caplog.set_level(logging.INFO, logger="rma_core.agent.attach.attached")
     status = await looked(OLLAMA)
     assert listed(status) == [("gemma3:4b", "loaded", 4096), ("llama3.2:latest", "cold", 0)]
     assert status.slots == 1
@@ -255,7 +255,7 @@ async def test_once_it_is_known_nothing_else_is_asked() -> None:
 
 
 async def test_names_that_cannot_be_passed_on_are_left_out_and_said(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, logger="rma_core.agent.attached")
+    caplog.set_level(logging.INFO, logger="rma_core.agent.attach.attached")
     names = ["good", "my model", "line\nbreak", "end\n", "\x1b[31m", "", "x" * 201, "good"]
     status = await looked({"/v1/models": {"data": [{"id": name} for name in names]}})
     assert [model.name for model in status.models] == ["good"]
@@ -366,7 +366,7 @@ async def test_one_that_is_not_there_comes_by_itself_and_goes_and_comes_back(
     monkeypatch.setattr(attached_module, "AWAY_BASE_S", 0.02)
     monkeypatch.setattr(attached_module, "AWAY_CAP_S", 0.05)
     monkeypatch.setattr(attached_module, "LOOK_EVERY_S", 0.05)
-    caplog.set_level(logging.INFO, logger="rma_core.agent.attached")
+    caplog.set_level(logging.INFO, logger="rma_core.agent.attach.attached")
     server = Server(VLLM)
     await server.open()
     await server.close()

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pytest
 
-from rma_core.agent import attached as attached_module
-from rma_core.agent import guarded
-from rma_core.agent.attachable import addresses
-from rma_core.agent.attached import AttachedServers
+from rma_core.agent.attach import attached as attached_module
+from rma_core.agent.attach import guarded
+from rma_core.agent.attach.attachable import addresses
+from rma_core.agent.attach.attached import AttachedServers
 from rma_core.agent.lifecycle import Agent
 from rma_core.agent.start import EVERYTHING, opened
 from rma_core.errors import UsageProblem

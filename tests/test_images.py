@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from containers import build
-from rma_core.agent.own_models import LLAMA_CPP
+from rma_core.agent.llm.own_models import LLAMA_CPP
 from rma_core.catalog import load, load_folder
 from tests import model_servers
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from rma_core.addresses import is_public
-from rma_core.agent.download import MAX_REDIRECTS, Rules, download
-from rma_core.agent.model_files import ModelFiles
+from rma_core.agent.llm.download import MAX_REDIRECTS, Rules, download
+from rma_core.agent.llm.model_files import ModelFiles
 from rma_core.backoff import Backoff
 from rma_core.errors import DownloadFailed, ModelMissing, OutOfSpace
 from rma_core.interfaces import GivenFiles, PullProgress

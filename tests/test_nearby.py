@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
-from rma_core.agent import nearby
-from rma_core.agent.nearby import USUAL, Nearby, Usual, find
+from rma_core.agent.attach import nearby
+from rma_core.agent.attach.nearby import USUAL, Nearby, Usual, find
 from rma_core.commands.sharing import sentence
 from tests.attached_servers import LM_STUDIO, OLLAMA, VLLM, EndlessAnswer, Server, running
 from tests.ollama_stand_in import ollama

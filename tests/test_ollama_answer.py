@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rma_core.agent import ollama_answer
-from rma_core.agent.ollama_answer import DONE, Translation, translation
-from rma_core.agent.ollama_lines import MAX_LINE_BYTES, Broken, error_body, goes_on, refusal
-from rma_core.agent.ollama_request import Wanted
+from rma_core.agent.attach import ollama_answer
+from rma_core.agent.attach.ollama_answer import DONE, Translation, translation
+from rma_core.agent.attach.ollama_lines import MAX_LINE_BYTES, Broken, error_body, goes_on, refusal
+from rma_core.agent.attach.ollama_request import Wanted
 from tests.ollama_stand_in import STATS, said
 
 CHAT = Wanted("chat", "tiny:latest", stream=True)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rma_core.agent.ollama_request import MOST_VALUES, PATHS, Facts, Native, NotForOllama, native, probe
+from rma_core.agent.attach.ollama_request import MOST_VALUES, PATHS, Facts, Native, NotForOllama, native, probe
 
 CHAT, COMPLETION, EMBEDDING = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 HELLO = [{"role": "user", "content": "Hello"}]

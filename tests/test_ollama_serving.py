@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from rma_core.agent.attach.others import BACK_WITHIN_S, Others
 from rma_core.agent.execute import AttemptFailed
-from rma_core.agent.others import BACK_WITHIN_S, Others
 from rma_core.models import channel as frames
 from rma_core.models.strict import encode
 from tests.agent_service import PATIENCE_S, eventually
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
 
-    from rma_core.agent.attached import AttachedServer
+    from rma_core.agent.attach.attached import AttachedServer
     from rma_core.agent.endpoint import Reply
     from tests.model_servers import ModelServer
     from tests.ollama_stand_in import Behaviour
@@ -289,7 +289,7 @@ async def test_an_answer_without_end_behind_its_end_is_let_go() -> None:
 
 
 async def test_a_model_is_never_loaded_anew_for_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rma_core.agent.ollama.LOADED_FRESH_S", 0.0)
+    monkeypatch.setattr("rma_core.agent.attach.ollama.LOADED_FRESH_S", 0.0)
     async with served() as here:
         server = here.server
         # Cold: Ollama chooses, as it would for its owner.
@@ -348,8 +348,8 @@ async def test_that_a_model_is_loaded_now_is_told_soon(tmp_path: Path, monkeypat
 async def test_an_ollama_that_does_not_say_what_is_loaded_is_asked_all_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("rma_core.agent.ollama.LOADED_FRESH_S", 0.0)
-    monkeypatch.setattr("rma_core.agent.ollama.LOADED_WITHIN_S", 0.2)
+    monkeypatch.setattr("rma_core.agent.attach.ollama.LOADED_FRESH_S", 0.0)
+    monkeypatch.setattr("rma_core.agent.attach.ollama.LOADED_WITHIN_S", 0.2)
     async with served() as here:
         here.server.mute = "/api/ps"
         assert await here.text() == "Hello there"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rma_core.agent.own_models import LLAMA_CPP, MAX_OWN, SLOTS, OwnFile, found, offered, own_files
+from rma_core.agent.llm.own_models import LLAMA_CPP, MAX_OWN, SLOTS, OwnFile, found, offered, own_files
 from rma_core.catalog import load
 from rma_core.errors import UsageProblem
 from rma_core.models.hardware import Capabilities, Device, HardwareReport

@@ -9,7 +9,7 @@ from typing import Any
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rma_coordinator.api.sse import MAX_EVENT_BYTES, Answer, Events, Stream
+from rma_coordinator.api.v1.sse import MAX_EVENT_BYTES, Answer, Events, Stream
 from tests.openai_kit import END, ROLE, USAGE, delta, event, events, text_of
 
 WHOLE = b"".join(

@@ -6,9 +6,11 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
-from rma_coordinator.api import openai, openai_errors, openai_models
 from rma_coordinator.api.asgi import Call
-from rma_coordinator.api.openai_access import principal_of
+from rma_coordinator.api.v1 import calls as openai
+from rma_coordinator.api.v1 import errors as openai_errors
+from rma_coordinator.api.v1 import models as openai_models
+from rma_coordinator.api.v1.access import principal_of
 from rma_coordinator.domain.speeds import Speeds
 from rma_coordinator.store import StoreFailed
 from rma_core.errors import Refused

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from rma_coordinator.api.browsers import EXPOSED
-from rma_coordinator.api.openai import MAX_BODY_BYTES
+from rma_coordinator.api.v1.calls import MAX_BODY_BYTES
 from tests.coordinator_fixtures import PATIENCE_S, Running, running
 from tests.openai_kit import CHAT, END, HELLO, JSON, REPLY, SSE, ask, delta, pool_with, stream
 

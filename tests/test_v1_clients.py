@@ -10,17 +10,17 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rma_coordinator.api import openai_clients
 from rma_coordinator.api.asgi import Call, Gone
-from rma_coordinator.api.openai_clients import Client
-from rma_coordinator.api.openai_requests import Manner
-from rma_coordinator.api.openai_runs import Run
-from rma_coordinator.api.sse import Answer, Stream
+from rma_coordinator.api.v1 import clients as openai_clients
+from rma_coordinator.api.v1.clients import Client
+from rma_coordinator.api.v1.requests import Manner
+from rma_coordinator.api.v1.runs import Run
+from rma_coordinator.api.v1.sse import Answer, Stream
 from rma_coordinator.domain.repeats import Key, Repeats
 from tests.openai_kit import delta, events, text_of
 
 if TYPE_CHECKING:
-    from rma_coordinator.api.openai_jobs import Job
+    from rma_coordinator.api.v1.jobs import Job
 
 #: What happens, in order: a piece of the answer comes, a client joins, or one of those that are there does something.
 STEPS = st.lists(

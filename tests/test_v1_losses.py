@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from rma_coordinator.api import openai_streams
+from rma_coordinator.api.v1 import streams as openai_streams
 from rma_core.models import channel as frames
 from tests.coordinator_fixtures import until
 from tests.openai_kit import (

@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 from openai import AsyncOpenAI
 
-from rma_coordinator.api import openai_answers
+from rma_coordinator.api.v1 import answers as openai_answers
 from rma_core.models import channel as frames
 from tests import sdks
 from tests.coordinator_fixtures import Line, Running, soon, until

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from rma_coordinator.api import openai_runs
+from rma_coordinator.api.v1 import runs as openai_runs
 from rma_core.models import channel as frames
 from tests.coordinator_fixtures import Line, Running, soon, until
 from tests.openai_kit import (

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from rma_coordinator.api.asgi import Call
-from rma_coordinator.api.openai import MAX_BODY_BYTES
-from rma_coordinator.api.openai_requests import MOST_VALUES, Manner, manner
+from rma_coordinator.api.v1.calls import MAX_BODY_BYTES
+from rma_coordinator.api.v1.requests import MOST_VALUES, Manner, manner
 from tests.coordinator_fixtures import running
 from tests.openai_kit import CHAT, JSON, REPLY, ask, check_error, pool_with
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from rma_coordinator.api import stalls
+from rma_coordinator.api.v1 import stalls
 from rma_coordinator.domain import timings
 from rma_core.models import channel as frames
 from tests.coordinator_fixtures import Line, Running, until

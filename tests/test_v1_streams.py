@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from rma_coordinator.api import openai_answers
+from rma_coordinator.api.v1 import answers as openai_answers
 from rma_core.models import channel as frames
 from tests.coordinator_fixtures import PATIENCE_S, soon
 from tests.openai_kit import (

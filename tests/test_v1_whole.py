@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 from httpx2 import RemoteProtocolError
 
-from rma_coordinator.api import openai_answers, openai_whole
-from rma_coordinator.api.openai_jobs import Asked
-from rma_coordinator.api.openai_requests import Manner
-from rma_coordinator.api.openai_whole import made_right
-from rma_coordinator.api.sse import Answer
+from rma_coordinator.api.v1 import answers as openai_answers
+from rma_coordinator.api.v1 import whole as openai_whole
+from rma_coordinator.api.v1.jobs import Asked
+from rma_coordinator.api.v1.requests import Manner
+from rma_coordinator.api.v1.sse import Answer
+from rma_coordinator.api.v1.whole import made_right
 from rma_core.models import channel as frames
 from tests.coordinator_fixtures import PATIENCE_S, Line, Running, soon, until
 from tests.openai_kit import CHAT, HELLO, JSON, REPLY, ask, attach, check_error, pool_with, sdk, taken

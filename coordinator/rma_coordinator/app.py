@@ -14,22 +14,14 @@ from quart import Quart, Response
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from rma_coordinator import enrolment, tokens
-from rma_coordinator.api import (
-    admin,
-    browsers,
-    channel,
-    inference,
-    openai,
-    openai_errors,
-    openai_models,
-    plain,
-    tasks,
-    worker,
-)
+from rma_coordinator.api import admin, browsers, channel, inference, plain, tasks, worker
 from rma_coordinator.api.asgi import CONTROL_BYTES, Call, Gone, too_slow
-from rma_coordinator.api.openai_access import covers
 from rma_coordinator.api.problems import STATUS_WORDS, HTTPProblem, problem, unexpected, wrong_method
 from rma_coordinator.api.routes import ROUTES, Route, Router
+from rma_coordinator.api.v1 import calls as openai
+from rma_coordinator.api.v1 import errors as openai_errors
+from rma_coordinator.api.v1 import models as openai_models
+from rma_coordinator.api.v1.access import covers
 from rma_coordinator.api.waiting import go_on
 from rma_coordinator.api.web import CALL, Web, without_body
 from rma_coordinator.pool import Pool

@@ -19,8 +19,8 @@ from rma_coordinator.certificate import own_pair, pin_of
 from rma_coordinator.engine_choice import choose_runtimes, service_sources
 from rma_coordinator.server import Listener, free_port, make_config, run_server, spare_pauses
 from rma_coordinator.serving import client_key, first_key, make_app, stopped
-from rma_core.agent.attachable import addresses
-from rma_core.agent.own_models import LLAMA_CPP, own_files
+from rma_core.agent.attach.attachable import addresses
+from rma_core.agent.llm.own_models import LLAMA_CPP, own_files
 from rma_core.agent.state import StateFolder
 from rma_core.commands import common, sharing
 from rma_core.commands.machine import settings_of

@@ -9,8 +9,8 @@ if TYPE_CHECKING:
 
     from rma_core.agent.endpoint import Endpoint
     from rma_core.agent.engines import Engine
-    from rma_core.agent.model_files import ModelFiles
-    from rma_core.agent.model_room import ModelRoom
+    from rma_core.agent.llm.model_files import ModelFiles
+    from rma_core.agent.llm.model_room import ModelRoom
     from rma_core.models.hardware import Device
     from rma_core.models.worker import Assignment
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from rma_core.agent.endpoint import Endpoint
 from rma_core.agent.engines import STOP_GRACE_S, asked, being_cancelled, last_line, looked_up, stopped
-from rma_core.agent.model_service import Fetching, ModelService
+from rma_core.agent.llm.model_service import Fetching, ModelService
 from rma_core.agent.placing import Spot, adopted, find_spot, spec_hash
 from rma_core.agent.restarts import RESCAN_S, Restarts
 from rma_core.errors import ImageMissing, RuntimeAbsent, RuntimeFailure, StartFailed

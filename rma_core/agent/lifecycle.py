@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import rma_core
 from rma_core import http
 from rma_core.agent.answers import Answers
-from rma_core.agent.attachable import addresses
-from rma_core.agent.attached import AttachedServers
+from rma_core.agent.attach.attachable import addresses
+from rma_core.agent.attach.attached import AttachedServers
 from rma_core.agent.attempts import Attempts, Stop, lease_clock
 from rma_core.agent.channel import Channel
 from rma_core.agent.client import CoordinatorClient
@@ -20,12 +20,12 @@ from rma_core.agent.ending import Ending
 from rma_core.agent.engines import in_order
 from rma_core.agent.heart import Heart
 from rma_core.agent.join import registration
+from rma_core.agent.llm.model_files import ModelFiles
+from rma_core.agent.llm.model_room import ModelRoom
+from rma_core.agent.llm.own_models import OwnModels
 from rma_core.agent.load import Load
 from rma_core.agent.membership import Link, Membership, Messages
-from rma_core.agent.model_files import ModelFiles
-from rma_core.agent.model_room import ModelRoom
 from rma_core.agent.offering import Offering
-from rma_core.agent.own_models import OwnModels
 from rma_core.agent.owner import Owner, status
 from rma_core.agent.poll import Poller
 from rma_core.agent.reconcile import Reconciler

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from rma_core.agent.attached import SERVICE
+from rma_core.agent.attach.attached import SERVICE
 
 if TYPE_CHECKING:
-    from rma_core.agent.attached import AttachedServers
+    from rma_core.agent.attach.attached import AttachedServers
     from rma_core.agent.keeper import Slot
     from rma_core.agent.reconcile import Reconciler
     from rma_core.models.worker import ContainerStatus, TaskOffer

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from rma_core.agent.endpoint import EndpointError
 from rma_core.agent.engines import STOP_GRACE_S, looked_up, stopped
 from rma_core.agent.keeper import ENGINE_WAIT_S, Keeper, Slot
-from rma_core.agent.model_files import ModelFiles
-from rma_core.agent.model_room import Claim, ModelRoom
+from rma_core.agent.llm.model_files import ModelFiles
+from rma_core.agent.llm.model_room import Claim, ModelRoom
 from rma_core.agent.placing import spec_hash
 from rma_core.catalog import choose_gpu, gpu_share
 from rma_core.errors import RuntimeFailure

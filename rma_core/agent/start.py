@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from rma_core import http
-from rma_core.agent.attachable import addresses
+from rma_core.agent.attach.attachable import addresses
+from rma_core.agent.attach.nearby import find
 from rma_core.agent.consent import Consent
 from rma_core.agent.join import enrol, invited, registration
 from rma_core.agent.lifecycle import Agent
-from rma_core.agent.nearby import find
-from rma_core.agent.own_models import own_files
+from rma_core.agent.llm.own_models import own_files
 from rma_core.agent.state import StateFolder
 from rma_core.errors import UsageProblem
 

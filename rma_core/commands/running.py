@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from rma_core.agent.nearby import Nearby
+    from rma_core.agent.attach.nearby import Nearby
 
 
 @click.command()

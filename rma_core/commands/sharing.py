@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from rma_core.agent.attachable import Address
-    from rma_core.agent.nearby import Nearby
+    from rma_core.agent.attach.attachable import Address
+    from rma_core.agent.attach.nearby import Nearby
     from rma_core.settings import AgentSettings
 
 
 async def found_by(settings: AgentSettings, *besides: str) -> tuple[Nearby, ...]:
     """Return the model servers that run here and are not attached, unless the owner wants nobody to look."""
-    from rma_core.agent.nearby import find
+    from rma_core.agent.attach.nearby import find
 
     if not settings.find_model_servers:
         return ()
@@ -31,7 +31,7 @@ async def found_by(settings: AgentSettings, *besides: str) -> tuple[Nearby, ...]
 
 async def show_attached(out: Console, attached: Sequence[Address]) -> None:
     """Show what the owner shares besides; one that is away now is shared once it is there."""
-    from rma_core.agent.attached import AttachedServers
+    from rma_core.agent.attach.attached import AttachedServers
 
     servers = AttachedServers(attached)
     try:

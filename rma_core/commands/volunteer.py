@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from rma_core.agent.attach.nearby import Nearby
     from rma_core.agent.join import Invitation
     from rma_core.agent.lifecycle import Agent
-    from rma_core.agent.nearby import Nearby
-    from rma_core.agent.own_models import Offered
+    from rma_core.agent.llm.own_models import Offered
     from rma_core.agent.state import StateFolder
     from rma_core.models.hardware import HardwareReport
     from rma_core.models.weights import AssignedModel
@@ -110,11 +110,11 @@ def _joined(settings: AgentSettings, joined: Joined) -> dict[str, object]:
 
 async def _join(settings: AgentSettings, token: str, *, yes: bool, as_json: bool, attach_found: bool) -> Joined:
     from rma_core.agent import start
-    from rma_core.agent.attachable import addresses
+    from rma_core.agent.attach.attachable import addresses
     from rma_core.agent.consent import Consent
     from rma_core.agent.join import enrol, invited, registration
-    from rma_core.agent.own_models import offered as offered_files
-    from rma_core.agent.own_models import own_files
+    from rma_core.agent.llm.own_models import offered as offered_files
+    from rma_core.agent.llm.own_models import own_files
     from rma_core.agent.state import StateFolder
 
     # Before anything is asked of anyone: a wrong address is the owner's to mend.

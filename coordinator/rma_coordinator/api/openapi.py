@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from rma_coordinator.api.openai_access import covers
 from rma_coordinator.api.problems import STATUS_WORDS
 from rma_coordinator.api.routes import OPENAI, ROUTES
+from rma_coordinator.api.v1.access import covers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from rma_coordinator.api import openai_errors, tasks
-from rma_coordinator.api.openai_errors import APIProblem
+from rma_coordinator.api import tasks
+from rma_coordinator.api.v1 import errors as openai_errors
+from rma_coordinator.api.v1.errors import APIProblem
 from rma_coordinator.domain import timings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from rma_coordinator.api.sse import Answer
+    from rma_coordinator.api.v1.sse import Answer
     from rma_coordinator.domain.tasks import Task
     from rma_coordinator.domain.timings import Seen
     from rma_coordinator.pool import Pool

@@ -12,8 +12,8 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from rma_coordinator.api.asgi import Gone
-from rma_coordinator.api.openai_jobs import EVENT_STREAM, PLAIN
-from rma_coordinator.api.openai_whole import Gathering
+from rma_coordinator.api.v1.jobs import EVENT_STREAM, PLAIN
+from rma_coordinator.api.v1.whole import Gathering
 from rma_coordinator.domain.repeats import MOST_KEPT_BYTES, Kept
 from rma_core.errors import RMAError
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine
 
     from rma_coordinator.api.limits import Metered
-    from rma_coordinator.api.openai_clients import Client
-    from rma_coordinator.api.openai_jobs import Job
-    from rma_coordinator.api.openai_requests import Manner
-    from rma_coordinator.api.sse import Stream
+    from rma_coordinator.api.v1.clients import Client
+    from rma_coordinator.api.v1.jobs import Job
+    from rma_coordinator.api.v1.requests import Manner
+    from rma_coordinator.api.v1.sse import Stream
     from rma_coordinator.domain.repeats import Key
 
 logger = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from rma_coordinator.api.choices import BREAKS, finish_of, guessed, mend_arguments, mend_call, usage_of
-from rma_coordinator.api.splicing import END, Wrapping
+from rma_coordinator.api.v1.choices import BREAKS, finish_of, guessed, mend_arguments, mend_call, usage_of
+from rma_coordinator.api.v1.splicing import END, Wrapping
 from rma_coordinator.domain.continuing import Delivered, Seam
 from rma_coordinator.domain.stream_events import BadChunk
 from rma_core.models.strict import encode

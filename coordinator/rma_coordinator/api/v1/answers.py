@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rma_coordinator.api import openai_errors
 from rma_coordinator.api.asgi import Gone, raw
 from rma_coordinator.api.inference import CutAnswer
-from rma_coordinator.api.openai_clients import Client, Quiet
-from rma_coordinator.api.openai_jobs import EVENT_STREAM, PLAIN
 from rma_coordinator.api.problems import status_of
-from rma_coordinator.api.sse import COMMENT, Stream
+from rma_coordinator.api.v1 import errors as openai_errors
+from rma_coordinator.api.v1.clients import Client, Quiet
+from rma_coordinator.api.v1.jobs import EVENT_STREAM, PLAIN
+from rma_coordinator.api.v1.sse import COMMENT, Stream
 from rma_core.errors import RMAError
 from rma_core.models.strict import encode
 
 if TYPE_CHECKING:
     from rma_coordinator.api.asgi import Call
-    from rma_coordinator.api.openai_requests import Manner
-    from rma_coordinator.api.openai_runs import Run
+    from rma_coordinator.api.v1.requests import Manner
+    from rma_coordinator.api.v1.runs import Run
     from rma_coordinator.domain.repeats import Kept
 
 #: A stream is never silent for longer; its status goes out after this at the latest.

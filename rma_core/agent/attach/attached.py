@@ -8,24 +8,24 @@ import random
 import time
 from typing import TYPE_CHECKING
 
-from rma_core.agent import model_server
-from rma_core.agent.attachable import MAX_SLOTS
+from rma_core.agent.attach import model_server
+from rma_core.agent.attach.attachable import MAX_SLOTS
+from rma_core.agent.attach.guarded import Guarded
+from rma_core.agent.attach.model_server import LLAMA_CPP, LOOK_TIMEOUT_S, StillLoading, quoted
+from rma_core.agent.attach.ollama import Ollama
+from rma_core.agent.attach.others import Others
 from rma_core.agent.endpoint import Endpoint, EndpointError
-from rma_core.agent.guarded import Guarded
 from rma_core.agent.keeper import Slot
-from rma_core.agent.model_server import LLAMA_CPP, LOOK_TIMEOUT_S, StillLoading, quoted
-from rma_core.agent.ollama import Ollama
-from rma_core.agent.others import Others
 from rma_core.backoff import Backoff
 from rma_core.models.worker import ATTACHED, ContainerStatus
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
-    from rma_core.agent.attachable import Address
-    from rma_core.agent.guarded import Asked
-    from rma_core.agent.model_server import Found
-    from rma_core.agent.ollama_look import Loaded, Shown
+    from rma_core.agent.attach.attachable import Address
+    from rma_core.agent.attach.guarded import Asked
+    from rma_core.agent.attach.model_server import Found
+    from rma_core.agent.attach.ollama_look import Loaded, Shown
     from rma_core.models.worker import ContainerState
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from rma_coordinator.domain.dispatch import STALL_S
 from rma_coordinator.domain.timings import Seen
 
 if TYPE_CHECKING:
-    from rma_coordinator.api.openai_runs import Run
+    from rma_coordinator.api.v1.runs import Run
 
 logger = logging.getLogger(__name__)
 

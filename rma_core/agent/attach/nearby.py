@@ -15,14 +15,14 @@ from urllib.parse import urlsplit
 import msgspec
 
 from rma_core.addresses import is_loopback
+from rma_core.agent.attach.model_server import PLAIN, QUOTED, look
 from rma_core.agent.endpoint import Endpoint
 from rma_core.agent.incoming import EndpointError
-from rma_core.agent.model_server import PLAIN, QUOTED, look
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from rma_core.agent.model_server import Found
+    from rma_core.agent.attach.model_server import Found
 
 #: Seconds for all that is asked of all ports together.
 WITHIN_S = 1.5

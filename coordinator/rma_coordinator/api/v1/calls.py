@@ -1,7 +1,7 @@
 """OpenAI's API below Quart: what is asked is checked, becomes a run or joins one, and its client is answered.
 
-`openai_requests` reads what is asked, `openai_runs` keeps what runs for it, `openai_streams` and `openai_whole` bring
-the answer back, `openai_answers` gives it to each client, `openai_errors` says what went wrong.
+`requests` reads what is asked, `runs` keeps what runs for it, `streams` and `whole` bring the answer back, `answers`
+gives it to each client, `errors` says what went wrong.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rma_coordinator.api import limits
 from rma_coordinator.api.asgi import QUICK_BYTES
 from rma_coordinator.api.inference import deadline_s, priority
-from rma_coordinator.api.openai_access import check_model, principal_of
-from rma_coordinator.api.openai_answers import follow, give_again
-from rma_coordinator.api.openai_errors import REQUEST_ID, APIProblem, client_id, request_id
-from rma_coordinator.api.openai_jobs import Asked, Job
-from rma_coordinator.api.openai_requests import CHAT, COMPLETION, EMBEDDING, manner, read
-from rma_coordinator.api.openai_runs import Run
-from rma_coordinator.api.openai_streams import streamed
-from rma_coordinator.api.sse import Answer
+from rma_coordinator.api.v1.access import check_model, principal_of
+from rma_coordinator.api.v1.answers import follow, give_again
+from rma_coordinator.api.v1.errors import REQUEST_ID, APIProblem, client_id, request_id
+from rma_coordinator.api.v1.jobs import Asked, Job
+from rma_coordinator.api.v1.requests import CHAT, COMPLETION, EMBEDDING, manner, read
+from rma_coordinator.api.v1.runs import Run
+from rma_coordinator.api.v1.sse import Answer
+from rma_coordinator.api.v1.streams import streamed
 from rma_coordinator.domain import unguessable
 from rma_coordinator.domain.affinity import prefixes
 from rma_coordinator.domain.continuing import TOKEN_CHARACTERS
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from rma_coordinator.api.asgi import Call
-    from rma_coordinator.api.openai_requests import Kind, Manner
+    from rma_coordinator.api.v1.requests import Kind, Manner
     from rma_coordinator.domain.affinity import Prefix
     from rma_coordinator.domain.credentials import Principal
     from rma_coordinator.domain.repeats import Key

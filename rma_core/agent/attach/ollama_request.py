@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from rma_core.agent.openai_records import Asked, Call, Chat, Completion, Embedding, Form, Message, Named, Part
+from rma_core.agent.attach.openai_records import Asked, Call, Chat, Completion, Embedding, Form, Message, Named, Part
 from rma_core.errors import RMAError, ValidationProblem
 from rma_core.models.strict import decode, encode
 

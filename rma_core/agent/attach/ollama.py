@@ -11,21 +11,21 @@ import secrets
 import time
 from typing import TYPE_CHECKING
 
-from rma_core.agent.asking import whole
+from rma_core.agent.attach.asking import whole
+from rma_core.agent.attach.ollama_answer import translation
+from rma_core.agent.attach.ollama_lines import Broken, error_body, goes_on, refusal
+from rma_core.agent.attach.ollama_look import running
+from rma_core.agent.attach.ollama_request import PROBE_GOES_ON, Facts, NotForOllama, native, probe
 from rma_core.agent.endpoint import EndpointError
 from rma_core.agent.execute import AttemptFailed
-from rma_core.agent.ollama_answer import translation
-from rma_core.agent.ollama_lines import Broken, error_body, goes_on, refusal
-from rma_core.agent.ollama_look import running
-from rma_core.agent.ollama_request import PROBE_GOES_ON, Facts, NotForOllama, native, probe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from rma_core.agent.attach.ollama_answer import Translation
+    from rma_core.agent.attach.ollama_look import Known, Loaded
+    from rma_core.agent.attach.ollama_request import Native
     from rma_core.agent.endpoint import Endpoint, Reply
-    from rma_core.agent.ollama_answer import Translation
-    from rma_core.agent.ollama_look import Known, Loaded
-    from rma_core.agent.ollama_request import Native
 
 #: Seconds for the question what is loaded, and for which its answer is good.
 LOADED_WITHIN_S, LOADED_FRESH_S = 1.0, 1.0

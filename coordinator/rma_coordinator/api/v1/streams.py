@@ -7,19 +7,20 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
 
-from rma_coordinator.api import limits, openai_errors
-from rma_coordinator.api.openai_errors import APIProblem
-from rma_coordinator.api.openai_jobs import GOOD
-from rma_coordinator.api.sse import CONTINUED, Stream
-from rma_coordinator.api.stalls import Watch
+from rma_coordinator.api import limits
+from rma_coordinator.api.v1 import errors as openai_errors
+from rma_coordinator.api.v1.errors import APIProblem
+from rma_coordinator.api.v1.jobs import GOOD
+from rma_coordinator.api.v1.sse import CONTINUED, Stream
+from rma_coordinator.api.v1.stalls import Watch
 from rma_coordinator.domain.continuing import continued, decide, ending
 from rma_core.errors import RMAError, TryLater
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
-    from rma_coordinator.api.openai_jobs import Job
-    from rma_coordinator.api.openai_runs import Run
+    from rma_coordinator.api.v1.jobs import Job
+    from rma_coordinator.api.v1.runs import Run
     from rma_coordinator.relay import Head, Relay
 
 logger = logging.getLogger(__name__)

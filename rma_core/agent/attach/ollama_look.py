@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from rma_core.agent.asking import OK, capabilities, get, post, read, tokens
+from rma_core.agent.attach.asking import OK, capabilities, get, post, read, tokens
 from rma_core.agent.incoming import EndpointError
 from rma_core.models.strict import encode
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rma_coordinator.api.openai_access import check_model, principal_of
-from rma_coordinator.api.openai_errors import APIProblem, noted, request_id
+from rma_coordinator.api.v1.access import check_model, principal_of
+from rma_coordinator.api.v1.errors import APIProblem, noted, request_id
 
 if TYPE_CHECKING:
     from rma_coordinator.api.asgi import Call

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from rma_coordinator.api import limits
-from rma_coordinator.api.choices import guessed, mend_whole, text_of, usage_of
-from rma_coordinator.api.openai_errors import APIProblem
-from rma_coordinator.api.openai_jobs import GOOD
+from rma_coordinator.api.v1.choices import guessed, mend_whole, text_of, usage_of
+from rma_coordinator.api.v1.errors import APIProblem
+from rma_coordinator.api.v1.jobs import GOOD
 from rma_coordinator.domain.continuing import TOKEN_CHARACTERS
 from rma_core.models.strict import encode
 
 if TYPE_CHECKING:
-    from rma_coordinator.api.openai_jobs import Asked
-    from rma_coordinator.api.openai_runs import Run
+    from rma_coordinator.api.v1.jobs import Asked
+    from rma_coordinator.api.v1.runs import Run
 
 #: The longest whole answer, embeddings of a large batch, and the most values in it: each takes 30 bytes and more as
 #: an object, all at once, and a worker may mean harm.

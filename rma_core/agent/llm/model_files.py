@@ -17,7 +17,7 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from rma_core import model_describe
-from rma_core.agent.download import STALL_S, Rules, download
+from rma_core.agent.llm.download import STALL_S, Rules, download
 from rma_core.catalog import KEPT_STORAGE_BYTES, KEPT_STORAGE_SHARE
 from rma_core.errors import ModelMissing, OutOfSpace, ValidationProblem
 from rma_core.interfaces import GivenFile, GivenFiles, PullProgress

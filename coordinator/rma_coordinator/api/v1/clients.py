@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from rma_coordinator.api.asgi import Call
-    from rma_coordinator.api.openai_requests import Manner
+    from rma_coordinator.api.v1.requests import Manner
 
 #: Bytes that may wait for one of several clients; when half of it waits for each of them, their run waits too.
 MOST_BEHIND = 256 * 1024

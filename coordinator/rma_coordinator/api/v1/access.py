@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from rma_coordinator.api import limits
 from rma_coordinator.api.asgi import bearer
-from rma_coordinator.api.openai_errors import APIProblem
+from rma_coordinator.api.v1.errors import APIProblem
 from rma_coordinator.domain.fleet import ATTACHABLE
 from rma_core.errors import NotAuthenticated, NotFound, TryLater
 

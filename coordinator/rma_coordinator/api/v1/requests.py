@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from rma_coordinator.api import bodies
-from rma_coordinator.api.openai_errors import APIProblem
+from rma_coordinator.api.v1.errors import APIProblem
 from rma_core.errors import Problem, ValidationProblem
 from rma_core.models.strict import MAX_EXPLAINED_BYTES, convert, encode
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from rma_core.agent import ollama_look
-from rma_core.agent.asking import OK, UNAVAILABLE, capabilities, get, read, tokens
+from rma_core.agent.attach import ollama_look
+from rma_core.agent.attach.asking import OK, UNAVAILABLE, capabilities, get, read, tokens
 from rma_core.agent.incoming import EndpointError
 from rma_core.models.weights import ModelName
 from rma_core.models.worker import ModelStatus
@@ -23,8 +23,8 @@ from rma_core.models.worker import ModelStatus
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
+    from rma_core.agent.attach.ollama_look import Known, Shown
     from rma_core.agent.endpoint import Client
-    from rma_core.agent.ollama_look import Known, Shown
 
 #: Seconds for everything that is asked of a server in one look.
 LOOK_TIMEOUT_S = 10.0

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from rma_core.agent.asking import by_engine
+from rma_core.agent.attach.asking import by_engine
 from rma_core.agent.endpoint import Endpoint, EndpointError
 from rma_core.agent.execute import AttemptFailed
 from rma_core.errors import UsageProblem

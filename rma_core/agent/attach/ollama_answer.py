@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import msgspec
 
-from rma_core.agent.ollama_lines import NONSENSE, Broken, Lines, Message, words
+from rma_core.agent.attach.ollama_lines import NONSENSE, Broken, Lines, Message, words
 from rma_core.models.strict import encode
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from rma_core.agent.ollama_lines import Call, Line, Probability
-    from rma_core.agent.ollama_request import Wanted
+    from rma_core.agent.attach.ollama_lines import Call, Line, Probability
+    from rma_core.agent.attach.ollama_request import Wanted
 
 #: Bytes of one streamed answer, and of one that is given whole.
 MAX_STREAM_BYTES, MAX_WHOLE_BYTES = 1024 * 1024 * 1024, 32 * 1024 * 1024

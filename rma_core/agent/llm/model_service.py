@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from rma_core.agent.asking import by_engine
+from rma_core.agent.attach.asking import by_engine
 from rma_core.agent.endpoint import Endpoint, EndpointError
 from rma_core.agent.incoming import NotNowError
-from rma_core.agent.model_room import Claim, NoRoomError
+from rma_core.agent.llm.model_room import Claim, NoRoomError
 from rma_core.agent.pace import Pace
 from rma_core.errors import StartFailed, UsageProblem, ValidationProblem
 from rma_core.models.sizes import duration, human
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterable
 
     from rma_core.agent.endpoint import Answer
-    from rma_core.agent.model_room import ModelRoom
+    from rma_core.agent.llm.model_room import ModelRoom
     from rma_core.interfaces import PullProgress
     from rma_core.models.hardware import Device
     from rma_core.models.worker import Assignment, ContainerState

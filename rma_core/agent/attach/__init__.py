@@ -1,0 +1,1 @@
+"""What owners share beside the pool's services: model servers that already run, found, asked and guarded."""
