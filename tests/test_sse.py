@@ -6,6 +6,7 @@ import itertools
 import json
 from typing import Any
 
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -33,6 +34,16 @@ def test_a_stream_is_the_same_however_it_was_cut(cuts: list[int]) -> None:
     assert text_of(found) == "h\u00e9\U0001f600l\n\no"
     assert (made.skipped, made.whole, made.done) == (2, True, True)
     assert events(made.end().decode())[0]["usage"]["total_tokens"] == 5
+
+
+@pytest.mark.parametrize("text", [b'\n"x"', b'"x"\n', b'\n\n"x"', b'\r"x"', b' "x" ', b'"x" ', b'\t"x"'])
+def test_white_space_around_the_text_of_an_event_tears_no_event(text: bytes) -> None:
+    plain = delta("Hi")
+    odd = plain.replace(b'"Hi"', text)
+    assert odd != plain
+    found, made = fed(plain, plain, odd, plain)
+    assert text_of(found).replace("x", "") == "HiHiHi"
+    assert made.broken is None
 
 
 @given(end=st.integers(0, len(WHOLE)))

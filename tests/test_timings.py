@@ -63,8 +63,14 @@ def test_of_an_engine_that_only_counts_it_matters_when_its_pieces_came() -> None
 def test_a_claim_is_kept_within_what_was_seen(
     claims: Measured, seconds: float, prompt_s: float, answer_s: float
 ) -> None:
-    found = believed(claims, seconds)
+    found = believed(claims, seconds, asked=900, said=200)
     assert (found.prompt_s, found.answer_s) == pytest.approx((prompt_s, answer_s))
+
+
+def test_no_more_tokens_are_believed_than_there_were_bytes_and_nothing_of_a_task_that_took_no_time() -> None:
+    lie = Measured(2**53, 1.0, 2**53, 1.0)
+    assert believed(lie, 2.0, asked=400, said=30) == Measured(400, 1.0, 30, 1.0)
+    assert believed(lie, 0.0, asked=400, said=30) == believed(lie, -1.0, asked=400, said=30) == Measured()
 
 
 NUMBERS = st.floats(0, 1e6)
@@ -75,7 +81,7 @@ NUMBERS = st.floats(0, 1e6)
 def test_no_claim_makes_a_worker_much_faster_or_slower_than_it_was_seen_to_be(
     prompt_s: float, answer_s: float, load_s: float, seconds: float
 ) -> None:
-    found = believed(Measured(100, prompt_s, 100, answer_s, load_s), seconds)
+    found = believed(Measured(100, prompt_s, 100, answer_s, load_s), seconds, asked=100, said=100)
     took = found.prompt_s + found.answer_s
     assert math.isfinite(took)
     if prompt_s + answer_s > 1e-9 and seconds > 1e-9:

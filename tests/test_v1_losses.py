@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import pytest
 
 from rma_coordinator.api.v1 import streams as openai_streams
 from rma_core.models import channel as frames
@@ -23,6 +25,7 @@ from tests.openai_kit import (
     line_stream,
     pool_with,
     stream,
+    taken,
     text_of,
 )
 
@@ -119,6 +122,63 @@ async def test_a_worker_that_lost_an_answer_gets_it_again_when_the_other_cannot_
         again = await line.task()
         await line.answer(again.stream, ROLE, delta(" two"), delta(finish="stop"), END, headers=SSE)
         assert text_of(events((await asked).text)[:-1]) == "one two"
+
+
+async def test_an_earlier_attempts_whole_answer_takes_the_place_of_a_later_ones_beginning(tmp_path: Path) -> None:
+    async with pool_with(tmp_path) as (pool, line), pool.worker(slots=0) as other:
+        asked = stream(pool)
+        task = await taken(pool, line)
+        await attach(pool, other, "tiny", slots=1)
+        await line.ws.close()
+        await until(lambda: line.id not in pool.pool.hub.sinks)
+        pool.turn(12)
+        rival = await other.task()
+        await other.say(frames.Head(stream=rival.stream, status=200, headers=SSE))
+        await other.data(rival.stream, ROLE[:-9])
+        await until(lambda: pool.pool.hub.relays[task.offer.task_id].head is not None)
+        body = ROLE + delta("Hel") + delta("lo") + delta(finish="stop") + END
+        late = await line.machine.complete(task.offer, http_status=200, headers=SSE, body=body)
+        assert late.json() == {"status": "succeeded"}
+        found = events((await asked).text)
+        assert found.pop() == "[DONE]"
+        assert text_of(found) == "Hello"
+
+
+@pytest.mark.parametrize("torn", [0, 10])
+async def test_an_answer_that_a_worker_sends_again_over_a_new_channel_is_no_part_of_the_first(
+    tmp_path: Path, torn: int
+) -> None:
+    async with pool_with(tmp_path) as (pool, line):
+        asked = stream(pool)
+        task = await taken(pool, line)
+        await line.say(frames.Head(stream=task.stream, status=200, headers=SSE))
+        await line.data(task.stream, ROLE[:torn])
+        await until(lambda: pool.pool.hub.relays[task.offer.task_id].head is not None)
+        line.ws.transport.abort()
+        await until(lambda: line.id not in pool.pool.hub.sinks)
+        async with line.machine.channel({"llm": 2}, hello=False) as again:
+            # All of it is there before anybody has looked at the first of it.
+            transport, said = again.ws.transport, list[bytes]()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(again.ws, "transport", Gathers(said))
+                await again.say(frames.Hello(worker_id=line.id, slots={"llm": 2}, attempts=(line.ref(task),)))
+                parts = (ROLE + delta("Hel"), delta("lo"), delta(finish="stop") + END)
+                await again.answer(task.stream, *parts, headers=SSE)
+            transport.write(b"".join(said))
+            found = events((await asked).text)
+            assert found.pop() == "[DONE]"
+            assert text_of(found) == "Hello"
+            assert len([one for one in found if one["choices"][0]["delta"].get("role")]) == 1
+
+
+class Gathers:
+    """Takes what a connection writes, and keeps it."""
+
+    def __init__(self, said: list[bytes]) -> None:
+        self.write = said.append
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: False
 
 
 async def test_an_answer_that_is_lost_again_and_again_ends_with_an_error(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from rma_coordinator.api.v1 import stalls
+from rma_coordinator.api import waiting
 from rma_coordinator.domain import timings
 from rma_core.models import channel as frames
 from tests.coordinator_fixtures import Line, Running, until
@@ -34,21 +34,25 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 LANE = "llm tiny"
-TIMINGS = {"prompt_n": 100, "prompt_ms": 20.0, "predicted_n": 20, "predicted_ms": 40.0}
+TIMINGS = {"prompt_n": 50, "prompt_ms": 10.0, "predicted_n": 20, "predicted_ms": 40.0}
 COMMENT = b": still here\n\n"
+#: A token for each of its letters at most: no more are believed.
+WORDS = "one two three four five six"
+MESSAGE = {"role": "assistant", "content": WORDS}
+SPOKEN = {**REPLY, "choices": [{"index": 0, "message": MESSAGE, "finish_reason": "stop"}]}
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine that is known to be fast is given up after a moment."""
     monkeypatch.setattr(timings, "LEAST_SILENCE_S", 0.4)
-    monkeypatch.setattr(stalls, "LEAST_LOOK_S", 0.05)
+    monkeypatch.setattr(waiting, "LOOK_AGAIN_S", 0.1)
 
 
 async def known(pool: Running, line: Line) -> None:
     """Let a worker show how fast its engine is."""
     asked = ask(pool)
-    await line.serve(json.dumps({**REPLY, "timings": TIMINGS}).encode(), headers=JSON)
+    await line.serve(json.dumps({**SPOKEN, "timings": TIMINGS}).encode(), headers=JSON)
     assert (await asked).status_code == 200
     await until(lambda: pool.pool.dispatcher.speeds.per_token(line.id, LANE)[1] > 0)
 
@@ -116,22 +120,22 @@ async def test_speeds_are_the_engines_own_and_the_next_answers_length_the_last_o
     async with pool_with(tmp_path) as (pool, line):
         speeds, usage = (
             pool.pool.dispatcher.speeds,
-            {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120},
+            {"prompt_tokens": 50, "completion_tokens": 20, "total_tokens": 70},
         )
         asked = stream(pool) if streamed else ask(pool)
         task = await taken(pool, line)
         await asyncio.sleep(0.1)
         if streamed:
             last: Any = {"choices": [], "usage": usage, "timings": TIMINGS}
-            await line.answer(task.stream, ROLE, delta("a"), delta(finish="stop"), event(last), END, headers=SSE)
+            await line.answer(task.stream, ROLE, delta(WORDS), delta(finish="stop"), event(last), END, headers=SSE)
         else:
-            body = json.dumps({**REPLY, "usage": usage, "timings": TIMINGS}).encode()
+            body = json.dumps({**SPOKEN, "usage": usage, "timings": TIMINGS}).encode()
             await line.answer(task.stream, body, headers=JSON)
         assert (await asked).status_code == 200
         await until(lambda: speeds.per_token(line.id, LANE)[1] > 0)
         reading, answering = speeds.per_token(line.id, LANE)
         assert answering == pytest.approx(10 * reading), "as its engine says"
-        assert 100 * reading + 20 * answering >= 0.05, "but no faster than could be seen"
+        assert 50 * reading + 20 * answering >= 0.05, "but no faster than could be seen"
         found = next(iter(pool.pool.dispatcher.finished.values()))
         assert speeds.length(found.key_id, LANE) == 20
         assert speeds.length(found.key_id, LANE, 5) == 5
@@ -143,7 +147,7 @@ async def test_speeds_are_the_engines_own_and_the_next_answers_length_the_last_o
 
 
 async def test_an_engine_without_timings_is_as_fast_as_its_pieces_come(tmp_path: Path) -> None:
-    usage = {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120}
+    usage = {"prompt_tokens": 50, "completion_tokens": 20, "total_tokens": 70}
     async with pool_with(tmp_path) as (pool, line):
         asked = stream(pool)
         task = await taken(pool, line)
@@ -152,10 +156,10 @@ async def test_an_engine_without_timings_is_as_fast_as_its_pieces_come(tmp_path:
         await line.data(task.stream, ROLE + delta("a"))
         await until(lambda: pool.pool.dispatcher.tasks[task.offer.task_id].committed)
         await asyncio.sleep(0.2)
-        await line.data(task.stream, delta("b") + delta(finish="stop") + event({"choices": [], "usage": usage}) + END)
+        await line.data(task.stream, delta(WORDS) + delta(finish="stop") + event({"choices": [], "usage": usage}) + END)
         await line.say(frames.End(stream=task.stream))
         await asked
         speeds = pool.pool.dispatcher.speeds
         await until(lambda: speeds.per_token(line.id, LANE)[1] > 0)
         reading, answering = speeds.per_token(line.id, LANE)
-        assert (reading >= 0.05 / 100, answering >= 0.2 / 20) == (True, True)
+        assert (reading >= 0.05 / 50, answering >= 0.2 / 20) == (True, True)

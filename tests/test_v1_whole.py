@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import gc
 import json
 import struct
+import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
@@ -14,8 +16,9 @@ from httpx2 import RemoteProtocolError
 
 from rma_coordinator.api.v1 import answers as openai_answers
 from rma_coordinator.api.v1 import whole as openai_whole
-from rma_coordinator.api.v1.jobs import Asked
+from rma_coordinator.api.v1.jobs import MAX_REFUSAL_BYTES, Asked
 from rma_coordinator.api.v1.requests import Manner
+from rma_coordinator.api.v1.runs import Run
 from rma_coordinator.api.v1.sse import Answer
 from rma_coordinator.api.v1.whole import made_right
 from rma_core.models import channel as frames
@@ -204,6 +207,46 @@ async def test_what_is_no_answer_is_502(tmp_path: Path, content: bytes) -> None:
         asked = ask(pool)
         await line.serve(content, headers=JSON)
         check_error(await asked, 502, "worker_failed")
+
+
+@pytest.mark.parametrize("good", [True, False])
+async def test_nothing_of_an_answer_is_left_in_memory_once_it_has_gone_out(
+    tmp_path: Path, good: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[weakref.ref[Run]] = []
+    gather = Run.gather
+
+    def noted(run: Run) -> None:
+        begun.append(weakref.ref(run))
+        gather(run)
+
+    monkeypatch.setattr(Run, "gather", noted)
+    async with pool_with(tmp_path) as (pool, line):
+        # What only the collector of cycles would find has 32 MB each, and it seldom looks.
+        gc.disable()
+        try:
+            for number in range(3):
+                asked = ask(pool, seed=number)
+                await line.serve(json.dumps(REPLY).encode() if good else b"[1", headers=JSON)
+                assert (await asked).status_code == (200 if good else 502)
+            await until(lambda: all(one() is None for one in begun))
+        finally:
+            gc.enable()
+        assert len(begun) == 3
+        assert pool.pool.repeats.gathered_bytes == 0
+
+
+async def test_a_refusal_that_never_ends_is_cut(tmp_path: Path) -> None:
+    async with pool_with(tmp_path) as (pool, line):
+        asked = ask(pool)
+        task = await taken(pool, line)
+        await line.say(frames.Head(stream=task.stream, status=400, headers=JSON))
+        relay = pool.pool.hub.relays[task.offer.task_id]
+        for _ in range(20):
+            await line.data(task.stream, b"[]," * 10_000)
+            await until(lambda: not relay.crowded)
+        await line.say(frames.End(stream=task.stream))
+        assert len((await asked).content) < 2 * MAX_REFUSAL_BYTES
 
 
 async def sent(pool: Running, line: Line, answer: bytes, *, until_over: asyncio.Task[Any]) -> frames.Task:

@@ -261,7 +261,8 @@ class Lanes:
             # The server closes a connection whose answer nothing ends; what it was about has a line of its own.
             logger.debug("%s %s was cut: %s", call.method, call.path, str(error) or "the other side left")
         except RMAError as error:
-            await self._explain(call, _problem(call, error), error)
+            # Its frames hold what was read of the request, and the answer to a client that does not read may take long.
+            await self._explain(call, _problem(call, error), error.with_traceback(None))
         except Exception as error:
             logger.exception("%s %s failed", call.method, call.path, extra={"action": "bug"})
             await self._explain(call, _problem(call, None), error)

@@ -33,7 +33,7 @@ class Lot(NamedTuple):
 
 
 async def entries_of(store: Store) -> list[LedgerEntry]:
-    """Return every entry that stands on its own, oldest first. Raises StoreFailed."""
+    """Return every entry that stands on its own, about in the order of their ends. Raises StoreFailed."""
     return [entry for lot in await _lots(store) for entry in lot.entries]
 
 

@@ -610,10 +610,10 @@ class Pool:
 
     async def set_owner(self, worker: Worker, owner: str) -> None:
         """Say whose machine a worker is: whose requests come first there. Empty: nobody's in particular."""
+        await self.store.commit([Put(worker.id, msgspec.structs.replace(worker.record, owner=owner))])
         worker.record = msgspec.structs.replace(worker.record, owner=owner)
         if worker.id in self.dispatcher.seats:
             self.dispatcher.belongs(worker.id, owner)
-        await self.store.commit([Put(worker.id, worker.record)])
         words, about = "%s is %s now, an admin says", {"action": "worker_owner", "worker": worker.id}
         logger.info(words, worker.id, f"{owner}'s" if owner else "nobody's in particular", extra=about)
 

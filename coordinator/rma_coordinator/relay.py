@@ -176,6 +176,8 @@ class Relay:
     def restart(self) -> None:
         """Forget what a lost attempt sent; nothing of it has reached the client."""
         self.tally()
+        # What another attempt sends is nothing for who took what this one did, even before that one has looked again.
+        self._pouring = None
         self.head, self.complete, self._source, self._taken, self._length = None, False, None, None, None
         self._chunks.clear()
         self._buffered = self._received = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 import os
 import tempfile
 import threading
@@ -15,6 +16,8 @@ from rma_core.errors import NotFound, OutOfSpace
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Collection, Coroutine
     from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 #: Pieces in which what was stored is read again.
 PIECE_BYTES = 64 * 1024
@@ -58,7 +61,12 @@ class Spools:
         """Have some work done that nobody waits for."""
         task = asyncio.create_task(work, name="a body is closed")
         self._closing.add(task)
-        task.add_done_callback(self._closing.discard)
+        task.add_done_callback(self._closed)
+
+    def _closed(self, task: asyncio.Task[None]) -> None:
+        self._closing.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.warning("what was put aside could not be closed: %s", error, extra={"action": "spool_close"})
 
     def sweep(self, keep: Collection[str]) -> int:
         """Remove named files that nobody knows any more; return how many."""

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rma_coordinator import enrolment
 from rma_coordinator.api.asgi import Gone, bearer, client_address
 from rma_coordinator.api.problems import HTTPProblem, problem
-from rma_coordinator.api.waiting import within
-from rma_coordinator.domain.dispatch import STALL_S
+from rma_coordinator.api.waiting import Silence, within
 from rma_coordinator.hub import Channel, stream_of
 from rma_coordinator.relay import Head, Overrun
 from rma_core.errors import RMAError
@@ -139,19 +138,16 @@ class Session:
         self.ip_address = ip_address
         self.channel = Channel(worker.id, clock=pool.clock)
         self.close_code = 1000
-        #: When it said something last, by the loop's clock, and when that is looked at.
-        self._heard_at = self._due_at = 0.0
-        self._timer: asyncio.TimerHandle | None = None
+        self._silence: Silence | None = None
 
     async def read(self, receive: Receive) -> None:
         """Take frames until the worker leaves, falls silent, breaks the protocol, or opens another channel."""
         try:
             self._hello(await self._first(receive))
-            self._watch(self._silent_s)
-            heard = asyncio.get_running_loop().time
+            silence = self._silence = Silence(self.pool.fleet.interval_s * SILENT_BEATS, self._silent)
             while True:
                 message = await receive()
-                self._heard_at = heard()
+                silence.heard()
                 # What an older connection still brings is no longer this worker's word.
                 if message["type"] != "websocket.receive" or self.channel.closing.is_set():
                     return
@@ -167,26 +163,10 @@ class Session:
                 extra={"action": "channel_protocol", "worker": self.worker.id},
             )
 
-    @property
-    def _silent_s(self) -> float:
-        return self.pool.fleet.interval_s * SILENT_BEATS
-
-    def _watch(self, seconds: float) -> None:
-        """Look in a while; a timer for each wait would cost more than most of what comes."""
-        loop = asyncio.get_running_loop()
-        self._due_at = loop.time() + seconds
-        self._timer = loop.call_at(self._due_at, self._look)
-
-    def _look(self) -> None:
+    def _silent(self) -> None:
         """Close a channel on which nothing has come for too long."""
-        now = asyncio.get_running_loop().time()
-        # Where the coordinator itself stood still, nobody has read yet what came meanwhile.
-        left_s = self._silent_s - (now - max(self._heard_at, self._due_at if now - self._due_at > STALL_S else 0.0))
-        if left_s > 0:
-            self._watch(left_s)
-        else:
-            self.close_code = CLOSED_SILENT
-            self.channel.close()
+        self.close_code = CLOSED_SILENT
+        self.channel.close()
 
     async def _first(self, receive: Receive) -> frames.Hello:
         async with asyncio.timeout(HELLO_WITHIN_S):
@@ -322,7 +302,7 @@ class Session:
 
     def end(self) -> None:
         """The connection is over; its attempts wait a moment for the worker to come back."""
-        if self._timer is not None:
-            self._timer.cancel()
+        if self._silence is not None:
+            self._silence.stop()
         if self.pool.hub.detach(self.worker.id, self.channel):
             self.pool.dispatcher.departed(self.worker.id)

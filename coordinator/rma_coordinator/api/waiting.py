@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+#: What seems to be silent is looked at once more after so many seconds.
+LOOK_AGAIN_S = 0.5
+
 T = TypeVar("T")
 
 
@@ -35,7 +38,8 @@ class Ahead:
 
     def close(self) -> None:
         """Wait no more."""
-        steps, self._steps = self._steps, None
+        # Whoever is told may hold this: nothing of either is to live on for the other.
+        steps, self._steps, self._then = self._steps, None, _nothing
         if steps is not None:
             steps.close()
 
@@ -46,16 +50,75 @@ class Ahead:
         try:
             waits_for = next(steps)
         except StopIteration:
-            self._steps = None
-            self._then()
-        except Exception as error:  # noqa: BLE001 - told, and over
-            self._steps = None
+            self._over()
+        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - told, and over
             logger.debug("a wait ended: %r", error)
-            self._then()
+            self._over()
         else:
             # What asyncio's tasks say to a future that they have taken over from its awaiter.
             waits_for._asyncio_future_blocking = False  # noqa: SLF001 - no other word for it
             waits_for.add_done_callback(self._go)
+
+    def _over(self) -> None:
+        then, self._steps, self._then = self._then, None, _nothing
+        then()
+
+
+def _nothing() -> None:
+    """Nobody is to be told."""
+
+
+class Silence:
+    """Calls ``then`` when nothing was `heard` for ``limit_s``, unless that is ``excused``; `stop` it in the end.
+
+    A timer for each wait would cost more than most of what comes. Where the coordinator itself stood still, what came
+    meanwhile has not been read when the timer goes off: so it looks a second time, a moment later.
+    """
+
+    def __init__(self, limit_s: float, then: Callable[[], None], excused: Callable[[], bool] | None = None) -> None:
+        self.clock = asyncio.get_running_loop().time
+        self.limit_s = limit_s
+        self._then, self._excused = then, excused
+        self.heard_at = self.clock()
+        self._overdue = False
+        self._due_at = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._look_in(limit_s)
+
+    def heard(self) -> None:
+        """Something has come."""
+        self.heard_at = self.clock()
+
+    def expect(self, limit_s: float) -> None:
+        """From now on wait for so long."""
+        self.limit_s = limit_s
+        self._look_in(limit_s)
+
+    def stop(self) -> None:
+        """Nobody is interested any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._then, self._excused = _nothing, None
+
+    def _look_in(self, seconds: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._due_at = self.clock() + seconds
+        self._timer = asyncio.get_running_loop().call_at(self._due_at, self._look)
+
+    def _look(self) -> None:
+        now = self.clock()
+        if self._excused is not None and self._excused():
+            self.heard_at = now
+        left_s = self.limit_s - (now - self.heard_at)
+        if left_s > 0:
+            self._overdue = False
+            self._look_in(max(left_s, LOOK_AGAIN_S))
+        elif not self._overdue or now - self._due_at > LOOK_AGAIN_S:
+            self._overdue = True
+            self._look_in(LOOK_AGAIN_S)
+        else:
+            self._then()
 
 
 async def within(seconds: float, awaitable: Awaitable[T]) -> T:

@@ -19,7 +19,7 @@ from rma_coordinator.domain.breakers import Breakers
 from rma_coordinator.domain.choosing import Chooser
 from rma_coordinator.domain.lanes import Lanes
 from rma_coordinator.domain.matching import Matcher
-from rma_coordinator.domain.speeds import Measured, Speeds
+from rma_coordinator.domain.speeds import LOAD_S, Measured, Speeds
 from rma_coordinator.domain.tasks import BLAMED, LEASE_S, NO_LANES, NO_MODELS, NO_SHARES, Attempt, Seat, Task
 from rma_core.errors import NotFound, TryLater
 from rma_core.models.channel import ACCEPT_WITHIN_S, RESUME_WITHIN_S
@@ -41,6 +41,8 @@ MAX_ATTEMPTS = 10
 REMEMBERED = 1000
 #: A worker that gives a task back before it began it is given nothing for so long: it is full, or about to say why.
 FULL_S = 1.0
+#: Where everybody else has given it back too, it is given nothing for longer each time, up to this.
+MOST_FULL_S = 16.0
 #: A tick that comes later than this after the one before means that the coordinator itself stood still.
 STALL_S = 2.0
 
@@ -92,7 +94,7 @@ class Dispatcher:
         self.finished: OrderedDict[str, Task] = OrderedDict()
         self.speeds, self.affinity, self.breakers = Speeds(clock), Affinity(), Breakers()
         # What it draws replays with the process's own seed.
-        chance = chance or random.Random(random.getrandbits(64))  # noqa: S311 - whom to look at is no secret
+        chance = self._chance = chance or random.Random(random.getrandbits(64))  # noqa: S311 - whom to look at is no secret
         lanes = self._lanes = Lanes()
         chooser = Chooser(lanes, self.speeds, self.affinity, self.breakers, ready=effects.ready, chance=chance)
         self._matcher = Matcher(self.seats, lanes, chooser, clock=clock, give=self._give)
@@ -385,7 +387,8 @@ class Dispatcher:
         if seat is not None and seat.quota:
             seat.double(task.service)
         if attempt.started_at is not None and not attempt.restored:
-            took_s = now - attempt.started_at - attempt.held_s
+            # From when it was given: who says later that it has begun has not been quicker for that.
+            took_s = now - attempt.offered_at - attempt.held_s
             self.speeds.learn(worker_id, task.lane, took_s, beside=attempt.beside, answer_bytes=task.answer_bytes)
         if task.prefixes:
             self.affinity.remember(task.lane, task.prefixes, worker_id)
@@ -393,15 +396,20 @@ class Dispatcher:
             dispatch_log.breaker(worker_id, task.lane, shut_s=0.0)
         self._close(task, "succeeded", "")
 
-    def measured(self, task: Task, found: Measured, *, tokens: float) -> None:
-        """The engine of a task whose answer is whole says what it did, or was seen to; the answer has ``tokens``."""
+    def measured(self, task: Task, found: Measured, *, tokens: float, said: int) -> None:
+        """The engine of a task whose answer is whole says what it did, or was seen to.
+
+        The answer has ``tokens``, as far as anyone knows, and its text ``said`` bytes.
+        """
         attempt = task.holder
         if attempt is not None and attempt.started_at is not None and not attempt.restored:
             ended_at = self._clock() if attempt.ended_at is None else attempt.ended_at
-            found = timings.believed(found, ended_at - attempt.started_at - attempt.held_s)
+            found = timings.believed(
+                found, ended_at - attempt.offered_at - attempt.held_s, asked=task.body_bytes, said=said
+            )
             self.speeds.measured(attempt.worker_id, task.lane, found, beside=attempt.beside)
-        if tokens > 0:
-            self.speeds.answered(task.key_id, task.lane, tokens)
+        if tokens > 0 and said:
+            self.speeds.answered(task.key_id, task.lane, min(tokens, said))
 
     def silence_s(self, attempt: Attempt) -> float:
         """Return how long an attempt's engine may say nothing in the middle of a streamed answer."""
@@ -539,8 +547,10 @@ class Dispatcher:
         failed = {attempt.worker_id for attempt in task.attempts if attempt.state == "failed"}
         returned = {attempt.worker_id for attempt in task.attempts if attempt.state == "returned"} - failed
         task.excluded -= returned | (task.excluded - {attempt.worker_id for attempt in task.attempts})
+        # Longer each time, and not all at once: what made them give it back may last.
+        wait_s = min(MOST_FULL_S, FULL_S * 2 ** min(len(task.attempts), 8)) * self._chance.uniform(0.5, 1.0)
         for seat in filter(None, map(self.seats.get, returned)):
-            seat.full_until = max(seat.full_until, self._clock() + FULL_S)
+            seat.full_until = max(seat.full_until, self._clock() + wait_s)
 
     def _end(self, attempt: Attempt, state: AttemptState, reason: str) -> None:
         attempt.state, attempt.reason, attempt.ended_at = state, reason, self._clock()
@@ -601,7 +611,8 @@ class Dispatcher:
         attempt.beside = seat.busy(task.service)
         if task.streamed and expected.known and expected.prefill:
             load_s = self.speeds.load_s(seat.worker_id, task.lane)
-            attempt.first_byte_s = timings.first_byte_s(expected, load_s, task.first_byte_s)
+            if self.speeds.per_token(seat.worker_id, task.lane)[0] and (load_s or task.lane not in seat.cold):
+                attempt.first_byte_s = timings.first_byte_s(expected, load_s or LOAD_S, task.first_byte_s)
         task.attempts.append(attempt)
         task.state, task.holder = "running", attempt
         seat.begin(attempt)

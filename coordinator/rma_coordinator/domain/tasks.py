@@ -80,7 +80,7 @@ class Attempt:
         #: When its answer began, and how many bytes of one have come.
         self.first_byte_at: float | None = None
         self.answer_bytes = 0
-        #: How long its client held it up, in seconds, by taking the answer more slowly than it came.
+        #: How long its worker could send no more of the answer, in seconds, since its client did not take it.
         self.held_s = 0.0
         self.ended_at: float | None = None
         #: What its worker said of the task's model when it began: loaded, loading or cold; empty where it has none.

@@ -70,14 +70,18 @@ def counted(usage: object, seen: Seen | None = None) -> Measured | None:
     return Measured(fresh if fresh >= LEAST_READ else 0, reading_s, answer - 1, max(0.0, seen.last_at - seen.first_at))
 
 
-def believed(found: Measured, seconds: float) -> Measured:
-    """Return what an engine says, stretched or shrunk to what may be true of a task that had so many seconds."""
+def believed(found: Measured, seconds: float, *, asked: int, said: int) -> Measured:
+    """Return what an engine says, stretched or shrunk to what may be true of a task that had so many seconds.
+
+    No more tokens are believed than bytes were ``asked``, and ``said``.
+    """
+    if seconds <= 0:
+        return Measured()
+    found = found._replace(prompt_tokens=min(found.prompt_tokens, asked), answer_tokens=min(found.answer_tokens, said))
     claimed = found.prompt_s + found.answer_s
     if claimed < LEAST_CLAIM_S:
         # So little is no measure, and would be stretched beyond all numbers.
-        return found._replace(prompt_s=0.0, answer_s=0.0, load_s=min(found.load_s, max(0.0, seconds)))
-    if seconds <= 0:
-        return found
+        return found._replace(prompt_s=0.0, answer_s=0.0, load_s=min(found.load_s, seconds))
     had = max(seconds - found.load_s, LEAST_OF_SEEN * seconds)
     factor = min(had, max(claimed, LEAST_OF_SEEN * had)) / claimed
     load_s = min(found.load_s, seconds)

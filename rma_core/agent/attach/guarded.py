@@ -14,6 +14,7 @@ import msgspec
 from rma_core.agent.attach.asking import by_engine
 from rma_core.agent.endpoint import Endpoint, EndpointError
 from rma_core.agent.execute import AttemptFailed
+from rma_core.agent.incoming import NotNowError
 from rma_core.errors import UsageProblem
 
 if TYPE_CHECKING:
@@ -85,6 +86,9 @@ class Guarded:
                 method, path, headers=kept, body=whole, write_s=write_s, answer_s=answer_s
             )
             return await by_engine(answer)
+        except NotNowError:
+            # It has said so itself, and is well.
+            raise
         except EndpointError:
             self._failed()
             raise

@@ -6,12 +6,14 @@ gives it to each client, `errors` says what went wrong.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rma_coordinator.api import limits
-from rma_coordinator.api.asgi import QUICK_BYTES
+from rma_coordinator.api.asgi import PATIENCE_S, QUICK_BYTES
 from rma_coordinator.api.inference import deadline_s, priority
 from rma_coordinator.api.v1.access import check_model, principal_of
 from rma_coordinator.api.v1.answers import follow, give_again
@@ -32,7 +34,7 @@ from rma_core.errors import TryLater
 from rma_core.models.strict import encode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
 
     from rma_coordinator.api.asgi import Call
     from rma_coordinator.api.v1.requests import Kind, Manner
@@ -100,12 +102,30 @@ async def _found(pool: Pool, call: Call, kind: Kind, principal: Principal, how: 
     try:
         async for chunk in call.chunks(most):
             await body.write(chunk)
+        ask = Ask(principal, how, urgency, asked_s)
+        if not body.on_disk:
+            return await _answering(pool, call, kind, body.small() or b"", ask)
         # Only so many are looked at together, for as long as the disk takes; the others wait there.
-        async with pool.spools.whole:
+        async with _turn(pool):
             data = b"".join([piece async for piece in body.pieces()])
-            return await _answering(pool, call, kind, data, Ask(principal, how, urgency, asked_s))
+            return await _answering(pool, call, kind, data, ask)
     finally:
         await body.close()
+
+
+@contextlib.asynccontextmanager
+async def _turn(pool: Pool) -> AsyncIterator[None]:
+    """Have a turn at looking at a large request. Raises APIProblem when none comes."""
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            await pool.spools.whole.acquire()
+    except TimeoutError:
+        message = "too many large requests are looked at, or the coordinator's disk is slow"
+        raise APIProblem(503, message, retry_after_s=RETRY_AFTER_S) from None
+    try:
+        yield
+    finally:
+        pool.spools.whole.release()
 
 
 class Ask(NamedTuple):

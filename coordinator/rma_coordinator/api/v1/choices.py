@@ -80,6 +80,25 @@ def _mend_message(message: dict[str, Any]) -> None:
             del call["index"]
 
 
+#: Where what a model says stands, beside calls of tools.
+SAID = ("content", "text", "reasoning_content", "reasoning")
+
+
+def said_in(choice: object) -> int:
+    """Return how many bytes a choice says, of a whole answer or of an event: no token has less than one."""
+    if not isinstance(choice, dict):
+        return 0
+    inside = choice.get("delta") or choice.get("message") or choice
+    if not isinstance(inside, dict):
+        return 0
+    told = [inside.get(name) for name in SAID]
+    calls = inside.get("tool_calls")
+    for call in calls if isinstance(calls, list) else ():
+        function = call.get("function") if isinstance(call, dict) else None
+        told += [function.get("name"), function.get("arguments")] if isinstance(function, dict) else []
+    return sum(len(one.encode("utf-8", "replace")) for one in told if isinstance(one, str))
+
+
 def text_of(choice: dict[str, Any]) -> str:
     """Return the text of a choice of a whole answer; the length of it is what tokens are guessed by."""
     message = choice.get("message")

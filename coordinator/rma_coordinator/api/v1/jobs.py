@@ -63,46 +63,40 @@ class Job(NamedTuple):
         """Return the worker that speaks for the task."""
         return self.task.attempt.worker_id if self.task.attempt else ""
 
-    def measured(self, told: object, usage: object, seen: Seen | None = None, *, tokens: int | None = None) -> None:
-        """Learn from what the engine of a whole answer says, or was ``seen`` to do; it has ``tokens`` in all."""
+    def measured(
+        self, told: object, usage: object, seen: Seen | None = None, *, said: int, tokens: int | None = None
+    ) -> None:
+        """Learn from what the engine says of an answer that is there, or was ``seen`` to do.
+
+        The answer says ``said`` bytes, and has ``tokens`` in all where that is known.
+        """
         found = timings.told(told) or timings.counted(usage, seen)
         if found is not None:
             length = found.answer_tokens if tokens is None else tokens
-            self.pool.dispatcher.measured(self.task, found, tokens=length)
+            self.pool.dispatcher.measured(self.task, found, tokens=length, said=said)
 
     def failed(self) -> RMAError:
         """Return why the task ended without an answer, with every reason."""
         task = self.task
         return tasks.failure(task.model, task.id, task.reasons, task.fault, too_late=task.late)
 
-    async def collect(self, limit: int) -> tuple[Head, bytes] | None:
-        """Return the whole answer; nothing of it has gone to the client, so a loss only costs time.
-
-        ``None`` when the task failed. Raises APIProblem for an answer that is too long.
-        """
+    async def refusal(self) -> RMAError:
+        """Return what the model server said instead of an answer."""
         relay = self.relay
         while True:
             head = await relay.ready()
             if head is None:
-                return None
-            starts, parts, size = relay.starts, list[bytes](), 0
+                return self.failed()
+            starts, data = relay.starts, bytearray()
             async for piece in relay.pieces():
-                size += len(piece)
-                if size > limit:
-                    raise APIProblem(502, f"the answer is longer than {limit} bytes")
-                parts.append(piece)
+                data += piece[: max(0, MAX_REFUSAL_BYTES - len(data))]
             if relay.starts == starts:
-                return (head, b"".join(parts)) if relay.complete else None
-
-    async def refusal(self) -> RMAError:
-        """Return what the model server said instead of an answer."""
-        found = await self.collect(MAX_REFUSAL_BYTES)
-        if found is None:
+                break
+        if not relay.complete:
             return self.failed()
-        head, data = found
         if head.status in GOOD:
             return APIProblem(502, f"the model server of {self.who()} did not stream its answer", retry_after_s=5)
-        return self.refused(head, data)
+        return self.refused(head, bytes(data))
 
     def refused(self, head: Head, data: bytes) -> RMAError:
         """Return what the model server said with a status that is none of an answer."""

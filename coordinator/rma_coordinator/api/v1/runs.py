@@ -65,6 +65,8 @@ class Run:
         #: Whether the end of the stream is on its way.
         self._ending = False
         self._pacing = self._freed = False
+        #: Bytes of a whole answer that it holds.
+        self._holds = 0
         #: Whether it waits for its clients to take more.
         self.paces = False
         self._timer: asyncio.TimerHandle | None = None
@@ -96,6 +98,15 @@ class Run:
         else:
             self.work.set_result(found)
         self._worked(self.work)
+
+    def may_hold(self, more: int, most: int) -> bool:
+        """Say whether more of a whole answer may be kept, of ``most`` that all runs may hold together."""
+        return self.job.pool.repeats.gathered_bytes + more <= most
+
+    def hold(self, more: int) -> None:
+        """Count what it keeps of a whole answer, until its last client has it."""
+        self._holds += more
+        self.job.pool.repeats.gathered_bytes += more
 
     @property
     def done(self) -> bool:
@@ -156,6 +167,7 @@ class Run:
         if self.clients:
             return
         if self.done:
+            self.hold(-self._holds)
             self.stop()
         elif not self._ending:
             self._desert(client)
@@ -251,7 +263,9 @@ class Run:
     def _held(self, began: float) -> None:
         """Its clients have held its worker up since then."""
         self.paces = False
-        if (attempt := self.job.task.holder) is not None:
+        attempt, relay = self.job.task.holder, self.job.relay
+        # As long as there is room its worker goes on; and once it has sent all, nothing holds it up.
+        if attempt is not None and attempt.ended_at is None and relay.crowded:
             attempt.held_s += self.job.pool.clock() - began
 
     async def _pace(self, client: Client, waits: Coroutine[Any, Any, None]) -> None:
@@ -302,11 +316,13 @@ class Run:
         """It has come to its end: everyone who waits is told, and who comes back for it finds it for a while."""
         # A whole answer is here before its worker has said so; nothing else goes on once nobody works at it.
         if not self.job.relay.complete:
-            self.job.pool.dispatcher.cancel(self.job.task, "the client left")
+            self.job.pool.dispatcher.cancel(self.job.task, _why(work))
         self.job.relay.watch = None
         self.job.origin.drop()
         for client in self.clients:
             client.wake()
+        if not self.clients or work.cancelled() or work.exception() is not None:
+            self.hold(-self._holds)
         error = None if work.cancelled() else work.exception()
         if not self.clients and error is not None and not isinstance(error, (RMAError, Gone)):
             logger.error("%s failed", self.id, exc_info=error, extra={"action": "bug"})
@@ -378,6 +394,12 @@ class Run:
     @property
     def _attempts(self) -> int:
         return self.attempts_before + len(self.job.task.attempts)
+
+
+def _why(work: asyncio.Future[bytes | None]) -> str:
+    """Return why nobody wants any more of what a task answers."""
+    error = None if work.cancelled() else work.exception()
+    return f"its answer could not be used: {error}" if isinstance(error, RMAError) else "the client left"
 
 
 def _ms(seconds: float) -> int:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _text: Callable[[bytes], str] = msgspec.json.Decoder(str).decode
 #: A JSON string; of a long one most is passed over in one step.
 STRING = re.compile(rb' *("[^"\\]*(?:\\.[^"\\]*)*")')
-DATA, END = b"data: ", b"\n\n"
+DATA, END, QUOTE = b"data: ", b"\n\n", b'"'
 
 
 class Spliced(NamedTuple):
@@ -31,12 +31,14 @@ class Spliced(NamedTuple):
 class Wrapping:
     """What stands around the text of an engine's events, and of those that clients get for them."""
 
-    __slots__ = ("_after", "_before", "_least", "_our_after", "_our_before")
+    __slots__ = ("_after", "_before", "_least", "_our_after", "_our_before", "size")
 
     def __init__(self, theirs: tuple[bytes, bytes], ours: tuple[bytes, bytes]) -> None:
         self._before, self._after = DATA + theirs[0], theirs[1]
         self._our_before, self._our_after = ours
         self._least = len(self._before) + len(self._after)
+        #: Bytes of what clients get around the text, with its quotation marks.
+        self.size = len(ours[0]) + len(ours[1]) + 2
 
     @classmethod
     def of(cls, payload: bytes, event: bytes, name: bytes) -> Wrapping | None:
@@ -49,6 +51,9 @@ class Wrapping:
         if len(block) <= self._least or not (block.startswith(self._before) and block.endswith(self._after)):
             return None
         middle = block[len(self._before) : len(block) - len(self._after)]
+        if middle[:1] != QUOTE or middle[-1:] != QUOTE:
+            # White space around it may be a line's end.
+            return None
         try:
             # Anything but exactly one string is something else in the same wrapping.
             text = _text(middle)

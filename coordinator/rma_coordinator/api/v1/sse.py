@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from rma_coordinator.api.v1.choices import BREAKS, finish_of, guessed, mend_arguments, mend_call, usage_of
+from rma_coordinator.api.v1.choices import BREAKS, finish_of, guessed, mend_arguments, mend_call, said_in, usage_of
 from rma_coordinator.api.v1.splicing import END, Wrapping
 from rma_coordinator.domain.continuing import Delivered, Seam
 from rma_coordinator.domain.stream_events import BadChunk
@@ -119,6 +119,8 @@ class Stream:
         self.skipped = 0
         self._events = Events()
         self._usage: dict[str, Any] | None = None
+        #: Bytes of text that went out.
+        self.said = 0
         #: What the engine says of its own work, as it says it.
         self.timings: object = None
         self._estimated = False
@@ -212,6 +214,7 @@ class Stream:
         except UnicodeEncodeError:
             # Half a character: no piece of an answer.
             return None
+        self.said += len(found.event) - wrapping.size
         return found.event
 
     def _learn(self, payload: bytes, event: dict[str, Any], ours: bytes) -> None:
@@ -282,6 +285,7 @@ class Stream:
             self.skipped += 1
             return
         kept = [choice for choice in choices if self._choice(choice, out)]
+        self.said += sum(map(said_in, kept))
         if kept:
             answer = self.answer
             event["id"], event["object"] = answer.id, answer.object

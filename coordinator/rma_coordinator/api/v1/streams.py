@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import weakref
 from typing import TYPE_CHECKING, Any
 
 from rma_coordinator.api import limits
@@ -33,7 +34,14 @@ MOST_LOSSES = 3
 
 async def streamed(run: Run) -> None:
     """Give a run's clients its answer as it comes. Raises RMAError when it is not whole."""
-    stream = await _relay(run, lambda: Stream(run.job.asked.answer, run.facts))
+    # A stream that held its run would live on with it, and both with all they have.
+    known = weakref.ref(run)
+
+    def facts() -> dict[str, Any]:
+        one = known()
+        return one.facts() if one is not None else {}
+
+    stream = await _relay(run, lambda: Stream(run.job.asked.answer, facts))
     if stream is None:
         # Nothing of an answer has gone out.
         raise await run.job.refusal() if run.job.relay.head is not None else run.job.failed()
@@ -61,7 +69,7 @@ def _learn(run: Run, stream: Stream, watch: Watch) -> None:
     if stream.whole and (stream.done or run.job.relay.complete):
         # What was seen of one that goes on for another is only a part of what its usage counts.
         seen = watch.seen() if run.continued_at is None else None
-        run.job.measured(stream.timings, stream.usage, seen, tokens=stream.delivered.tokens)
+        run.job.measured(stream.timings, stream.usage, seen, said=stream.said, tokens=stream.delivered.tokens)
 
 
 async def _go_on(run: Run, stream: Stream, stack: contextlib.AsyncExitStack) -> None:

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from rma_coordinator.api import limits
-from rma_coordinator.api.v1.choices import guessed, mend_whole, text_of, usage_of
+from rma_coordinator.api.v1.choices import guessed, mend_whole, said_in, text_of, usage_of
 from rma_coordinator.api.v1.errors import APIProblem
-from rma_coordinator.api.v1.jobs import GOOD
+from rma_coordinator.api.v1.jobs import GOOD, MAX_REFUSAL_BYTES
 from rma_coordinator.domain.continuing import TOKEN_CHARACTERS
+from rma_core.errors import RMAError
 from rma_core.models.strict import encode
 
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 #: an object, all at once, and a worker may mean harm.
 MAX_ANSWER_BYTES = 32 * 1024 * 1024
 MOST_VALUES = 1_000_000
-#: Bytes of all that are on their way at one time; of an answer up to here nobody asks.
-MOST_GATHERED_BYTES, LARGE_BYTES = 96 * 1024 * 1024, 1024 * 1024
+#: Bytes of all of them until their clients have them; an answer up to here is taken all the same.
+MOST_GATHERED_BYTES, SMALL_BYTES = 96 * 1024 * 1024, 64 * 1024
 NO_ANSWER = "the model server of {} gave what is no answer: no JSON, too much of it, or one that broke off"
 
 
@@ -41,7 +42,6 @@ class Gathering:
         self._size = 0
         self._starts = run.job.relay.starts
         run.job.relay.watch = self.look
-        run.work.add_done_callback(lambda _: self._drop())
 
     def look(self) -> None:
         """Something has changed."""
@@ -49,38 +49,46 @@ class Gathering:
         if relay.starts != self._starts:
             self._drop()
             self._starts = relay.starts
+        found: bytes | Exception | None = None
         try:
             if relay.crowded or relay.complete:
                 self._take(relay.drain())
             if relay.complete:
-                run.settle(self._whole())
+                found = self._whole()
             elif relay.over:
-                run.settle(run.job.failed())
+                found = run.job.failed()
+        except RMAError as error:
+            # Its frames hold the answer.
+            found = error.with_traceback(None)
         except Exception as error:  # noqa: BLE001 - told to whoever waits, and no business of the worker's
-            run.settle(error)
+            found = error
+        if found is not None:
+            run.settle(found)
 
     def _take(self, data: bytes) -> None:
-        size, repeats = self._size + len(data), self._run.job.pool.repeats
-        if size > MAX_ANSWER_BYTES:
+        size, run = self._size + len(data), self._run
+        head = run.job.relay.head
+        if head is not None and head.status not in GOOD:
+            data = data[: max(0, MAX_REFUSAL_BYTES - self._size)]
+        elif size > MAX_ANSWER_BYTES:
             raise APIProblem(502, f"the answer is longer than {MAX_ANSWER_BYTES} bytes")
-        if size > LARGE_BYTES and repeats.gathered_bytes + len(data) > MOST_GATHERED_BYTES:
-            raise APIProblem(
-                503,
-                f"large answers on their way may take {MOST_GATHERED_BYTES} bytes together, and do",
-                retry_after_s=5,
-            )
-        self._size = size
-        repeats.gathered_bytes += len(data)
+        elif size > SMALL_BYTES and not run.may_hold(len(data), MOST_GATHERED_BYTES):
+            what = f"large answers may take {MOST_GATHERED_BYTES} bytes together until their clients have them, and do"
+            raise APIProblem(503, what, retry_after_s=5)
+        self._size += len(data)
+        run.hold(len(data))
         self._parts.append(data)
 
     def _drop(self) -> None:
         """Let go of what was gathered."""
-        self._run.job.pool.repeats.gathered_bytes -= self._size
+        self._run.hold(-self._size)
         self._parts, self._size = [], 0
 
     def _whole(self) -> bytes:
         run, job = self._run, self._run.job
         head, data = job.relay.head, b"".join(self._parts)
+        # From here on it is held once, as what is made of it.
+        self._parts = []
         if head is None or head.status not in GOOD:
             raise job.refused(head, data) if head is not None else job.failed()
         made = made_right(data, job.asked)
@@ -90,7 +98,7 @@ class Gathering:
         run.answers()
         limits.settle_whole(run.metered, made.usage)
         if job.asked.answer.id:
-            job.measured(made.timings, made.usage)
+            job.measured(made.timings, made.usage, said=made.said)
         return made.body
 
 
@@ -98,8 +106,11 @@ class Made(NamedTuple):
     """An answer that has been made right, what it took, and what its engine says of that."""
 
     body: bytes
-    usage: dict[str, Any]
+    #: As its engine tells it; ``None`` where it is a guess.
+    usage: dict[str, Any] | None
     timings: object
+    #: Bytes of all that was said.
+    said: int
 
 
 def made_right(data: bytes, asked: Asked) -> Made | None:
@@ -124,21 +135,26 @@ def made_right(data: bytes, asked: Asked) -> Made | None:
         if asked.base64:
             _pack_all(entries)
     found["model"] = answer.model
-    _count(found, entries, asked)
-    return Made(encode(found), found["usage"], found.get("timings"))
+    usage = _count(found, entries, asked)
+    said = sum(map(said_in, entries)) if answer.id else 0
+    return Made(encode(found), usage, found.get("timings"), said)
 
 
-def _count(found: dict[str, Any], entries: list[Any], asked: Asked) -> None:
-    """Say what was used, guessed from what was said where the engine does not tell, and marked as that."""
+def _count(found: dict[str, Any], entries: list[Any], asked: Asked) -> dict[str, Any] | None:
+    """Say what was used, guessed from what was said where the engine does not tell, and marked as that.
+
+    Return what the engine tells.
+    """
     # What a worker says in our name is not passed on.
     found.pop("x_rma", None)
-    usage = usage_of(found.get("usage"))
-    if usage is None:
+    told = usage_of(found.get("usage"))
+    found["usage"] = told
+    if told is None:
         said = sum(len(text_of(choice)) for choice in entries) if asked.answer.id else None
         tokens = None if said is None else -(-said // TOKEN_CHARACTERS)
-        usage = guessed(prompt=asked.answer.prompt_guess, answer=tokens)
+        found["usage"] = guessed(prompt=asked.answer.prompt_guess, answer=tokens)
         found["x_rma"] = {"estimated": True}
-    found["usage"] = usage
+    return told
 
 
 def _pack_all(entries: list[Any]) -> None:
