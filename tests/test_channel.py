@@ -443,6 +443,8 @@ async def test_every_reason_is_told_when_nobody_is_left(tmp_path: Path) -> None:
         await first.say(frames.Error(stream=task.stream, fault="service", reason="out of memory"))
         again = await second.task()
         await second.say(frames.Error(stream=again.stream, fault="owner", reason="the owner came back"))
+        await until(lambda: pool.pool.dispatcher.find(task.offer.task_id).state == "queued")
+        pool.pool.unregister(pool.pool.fleet.get(second.id))
         answer = await soon(asking)
         assert answer.status_code == 502
         assert answer.json()["code"] == "task_failed"

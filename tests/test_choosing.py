@@ -96,10 +96,11 @@ def test_the_parts_of_a_score_are_there_to_be_shown() -> None:
 def test_a_streamed_answer_must_begin_in_time_that_its_machine_needs() -> None:
     pool = Pool({"one": (0.01, 0.05)})
     short, long = pool.task(10, 100), None
-    assert pool.given(short).first_byte_s == 15.0
+    # Its model may have to be loaded first, though nobody says so.
+    assert pool.given(short).first_byte_s == pytest.approx(3 * (LOAD_S + 0.1) + 10)
     pool.done(short)
     long = pool.task(5000, 100)
-    assert pool.given(long).first_byte_s == pytest.approx(3 * 50 + 10)
+    assert pool.given(long).first_byte_s == pytest.approx(3 * (LOAD_S + 50) + 10)
     pool.done(long)
     huge = pool.task(500_000, 100)
     assert pool.given(huge).first_byte_s == 300.0

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from rma_coordinator.domain.dispatch import FULL_S, MAX_ATTEMPTS, REMEMBERED
+from rma_coordinator.domain.dispatch import FULL_S, MAX_ATTEMPTS, MOST_FULL_S, REMEMBERED
 from rma_coordinator.domain.tasks import LEASE_S
 from rma_core.errors import NotFound, TryLater
 from rma_core.models.worker import AttemptRef
@@ -112,7 +112,22 @@ def test_a_task_that_all_but_its_blamed_worker_gave_back_goes_to_those_again(ben
         bench.dispatcher.accept(again)
         bench.dispatcher.fail(again, "owner", "busy just now")
         assert attempt.task.state == "queued"
-        bench.turn(FULL_S)
+        bench.turn(MOST_FULL_S)
+
+
+def test_a_task_ends_when_the_last_worker_that_could_try_it_again_has_gone(bench: Bench) -> None:
+    bench.worker("w1")
+    attempt = bench.running()
+    waits = bench.task()
+    bench.worker("w2")
+    bench.dispatcher.fail(attempt, "service", "crashed")
+    again = bench.attempt(attempt.task)
+    bench.dispatcher.accept(again)
+    bench.dispatcher.fail(again, "owner", "busy just now")
+    assert attempt.task.state == "queued"
+    bench.dispatcher.gone("w2", "it left", blame=False)
+    assert (attempt.task.state, attempt.task.reasons[-1]) == ("failed", "no other worker offers notes")
+    assert waits.state == "running", "w1 has room for what it has not failed"
 
 
 def test_a_bad_request_fails_at_once_and_blames_nobody(bench: Bench) -> None:

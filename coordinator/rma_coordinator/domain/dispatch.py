@@ -272,6 +272,7 @@ class Dispatcher:
         self._matcher.lost(seat)
         for attempt in list(seat.running.values()):
             self._lose(attempt, reason, blame=blame and attempt.state == "running")
+        self._give_up()
 
     def can_serve(self, service: str, model: str = "", *, besides: Collection[str] = ()) -> bool:
         """Say whether any worker that may be given work offers the service now, with the model where one is named."""
@@ -521,7 +522,6 @@ class Dispatcher:
         """Queue a task again whose attempt was lost, or end it with every reason."""
         blamed = {attempt.worker_id for attempt in task.attempts if attempt.state == "failed"}
         tried = sum(attempt.number > task.base for attempt in task.attempts)
-        patient = task.durable and not blamed
         self._readmit(task)
         if task.committed:
             self._close(task, "failed", f"the answer broke off: {reason}")
@@ -530,12 +530,24 @@ class Dispatcher:
                 # What breaks everybody is more likely itself to blame.
                 self.breakers.forgive(worker_id, task.lane)
             self._close(task, "failed", f"given up after {len(task.attempts)} attempts")
-        elif not patient and not self.can_serve(task.service, task.model, besides=task.excluded):
+        elif self._forlorn(task):
             self._close(task, "failed", f"no other worker offers {task.lane}")
         else:
             task.state = "queued"
             self._effects.restarted(task)
             self._matcher.again(task)
+
+    def _give_up(self) -> None:
+        """A worker has gone: end what was tried and nobody is left for, as if the last one had had it too."""
+        for task in [task for task in self._matcher if task.attempts]:
+            self._readmit(task)
+            if self._forlorn(task):
+                self._close(task, "failed", f"no other worker offers {task.lane}")
+
+    def _forlorn(self, task: Task) -> bool:
+        """Say whether nobody is left for a task; one that was acknowledged waits, unless a worker has failed it."""
+        patient = task.durable and not any(attempt.state == "failed" for attempt in task.attempts)
+        return not patient and not self.can_serve(task.service, task.model, besides=task.excluded)
 
     def _readmit(self, task: Task) -> None:
         """Once nobody else offers a task's lane, let those have it again that only gave it back, after a moment.
@@ -548,7 +560,7 @@ class Dispatcher:
         returned = {attempt.worker_id for attempt in task.attempts if attempt.state == "returned"} - failed
         task.excluded -= returned | (task.excluded - {attempt.worker_id for attempt in task.attempts})
         # Longer each time, and not all at once: what made them give it back may last.
-        wait_s = min(MOST_FULL_S, FULL_S * 2 ** min(len(task.attempts), 8)) * self._chance.uniform(0.5, 1.0)
+        wait_s = min(MOST_FULL_S, FULL_S * 2 ** min(len(task.attempts) - 1, 8)) * self._chance.uniform(0.5, 1.0)
         for seat in filter(None, map(self.seats.get, returned)):
             seat.full_until = max(seat.full_until, self._clock() + wait_s)
 
