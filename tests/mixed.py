@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -251,10 +252,23 @@ class Mix(Storm):
             self.made.stop()
             self.made.start()
         await self.made.ready()
+        # Those that have not come back to it yet are away as well; one may be down by itself.
+        await self._offered(len(self.pool.servers) - 1)
         self.killed = self.killed._replace(coordinator=coordinator + 2)
+
+    async def _offered(self, least: int) -> None:
+        """Wait until so many workers offer the model: of one that is up, the pool hears only a moment later."""
+        async with self.made.client(timeout_s=crash_kit.PATIENCE_S) as http, asyncio.timeout(crash_kit.PATIENCE_S):
+            while True:
+                with contextlib.suppress(httpx2.HTTPError):
+                    listed = (await http.get("/v1/models")).json().get("data", [])
+                    if sum(int(one["x_rma"]["workers"]) for one in listed) >= least:
+                        return
+                await asyncio.sleep(0.05)
 
     async def _kill_worker(self, victim: losses.Victim, worker: str, down_s: float) -> None:
         number = self.pool.numbers[worker]
+        await self._offered(len(self.pool.servers))
         if victim == "agent":
             self.killed = self.killed._replace(agents=self.killed.agents + 1)
         else:

@@ -72,7 +72,7 @@ def test_a_worker_is_shown_as_it_calls_itself_and_obeyed_in_nothing() -> None:
     capabilities = {"cpu_cores": 4, "ram": EVIL, "storage": EVIL, "gpu_type": EVIL, "gpu_memory": EVIL}
     one = {
         "worker_id": EVIL, "status": "healthy", "status_reason": EVIL, "tier_reason": EVIL, "draining": False,
-        "paused": True,
+        "paused": True, "owner": EVIL,
         "capabilities": capabilities, "containers": [], "placement": {EVIL: EVIL},
         "hardware": {"probes": [{"detector": EVIL, "state": EVIL, "reason": EVIL}]},
         "plugins": [{"name": EVIL, "kind": EVIL, "state": EVIL, "reason": EVIL}],
