@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from typing import TYPE_CHECKING
 
 import pytest
 
 from rma_coordinator.domain.tasks import Attempt, Task
-from rma_coordinator.relay import HOLD_BYTES, Head, Overrun, Relay
+from rma_coordinator.relay import HOLD_BYTES, Behind, Head, Overrun, Relay, Waits
 from rma_coordinator.spool import PIECE_BYTES, Spools
 from rma_core.models.channel import WINDOW_BYTES
 from tests.coordinator_fixtures import soon
@@ -159,3 +160,26 @@ def test_what_cannot_be_an_answer_is_refused(relay: Relay) -> None:
 
 
 # -- bodies --------------------------------------------------------------------------------------------------------
+
+
+async def test_a_wait_that_nobody_has_begun_can_be_let_be(relay: Relay) -> None:
+    async def inner() -> None:
+        await asyncio.Event().wait()
+
+    async def outer(waits: Waits) -> None:
+        await waits
+
+    # What is never awaited is warned of, and warnings are errors here.
+    pours = asyncio.create_task(relay.pour(lambda _: around(inner()), lambda: False))
+
+    def around(waits: Waits) -> Waits:
+        return Behind(outer(waits), waits)
+
+    relay.begin(Attempt(relay.task, 1, "w", 0.0), None, lambda _: None)
+    relay.put_head(Head(200, ()))
+    await asyncio.sleep(0)
+    relay.put(b"x")
+    pours.cancel()
+    await asyncio.wait({pours})
+    assert pours.cancelled()
+    gc.collect()

@@ -5,19 +5,19 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from rma_core.errors import RMAError
 from rma_core.models.channel import WINDOW_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine
+    from collections.abc import AsyncIterator, Callable, Generator
 
     from rma_coordinator.domain.tasks import Attempt, Task
     from rma_coordinator.spool import Body
 
     #: Takes one piece, and returns what is to be awaited before the next, if anything.
-    Take = Callable[[bytes], Coroutine[Any, Any, None] | None]
+    Take = Callable[[bytes], "Waits | None"]
 
 #: Whole answers up to here are kept back until they are complete, so that a loss before that costs the client nothing.
 HOLD_BYTES = 64 * 1024
@@ -27,6 +27,33 @@ LEAST_STATUS = 200
 BODILESS = frozenset({204, 304})
 #: More digits than this is no length that any disk could hold.
 MOST_DIGITS = 15
+
+
+class Waits(Protocol):
+    """Something to be awaited, or closed instead."""
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        """Wait."""
+
+    def close(self) -> None:
+        """Let it be."""
+
+
+class Behind:
+    """A wait around another one: closed before it was begun, it lets that one be too."""
+
+    __slots__ = ("_inner", "_outer")
+
+    def __init__(self, outer: Waits, inner: Waits) -> None:
+        self._outer, self._inner = outer, inner
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        return self._outer.__await__()
+
+    def close(self) -> None:
+        """Let both be."""
+        self._outer.close()
+        self._inner.close()
 
 
 class Overrun(RMAError):
@@ -77,7 +104,7 @@ class Relay:
         self.watch: Callable[[], None] | None = None
         #: What takes each piece as it comes, and what came of the last one.
         self._pouring: Take | None = None
-        self._poured: tuple[Coroutine[Any, Any, None] | Exception, int] | None = None
+        self._poured: tuple[Waits | Exception, int] | None = None
 
     # -- the worker's side -------------------------------------------------------------------------------------
 
@@ -131,7 +158,7 @@ class Relay:
 
     def _pour_one(self, take: Take, data: bytes) -> None:
         """Hand a piece on at once; what goes wrong with that is nothing that its worker answers for."""
-        waits: Coroutine[Any, Any, None] | Exception | None
+        waits: Waits | Exception | None
         try:
             waits = take(data)
         except Exception as error:  # noqa: BLE001 - raised where it is poured

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from rma_coordinator.api.asgi import PATIENCE_S, Gone
 from rma_coordinator.api.waiting import Ahead
+from rma_coordinator.relay import Behind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable
 
     from rma_coordinator.api.asgi import Call
     from rma_coordinator.api.v1.requests import Manner
+    from rma_coordinator.relay import Waits
 
 #: Bytes that may wait for one of several clients; when half of it waits for each of them, their run waits too.
 MOST_BEHIND = 256 * 1024
@@ -124,15 +126,15 @@ class Client:
             await self.call.write(data, more=more)
             self._sent_at = self._clock()
 
-    def push(self, data: bytes) -> Coroutine[Any, Any, None] | None:
+    def push(self, data: bytes) -> Waits | None:
         """Send whole events at once; return what is to be awaited before more is sent, if anything. Raises Gone."""
         if self._turn.locked() or not self.call.started:
             return self.send(data)
         waits = self.call.push({"type": "http.response.body", "body": data, "more_body": True})
         self._sent_at = self._clock()
-        return None if waits is None else self._in_turn(waits)
+        return None if waits is None else Behind(self._in_turn(waits), waits)
 
-    async def _in_turn(self, waits: Coroutine[Any, Any, None]) -> None:
+    async def _in_turn(self, waits: Waits) -> None:
         async with self._turn:
             await waits
 

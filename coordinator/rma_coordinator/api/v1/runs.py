@@ -15,6 +15,7 @@ from rma_coordinator.api.asgi import Gone
 from rma_coordinator.api.v1.jobs import EVENT_STREAM, PLAIN
 from rma_coordinator.api.v1.whole import Gathering
 from rma_coordinator.domain.repeats import MOST_KEPT_BYTES, Kept
+from rma_coordinator.relay import Behind
 from rma_core.errors import RMAError
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from rma_coordinator.api.v1.requests import Manner
     from rma_coordinator.api.v1.sse import Stream
     from rma_coordinator.domain.repeats import Key
+    from rma_coordinator.relay import Waits
 
 logger = logging.getLogger(__name__)
 
@@ -232,7 +234,7 @@ class Run:
         if (waits := self.push(data, more=False)) is not None:
             await waits
 
-    def push(self, data: bytes, *, more: bool = True) -> Coroutine[Any, Any, None] | None:
+    def push(self, data: bytes, *, more: bool = True) -> Waits | None:
         """Give whole events to every client at once; return what is to be awaited before more is given, if anything."""
         if self._record is not None:
             self._note(data)
@@ -245,7 +247,7 @@ class Run:
                 client.drop()
                 self.leave(client)
                 return None
-            return None if waits is None else self._pace(client, waits)
+            return None if waits is None else Behind(self._pace(client, waits), waits)
         for one in clients:
             one.post(data, more=more)
         return self._keep_pace() if clients and all(one.crowded for one in clients) else None
@@ -268,7 +270,7 @@ class Run:
         if attempt is not None and attempt.ended_at is None and relay.crowded:
             attempt.held_s += self.job.pool.clock() - began
 
-    async def _pace(self, client: Client, waits: Coroutine[Any, Any, None]) -> None:
+    async def _pace(self, client: Client, waits: Waits) -> None:
         """Wait for a client that is alone, until another one comes."""
         began = self.job.pool.clock()
         self._pacing = self.paces = True

@@ -18,11 +18,11 @@ from rma_coordinator.domain.continuing import continued, decide, ending
 from rma_core.errors import RMAError, TryLater
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable
 
     from rma_coordinator.api.v1.jobs import Job
     from rma_coordinator.api.v1.runs import Run
-    from rma_coordinator.relay import Head, Relay
+    from rma_coordinator.relay import Head, Relay, Waits
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ async def _relay(run: Run, begin: Callable[[], Stream]) -> Stream | None:
 
         def take(
             piece: bytes, stream: Stream = stream, status: int = head.status, watch: Watch = watch
-        ) -> Coroutine[Any, Any, None] | None:
+        ) -> Waits | None:
             waits = None
             if events := stream.feed(piece):
                 watch.heard()
