@@ -39,7 +39,7 @@ IMAGE = f"ghcr.io/rma/llama-cpp-worker:{VERSION}"
 #: Seconds in which a paused machine has its memory back; measured, it is about one.
 PAUSE_S = 8.0
 #: Tokens of an answer that takes seconds.
-LONG = 1500
+LONG = 3000
 
 
 @pytest.fixture
@@ -167,7 +167,10 @@ def test_a_pause_lasts_over_a_restart_and_what_ran_goes_on_elsewhere(home: Path,
             until(lambda: only_model(made)["workers"] == 2, within_s=120, what="both have the model")
             wanted = text(chat(made, max_tokens=LONG))
             asked = asking(made, max_tokens=LONG)
-            busy = until(lambda: busy_home(home), within_s=30, what="one of them works on it")
+            while (busy := busy_home(home)) is None:
+                if asked.poll() is not None:
+                    # A quick machine may have answered before anybody looked.
+                    asked = asking(made, max_tokens=LONG)
             assert asyncio.run(control.ask(busy, "pause"))["given_back"] == 1
             assert text(json.loads(asked.communicate(timeout=90)[0])) == wanted
             [task] = [one for one in made.json("tasks")["tasks"] if len(one["attempts"]) > 1]

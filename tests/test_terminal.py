@@ -78,7 +78,7 @@ def test_a_worker_is_shown_as_it_calls_itself_and_obeyed_in_nothing() -> None:
         "plugins": [{"name": EVIL, "kind": EVIL, "state": EVIL, "reason": EVIL}],
     }  # fmt: skip
     text = printed(_worker, one)
-    assert text.count(SHOWN) == 16
+    assert text.count(SHOWN) == 17
     assert obeyed(text) == ""
 
 
