@@ -41,7 +41,8 @@ ON_EVERY_SERVER = frozenset({"test_channel", "test_hostile_bytes", "test_server"
 #: Files that take a minute and more: begun last, one of them would be at work alone while nothing else is left.
 LONG = frozenset({
     "test_bench", "test_crashes", "test_docs", "test_hostile_commands", "test_join", "test_losses", "test_mixed",
-    "test_models_in_a_pool",    "test_openapi_fuzz", "test_packaging", "test_runtime_podman", "test_unequal_workers", "test_up",
+    "test_models_in_a_pool", "test_openapi_fuzz", "test_packaging", "test_runtime_podman", "test_unequal_workers",
+    "test_up",
 })  # fmt: skip
 
 
