@@ -38,19 +38,6 @@ __all__ = [
 ON_EVERY_SERVER = frozenset({"test_channel", "test_hostile_bytes", "test_server"})
 
 
-#: Files that take a minute and more: begun last, one of them would be at work alone while nothing else is left.
-LONG = frozenset({
-    "test_bench", "test_crashes", "test_docs", "test_hostile_commands", "test_join", "test_losses", "test_mixed",
-    "test_models_in_a_pool", "test_openapi_fuzz", "test_packaging", "test_runtime_podman", "test_unequal_workers",
-    "test_up",
-})  # fmt: skip
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take longest."""
-    items.sort(key=lambda item: item.path.stem not in LONG)
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Let some files' tests run once for each server."""
     if metafunc.module.__name__.rpartition(".")[2] in ON_EVERY_SERVER:

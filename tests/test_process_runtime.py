@@ -294,10 +294,10 @@ async def test_what_a_killed_agent_and_its_killed_supervisor_left_is_swept_up(
     guard.kill()
     agent.kill()
     await agent.wait()
-    await until(lambda: not runs(service))
+    await until(lambda: not any(map(runs, (service, keeper, guard))))
     assert runs(daemon)
     assert await runtime.list_owned("worker-00000001") == []
-    assert not runs(daemon)
+    await until(lambda: not runs(daemon))
 
 
 async def test_a_living_supervisor_of_another_agent_is_left_alone(

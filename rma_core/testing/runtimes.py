@@ -267,7 +267,12 @@ async def the_environment_arrives_and_output_is_kept(case: RuntimeCase) -> None:
     spec = of_worker(msgspec.structs.replace(case.healthy, env={**case.healthy.env, "GREETING": greeting}))
     async with started(case, spec) as handle:
         await answers(await case.runtime.endpoint(handle), case.path)
-        logs = await case.runtime.logs(handle)
+        deadline = asyncio.get_running_loop().time() + PATIENCE_S
+        # What it has printed may be on its way while it answers already.
+        while greeting not in (logs := await case.runtime.logs(handle)):
+            if asyncio.get_running_loop().time() > deadline:
+                break
+            await asyncio.sleep(LOOK_AGAIN_S)
         assert greeting in logs, f"its first line is missing from {logs[-500:]!r}"
         assert len(logs.encode()) <= MAX_LOG_BYTES, "logs are bounded"
         assert len((await case.runtime.logs(handle, tail_lines=1)).splitlines()) <= 1, "tail_lines is honoured"

@@ -168,7 +168,9 @@ class Chooser:
             favourite = task.favourite.worker_id
             saves = next((task.favourite.saves(one.slots[service]) for one in seats if one.worker_id == favourite), 0.0)
         totals, known = self._speeds.totals(seats, lane, service, task.work, favourite=favourite, saves=saves)
-        if 0 < known < len(seats) and task.priority != "high" and self.chance.random() < EXPLORED:
+        home = bool(task.owner) and any(seat.owner == task.owner for seat in seats)
+        # Whose own machine is free is not sent away from it to learn something about another's.
+        if 0 < known < len(seats) and not home and task.priority != "high" and self.chance.random() < EXPLORED:
             good = [seat for seat in seats if not self._speeds.expected(seat.worker_id, lane, beside=0).known]
         else:
             limit = AS_GOOD * min(totals)
