@@ -25,34 +25,50 @@ def file_names(folder: Path) -> set[str]:
 # -- backups -------------------------------------------------------------------------------------------------------
 
 
-async def keep_committing(store: SqliteStore, done: asyncio.Event) -> int:
-    """Commit pairs over old and new pages until told to end; return the number of the last."""
-    number = 0
-    while not done.is_set():
-        number += 1
-        pair: list[Put] = [Put("pair", Pear(name=str(number))), Put("pair", Apple(name=str(number)))]
-        await store.commit([*pair, Put(f"{number % 50:04}", Pear(name="x" * (number * 7 % 900)))])
-    return number
+class Committing:
+    """Commits pairs over old and new pages until told to end; ``number`` is that of the last."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.done = False
+
+    async def go_on(self, store: SqliteStore) -> None:
+        while not self.done:
+            number = self.number + 1
+            pair: list[Put] = [Put("pair", Pear(name=str(number))), Put("pair", Apple(name=str(number)))]
+            await store.commit([*pair, Put(f"{number % 50:04}", Pear(name="x" * (number * 7 % 900)))])
+            self.number = number
 
 
 async def test_a_backup_is_whole_and_of_one_moment_while_commits_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    one, steps = Committing(), [0]
+    step = copying.step
+
+    def step_between_commits(underway: copying.Copying) -> bool:
+        # However the threads' turns fall: no step without a commit since the one before.
+        if one.number == steps[-1]:
+            return False
+        steps.append(one.number)
+        return step(underway)
+
     monkeypatch.setattr(copying, "BACKUP_PAGES", 8)
+    monkeypatch.setattr(copying, "step", step_between_commits)
     async with opened(tmp_path / "pool.db") as store:
         for number in range(20):
             await store.commit([Put(f"{number}-{n}", Apple(name="x" * 1000)) for n in range(100)])
-        done = asyncio.Event()
-        committing = asyncio.create_task(keep_committing(store, done))
+        committing = asyncio.create_task(one.go_on(store))
         await store.get(Pear, "pair")
         before = await store.get(Pear, "pair")
         size = await store.backup(tmp_path / "copy.db")
         after = await store.get(Pear, "pair")
-        done.set()
-        assert await committing > 50
+        one.done = True
+        await committing
         assert before is not None
         assert after is not None
-        assert int(after.name) > int(before.name) + 20
+        assert int(after.name) >= int(before.name) + 20
+        assert len(steps) > 20
     assert (tmp_path / "copy.db").stat().st_size == size > 2 * MIB
     assert {name for name in file_names(tmp_path) if "copy" in name} == {"copy.db"}
     async with opened(tmp_path / "copy.db") as copy:
