@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from hypothesis import given
@@ -166,6 +167,23 @@ def test_after_a_while_one_task_shows_whether_it_can_again() -> None:
     bench.dispatcher.delivered(bench.attempt(probes[0]), usage={})
     assert bench.attempt(first).worker_id == "good"
     assert [task.state for task in tasks if task is not probes[0]] == ["running"] * 2
+
+
+def test_who_was_shut_is_tried_again_though_another_could_do_everything() -> None:
+    bench = Bench()
+    bench.worker("bad", 8)
+    fail(bench, "bad", LEAST_STREAK)
+    bench.worker("good", 8)
+    for name in ("bad", "good"):
+        for _ in range(20):
+            bench.dispatcher.speeds.learn(name, "notes", 1.0, beside=0)
+    bench.turn(SHUT_S + 1)
+    given = Counter[str]()
+    for _ in range(500):
+        attempt = bench.running("notes")
+        given[attempt.worker_id] += 1
+        bench.dispatcher.delivered(attempt, usage={})
+    assert given["bad"] >= 1
 
 
 def test_a_task_that_breaks_every_worker_shuts_none() -> None:

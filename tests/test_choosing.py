@@ -160,6 +160,22 @@ def test_a_task_waits_for_a_worker_that_is_far_faster_and_no_longer_than_that_is
     assert pool.given(task).worker_id == "slow"
 
 
+def test_a_worker_that_failed_is_tried_now_and_then_while_tasks_could_wait_for_another() -> None:
+    pool = Pool({"fast": (0.0, 0.01), "slow": (0.0, 0.2)})
+    for _ in range(10):
+        pool.dispatcher.speeds.failed("slow", LANE)
+    busy = pool.given(pool.task(answer=200))
+    assert busy.worker_id == "fast"
+    tried = 0
+    for _ in range(500):
+        task = pool.task(answer=200)
+        if task.attempt is not None:
+            tried += 1
+            assert pool.given(task).worker_id == "slow"
+        pool.dispatcher.cancel(task, "the client left")
+    assert 1 <= tried <= 50
+
+
 def test_a_task_whose_busy_worker_leaves_does_not_wait_for_it() -> None:
     for leaves in ("gone", "departed", "unusable"):
         pool = Pool({"fast": (0.0, 0.01), "slow": (0.0, 0.2)})

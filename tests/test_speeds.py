@@ -75,8 +75,9 @@ def test_a_machine_that_was_given_long_answers_is_no_slower_for_that() -> None:
     assert long == pytest.approx(short, rel=0.15)
 
 
-def test_failures_cost_seconds_and_are_forgiven_by_successes() -> None:
-    found = Speeds(Turned())
+def test_failures_cost_seconds_and_are_forgiven_by_successes_and_time() -> None:
+    clock = Turned()
+    found = Speeds(clock)
     for name in ("good", "bad"):
         for _ in range(20):
             found.learn(name, "ocr", 1.0, beside=0)
@@ -85,9 +86,12 @@ def test_failures_cost_seconds_and_are_forgiven_by_successes() -> None:
     assert found.expected("good", "ocr", beside=0).failure == 0
     worst = found.expected("bad", "ocr", beside=0).failure
     assert worst > 1
+    clock.now += 2 * HALF_LIFE_S
+    faded = found.expected("bad", "ocr", beside=0).failure
+    assert faded < worst / 2, "who is given nothing is forgiven in time"
     for _ in range(300):
         found.learn("bad", "ocr", 1.0, beside=0)
-    assert found.expected("bad", "ocr", beside=0).failure < worst / 10
+    assert found.expected("bad", "ocr", beside=0).failure < faded / 10
 
 
 def test_what_nobody_has_seen_for_hours_counts_as_unknown() -> None:
@@ -247,7 +251,7 @@ def test_many_workers_at_once_are_reckoned_as_each_by_itself(
         SimpleNamespace(worker_id=name, counts={"llm": beside}, cold=frozenset({"llm x"} if cold else ()))
         for name, beside, cold in seats
     ]
-    totals, known = found.totals(places, "llm x", "llm", work, favourite=favourite, saves=0.5)
+    totals, sure = found.totals(places, "llm x", "llm", work, favourite=favourite, saves=0.5)
     each = [
         found.expected(
             name, "llm x", beside=beside, saves=0.5 if name == favourite else 0.0, work=work, loaded=not cold
@@ -256,4 +260,4 @@ def test_many_workers_at_once_are_reckoned_as_each_by_itself(
     ]
     if happened:
         assert totals == pytest.approx([one.total for one in each])
-    assert known == sum(one.known for one in each)
+    assert sure == sum(one.sure for one in each)

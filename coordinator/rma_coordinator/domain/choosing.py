@@ -27,7 +27,7 @@ LOOKED_AT = 32
 #: Workers that take at most so much longer than the best are as good: of them the one that knows the conversation is
 #: taken, else the freest, not always the best.
 AS_GOOD = 1.15
-#: How often a worker of which little is known is tried although a better one is free.
+#: How often a worker of which little is known, or that failed lately, is tried although a better one is there.
 EXPLORED = 0.02
 #: Busy workers that are looked at beside the one that knows the conversation.
 BUSY_LOOKED_AT = 8
@@ -94,7 +94,13 @@ class Chooser:
         choice = Choice(seat, self.expected(task, seat))
         roomy = not waiting and len(free) >= LEAST_FREE * min(LOOKED_AT, len(self._lanes.offering(task.lane)))
         slow = choice.expected.known and choice.expected.takes > LEAST_TAKES_S
-        return (roomy and slow and task.patience and self._busier(task, choice, now, seats)) or choice
+        if not (roomy and slow and task.patience) or (not choice.expected.sure and self._explores(task)):
+            return choice
+        return self._busier(task, choice, now, seats) or choice
+
+    def _explores(self, task: Task) -> bool:
+        """Say whether a task is one of the few by which something is learnt."""
+        return task.priority != "high" and self.chance.random() < EXPLORED
 
     def expected(self, task: Task, seat: Seat, *, less: int = 0) -> Expected:
         """Return what a task would take at a worker, beside what that has, of which so many will have ended."""
@@ -162,16 +168,16 @@ class Chooser:
         return None
 
     def _pick(self, task: Task, seats: list[Seat]) -> Seat:
-        """Return the best of some workers; now and then one of which little is known."""
+        """Return the best of some workers; now and then one of which little is known, or that failed lately."""
         service, lane, favourite, saves = task.service, task.lane, "", 0.0
         if task.favourite is not None:
             favourite = task.favourite.worker_id
             saves = next((task.favourite.saves(one.slots[service]) for one in seats if one.worker_id == favourite), 0.0)
-        totals, known = self._speeds.totals(seats, lane, service, task.work, favourite=favourite, saves=saves)
+        totals, sure = self._speeds.totals(seats, lane, service, task.work, favourite=favourite, saves=saves)
         home = bool(task.owner) and any(seat.owner == task.owner for seat in seats)
         # Whose own machine is free is not sent away from it to learn something about another's.
-        if 0 < known < len(seats) and not home and task.priority != "high" and self.chance.random() < EXPLORED:
-            good = [seat for seat in seats if not self._speeds.expected(seat.worker_id, lane, beside=0).known]
+        if 0 < sure < len(seats) and not home and self._explores(task):
+            good = [seat for seat in seats if not self._speeds.expected(seat.worker_id, lane, beside=0).sure]
         else:
             limit = AS_GOOD * min(totals)
             good = [seat for seat, total in zip(seats, totals, strict=True) if total <= limit]

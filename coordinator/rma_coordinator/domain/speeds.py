@@ -85,6 +85,11 @@ class Expected(NamedTuple):
     wait: float = 0.0
 
     @property
+    def sure(self) -> bool:
+        """Whether it is known well enough, and no failure counts against it."""
+        return self.known and not self.failure
+
+    @property
     def total(self) -> float:
         """All of it."""
         return self.wait + self.load + self.prefill + self.service + self.failure - self.saved
@@ -131,7 +136,11 @@ class Pair:
     def age(self, now: float) -> None:
         """Let what is known fade with the time since it was learnt."""
         if now > self.at:
-            self.tasks *= 0.5 ** ((now - self.at) / HALF_LIFE_S)
+            stays = 0.5 ** ((now - self.at) / HALF_LIFE_S)
+            self.tasks *= stays
+            # Whoever is given nothing because it failed could never show that it does not any more.
+            self.failed = FAILURES_BEFORE + (self.failed - FAILURES_BEFORE) * stays
+            self.done = TASKS_BEFORE + (self.done - TASKS_BEFORE) * stays
             self.at = now
 
 
@@ -230,7 +239,7 @@ class Speeds:
     def totals(  # noqa: C901 - a call for each part would cost more than the parts
         self, seats: Iterable[Place], lane: str, service: str, work: Work, *, favourite: str = "", saves: float = 0.0
     ) -> tuple[list[float], int]:
-        """Return for each of some workers the sum of `expected` beside what it has, and how many of them are known.
+        """Return for each of some workers the sum of `expected` beside what it has, and how many of them are sure.
 
         One of them, the ``favourite``, has something in its cache. It is `expected` written once more, for the hottest
         loop of all: what is called for each worker costs more than what it reckons.
@@ -238,7 +247,7 @@ class Speeds:
         mean = self._lanes.get(lane)
         if mean is None:
             return [0.0 for _ in seats], 0
-        pairs, slowness, now, found, known = self._pairs, self._slowness, self._clock(), list[float](), 0
+        pairs, slowness, now, found, sure = self._pairs, self._slowness, self._clock(), list[float](), 0
         by_token = bool(work.answer and mean.per_answer)
         for seat in seats:
             worker_id = seat.worker_id
@@ -252,7 +261,7 @@ class Speeds:
                 share = pair.failed / pair.done
                 if pair.tasks >= LEAST_KNOWN:
                     own = pair
-                    known += 1
+                    sure += share <= _USUAL
             if slowness and (own is mean or (by_token and not own.per_answer)):
                 slow *= slowness.get(worker_id, 1.0)
             if by_token:
@@ -270,7 +279,7 @@ class Speeds:
             if seat.cold and lane in seat.cold:
                 total += (pair.load if pair is not None else 0.0) or mean.load or LOAD_S
             found.append(total)
-        return found, known
+        return found, sure
 
     def _parts(  # noqa: PLR0917 - names would cost the hottest call of all as much as its work
         self,
