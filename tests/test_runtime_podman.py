@@ -18,8 +18,10 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import docker.errors
 import msgspec
 import pytest
+import requests
 
 import rma_runtime_podman
 from rma_core import (
@@ -36,6 +38,7 @@ from rma_core import (
 )
 from rma_core.container_engine import Action, child, connection, container_name, explain, labels
 from rma_core.container_engine.containers import program, without_program
+from rma_core.container_engine.sayings import unless_absent
 from rma_core.testing import RuntimeCase, adoption_contract, isolation_contract, runtime_contract
 from rma_core.testing.runtimes import a_fork_bomb_stays_inside as fork_bomb
 from rma_core.testing.runtimes import answers, becomes, inside, its_limits_are_the_specs, of_worker, started
@@ -672,6 +675,28 @@ def test_what_podman_and_registries_say_is_understood(action: Action, said: str,
 
 
 LIMITABLE = {"MemoryLimit": True, "SwapLimit": True, "CpuCfsQuota": True, "PidsLimit": True}
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "absent"),
+    [
+        (404, "no such container", True),
+        # As recorded of one that was removed between Podman's own two looks at it.
+        (500, f"container {'2d3f' * 16} does not exist in database: no such container", True),
+        (500, "database is locked", False),
+    ],
+)
+def test_a_container_that_is_removed_while_podman_looks_is_not_there(status: int, said: str, absent: bool) -> None:
+    answer = requests.Response()
+    answer.status_code = status
+
+    def look() -> str:
+        kind = docker.errors.NotFound if status == 404 else docker.errors.APIError
+        raise kind("inspect", response=answer, explanation=said)
+
+    with contextlib.nullcontext() if absent else pytest.raises(docker.errors.APIError, match="locked"):
+        assert unless_absent(look) is None
+    assert unless_absent(lambda: "there") == "there"
 
 
 def test_a_container_is_made_with_these_options_and_no_others() -> None:

@@ -12,7 +12,7 @@ from rma_core.container_engine.abilities import unusable
 from rma_core.container_engine.connection import ASK_S
 from rma_core.container_engine.images import find_image, image_of, reference
 from rma_core.container_engine.options import container_name
-from rma_core.container_engine.sayings import LAST_LINES, last_words
+from rma_core.container_engine.sayings import LAST_LINES, last_words, unless_absent
 from rma_core.errors import ImageMissing, NotSupported, RuntimeFailure, StartFailed
 from rma_core.interfaces import ContainerHandle, ContainerState, ContainerStats
 
@@ -85,12 +85,9 @@ def _create(product: Product, engine: Engine, spec: ContainerSpec, image: Json) 
 
 
 def _remove_leftover(engine: Engine, spec: ContainerSpec) -> None:
-    from docker.errors import NotFound
-
     name = container_name(spec)
-    try:
-        found = engine.api.inspect_container(name)
-    except NotFound:
+    found = container(engine, name)
+    if found is None:
         return
     if (found["Config"].get("Labels") or {}).get("rma.worker") != spec.worker_id:
         raise StartFailed(
@@ -115,12 +112,7 @@ def _try_to_remove(product: Product, engine: Engine, container_id: str) -> None:
 
 def container(engine: Engine, container_id: str) -> Json | None:
     """Return what the engine knows of a container, or None."""
-    from docker.errors import NotFound
-
-    try:
-        return dict(engine.api.inspect_container(container_id))
-    except NotFound:
-        return None
+    return unless_absent(lambda: dict(engine.api.inspect_container(container_id)))
 
 
 def inspect(engine: Engine, container_id: str) -> ContainerState:
@@ -201,13 +193,9 @@ def endpoint(engine: Engine, handle: ContainerHandle) -> str:
 
 def logs(engine: Engine, container_id: str, lines: int) -> str:
     """Return its last output, both streams together; of an unknown one nothing."""
-    from docker.errors import NotFound
-
-    try:
-        output = engine.api.logs(container_id, stdout=True, stderr=True, tail=max(0, min(lines, MAX_LOG_LINES)))
-    except NotFound:
-        return ""
-    return output[-MAX_LOG_BYTES:].decode("utf-8", "ignore")
+    most = max(0, min(lines, MAX_LOG_LINES))
+    output = unless_absent(lambda: engine.api.logs(container_id, stdout=True, stderr=True, tail=most))
+    return (output or b"")[-MAX_LOG_BYTES:].decode("utf-8", "ignore")
 
 
 def stats(product: Product, engine: Engine, handle: ContainerHandle) -> ContainerStats:
@@ -232,13 +220,14 @@ def stats(product: Product, engine: Engine, handle: ContainerHandle) -> Containe
 
 def stop(engine: Engine, container_id: str, grace_s: float) -> None:
     """Ask it to end, kill it after ``grace_s``, and remove it with its volumes."""
-    from docker.errors import APIError, NotFound
+    from docker.errors import APIError
 
-    try:
+    def end() -> None:
         engine.slow.api.stop(container_id, timeout=math.ceil(max(0.0, grace_s)))
         engine.slow.api.remove_container(container_id, v=True, force=True)
-    except NotFound:
-        return
+
+    try:
+        unless_absent(end)
     except APIError as error:
         if error.status_code != CONFLICT:  # somebody else is removing it already
             raise

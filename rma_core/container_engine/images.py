@@ -7,7 +7,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from rma_core.container_engine.connection import CONNECT_S
-from rma_core.container_engine.sayings import LAST_CHARACTERS, explain
+from rma_core.container_engine.sayings import LAST_CHARACTERS, explain, unless_absent
 from rma_core.interfaces import PullProgress
 
 if TYPE_CHECKING:
@@ -103,12 +103,7 @@ def find_image(engine: Engine, spec: ContainerSpec) -> Json | None:
 
 def image_of(engine: Engine, name: str) -> Json | None:
     """Return what the engine knows of the image of that name or id, or None."""
-    from docker.errors import NotFound
-
-    try:
-        return dict(engine.api.inspect_image(name))  # type: ignore[no-untyped-call]
-    except NotFound:
-        return None
+    return unless_absent(lambda: dict(engine.api.inspect_image(name)))  # type: ignore[no-untyped-call]
 
 
 def open_pull(product: Product, engine: Engine, spec: ContainerSpec) -> requests.Response:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from rma_core.errors import (
     ImageMissing,
@@ -17,9 +17,15 @@ from rma_core.errors import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rma_core.container_engine.connection import Product
 
 Action = Literal["ask", "pull", "start"]
+Found = TypeVar("Found")
+
+#: What Podman says, with a 500 in place of a 404, of a container that somebody removes while it looks.
+ABSENT = "no such container"
 
 #: Lines and characters of a container's last words.
 LAST_LINES = 5
@@ -86,6 +92,20 @@ def explain(error: Exception | str, action: Action, product: Product) -> Runtime
             return kind(sentence.format(said=said, title=product.title, prune=product.prune, login=product.login))
     kinds: dict[Action, type[RuntimeFailure]] = {"ask": RuntimeFailure, "pull": ImagePullFailed, "start": StartFailed}
     return kinds[action](f"{product.title}: {said}")
+
+
+def unless_absent(call: Callable[[], Found]) -> Found | None:
+    """Return what a call to an engine gives, or ``None`` where what it is about does not exist."""
+    from docker.errors import APIError, NotFound
+
+    try:
+        return call()
+    except NotFound:
+        return None
+    except APIError as error:
+        if ABSENT not in words(error):
+            raise
+        return None
 
 
 def words(error: Exception | str) -> str:

@@ -11,6 +11,7 @@ import tarfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rma_core.container_engine.sayings import unless_absent
 from rma_core.errors import ImagePullFailed
 from rma_core.interfaces import PullProgress
 
@@ -49,23 +50,12 @@ def is_filled(engine: Engine, spec: ContainerSpec) -> bool:
     if spec.files is None:
         return True
     name = volume_name(spec.worker_id, spec.files.key)
-    return _there(lambda: engine.api.inspect_volume(name)) and not _there(
-        lambda: engine.api.inspect_container(_filler(name))
-    )
+    volume = unless_absent(lambda: engine.api.inspect_volume(name))
+    return volume is not None and unless_absent(lambda: engine.api.inspect_container(_filler(name))) is None
 
 
 def _filler(volume: str) -> str:
     return f"{volume}-filling"
-
-
-def _there(look: Callable[[], object]) -> bool:
-    from docker.errors import NotFound
-
-    try:
-        look()
-    except NotFound:
-        return False
-    return True
 
 
 def fill(
