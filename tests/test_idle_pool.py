@@ -112,7 +112,7 @@ async def test_each_service_and_model_finds_a_worker_while_most_are_parked(tmp_p
 async def test_a_burst_calls_all_parked_workers_back_and_they_are_parked_again(tmp_path: Path) -> None:
     async with idle_pool(tmp_path) as (client, workers):
         have = [worker for worker in workers if MODELS[0] in worker.models]
-        assert open_of(have) < len(have) // 2
+        assert open_of(have) <= MOST_OPEN < len(have), "some are to be called back"
         before = [worker.given for worker in have]
         for worker in have:
             worker.free.clear()

@@ -103,7 +103,8 @@ def main():
         for number in range(60_000):
             print(f"line {number} " + "x" * 100)
     if MODE == "hungry":
-        threading.Thread(target=grow, args=(0.02,), daemon=True).start()
+        # So slowly that the supervisor looks while it is above its limit, and below the addresses that it may have.
+        threading.Thread(target=grow, args=(0.05,), daemon=True).start()
     server = UnixServer(options.uds, Answer) if options.uds else PortServer((options.host, options.port), Answer)
     print("ready")
     server.serve_forever()
