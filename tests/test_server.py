@@ -219,6 +219,17 @@ async def test_open_channels_and_polls_do_not_hold_up_the_end(tmp_path: Path) ->
         assert time.monotonic() - began < GRACE_S, "nothing had to be cut"
 
 
+async def test_a_connection_that_waits_for_a_request_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        pool = await stack.enter_async_context(running(tmp_path))
+        held = stack.enter_context(contextlib.closing(await served(int(pool.url.rpartition(":")[2]))))
+        began = time.monotonic()
+        pool.stop.set()
+        assert await asyncio.to_thread(held.sock.recv, 1) == b""
+        await until(lambda: not pool.pool._started)
+        assert time.monotonic() - began < GRACE_S, "nothing had to be cut"
+
+
 @contextlib.asynccontextmanager
 async def stuck_client(pool: Running) -> AsyncIterator[None]:
     """Ask for an answer and never read it."""
@@ -340,6 +351,31 @@ async def until_served(port: int) -> HTTPConnection:
             with contextlib.suppress(OSError):
                 return await served(port)
             await asyncio.sleep(0.01)
+
+
+async def test_a_connection_without_a_whole_head_is_closed_in_time_and_one_with_a_request_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "KEEP_ALIVE_S", 1.0)
+    async with running(tmp_path) as pool, pool.worker() as line:
+        port = int(pool.url.rpartition(":")[2])
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        await ask_for_notes(pool, writer)
+        task = await line.task()
+        whole = b"GET /health HTTP/1.1\r\nhost: pool\r\n\r\n"
+
+        async def closed_after(begun: bytes) -> int:
+            idle, of_idle = await asyncio.open_connection("127.0.0.1", port)
+            of_idle.write(begun)
+            answers = await soon(idle.read())
+            of_idle.close()
+            return answers.count(b"HTTP/1.1 200")
+
+        beginnings = (b"", whole[:20], whole, whole + whole[:20])
+        assert await asyncio.gather(*map(closed_after, beginnings)) == [0, 0, 1, 1]
+        await line.answer(task.stream, b"four closed meanwhile")
+        assert (await soon(reader.readuntil(b"meanwhile"))).startswith(b"HTTP/1.1 200")
+        writer.close()
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="only Linux can be told how long to wait")

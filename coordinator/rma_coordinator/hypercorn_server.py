@@ -10,7 +10,7 @@ from hypercorn.asyncio import run as hypercorn_run
 from hypercorn.asyncio import serve
 from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.config import Config
-from hypercorn.events import Updated
+from hypercorn.events import Closed, RawData, Updated
 
 from rma_coordinator import server
 from rma_coordinator.server import Places, patient
@@ -30,12 +30,53 @@ logger = logging.getLogger(__name__)
 CONNECTION = "worker_serve.<locals>._server_callback"
 
 
-class Connection(TCPServer):
-    """Hypercorn's connection, which has a place among those there may be, and ends when its client has left.
+class Idle:
+    """The connections that wait for a request, the one that has waited longest first.
 
-    Hypercorn 0.18 keeps one that its client closed between two requests until the keep-alive time is over: its socket,
-    its tasks, and its place.
+    Hypercorn's own way starts two tasks and cancels them for each request.
     """
+
+    def __init__(self) -> None:
+        self._since: dict[Connection, float] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._over = False
+
+    def begin(self, connection: Connection) -> None:
+        """A connection waits now: for its keep-alive time, or not at all when the server ends."""
+        if self._over:
+            connection.leave()
+            return
+        now = connection.loop.time()
+        self._since[connection] = now
+        if self._timer is None:
+            self._timer = connection.loop.call_later(connection.config.keep_alive_timeout, self._look)
+
+    def end(self, connection: Connection) -> None:
+        """A connection has a request, or is no more."""
+        self._since.pop(connection, None)
+
+    def close_all(self) -> None:
+        """Close all that wait, and those that will."""
+        self._over = True
+        for connection in list(self._since):
+            connection.leave()
+        self._since.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _look(self) -> None:
+        self._timer = None
+        for connection, since in list(self._since.items()):
+            left_s = since + connection.config.keep_alive_timeout - connection.loop.time()
+            if left_s > 0:
+                self._timer = connection.loop.call_later(left_s, self._look)
+                return
+            del self._since[connection]
+            connection.leave()
+
+
+class Connection(TCPServer):
+    """Hypercorn's connection, which has a place among those there may be, and ends when its client has left."""
 
     _left = False
 
@@ -43,6 +84,7 @@ class Connection(TCPServer):
         """Serve the connection, or close it at once where there are too many."""
         # Another server in this process has a configuration without places.
         places = getattr(self.config, "places", None) or Places(1)
+        self._idle: Idle = getattr(self.config, "idle", None) or Idle()
         if not places.take():
             # No answer and no farewell: either could make us wait for somebody who means harm.
             self.writer.transport.abort()
@@ -53,17 +95,43 @@ class Connection(TCPServer):
             # The server's end. Nothing waits for what comes of this, and Python before 3.12 would log a traceback.
             self.writer.transport.abort()
         finally:
+            self._idle.end(self)
             places.give()
 
     async def protocol_send(self, event: Event) -> None:
         """Send, or begin and end the idle time; who has left is not waited for."""
-        if not (self._left and isinstance(event, Updated)):
+        if type(event) is RawData:
+            if event.data:  # the end of an answer that said its length is nothing
+                await self._write(event.data)
+        elif type(event) is Updated:
+            if not event.idle:
+                self._idle.end(self)
+            elif not self._left:
+                self._idle.begin(self)
+        else:
             await super().protocol_send(event)
 
+    async def _write(self, data: bytes) -> None:
+        try:
+            self.writer.write(data)
+            await self.writer.drain()
+        except (ConnectionError, RuntimeError):
+            await self.protocol.handle(Closed())
+
+    def leave(self) -> None:
+        """Close a connection that waits for a request."""
+        self._task_group.spawn(self._initiate_server_close)
+
     async def _read_data(self) -> None:
-        await super()._read_data()
-        self._left = True
-        await self.idle_task.stop()
+        self._idle.begin(self)
+        try:
+            await super()._read_data()
+        finally:
+            self._left = True
+            self._idle.end(self)
+
+    async def _idle_timeout(self) -> None:
+        """Nothing: `Idle` looks after that."""
 
 
 hypercorn_run.TCPServer = Connection  # type: ignore[attr-defined]  # it has no setting for this
@@ -78,6 +146,7 @@ class BoundedConfig(Config):
     def __init__(self) -> None:
         super().__init__()
         self.places = Places(CoordinatorSettings().max_connections)
+        self.idle = Idle()
 
     def create_sockets(self) -> Sockets:
         """Return the listening sockets."""
@@ -88,7 +157,12 @@ class BoundedConfig(Config):
 
     async def serve(self, app: ASGI, stop: asyncio.Event) -> None:
         """Serve until ``stop`` is set."""
-        await serve(cast("Framework", app), self, shutdown_trigger=stop.wait)
+
+        async def stopped() -> None:
+            await stop.wait()
+            self.idle.close_all()
+
+        await serve(cast("Framework", app), self, shutdown_trigger=stopped)
 
     async def cut(self, serving: asyncio.Task[None]) -> None:
         """Cancel a server that cannot stop, and its connections."""
