@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from typing import TYPE_CHECKING, cast
 
 from hypercorn.asyncio import run as hypercorn_run
-from hypercorn.asyncio import serve
+from hypercorn.asyncio import serve, tcp_server
 from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.config import Config
 from hypercorn.events import Closed, RawData, Updated
 
 from rma_coordinator import server
-from rma_coordinator.server import Places, patient
+from rma_coordinator.http1 import Http1
+from rma_coordinator.server import Places, Together, patient
 from rma_core.settings import CoordinatorSettings
 
 if TYPE_CHECKING:
@@ -85,6 +87,7 @@ class Connection(TCPServer):
         # Another server in this process has a configuration without places.
         places = getattr(self.config, "places", None) or Places(1)
         self._idle: Idle = getattr(self.config, "idle", None) or Idle()
+        self._out = Together(self.writer, self.loop)
         if not places.take():
             # No answer and no farewell: either could make us wait for somebody who means harm.
             self.writer.transport.abort()
@@ -113,10 +116,14 @@ class Connection(TCPServer):
 
     async def _write(self, data: bytes) -> None:
         try:
-            self.writer.write(data)
+            self._out.write(data)
             await self.writer.drain()
         except (ConnectionError, RuntimeError):
             await self.protocol.handle(Closed())
+
+    async def _close(self) -> None:
+        self._out.flush()
+        await super()._close()
 
     def leave(self) -> None:
         """Close a connection that waits for a request."""
@@ -134,7 +141,9 @@ class Connection(TCPServer):
         """Nothing: `Idle` looks after that."""
 
 
-hypercorn_run.TCPServer = Connection  # type: ignore[attr-defined]  # it has no setting for this
+# It has no settings for these.
+hypercorn_run.TCPServer = Connection  # type: ignore[attr-defined]
+tcp_server.ProtocolWrapper = Http1  # type: ignore[assignment,attr-defined]
 
 
 class BoundedConfig(Config):
@@ -147,6 +156,16 @@ class BoundedConfig(Config):
         super().__init__()
         self.places = Places(CoordinatorSettings().max_connections)
         self.idle = Idle()
+        #: What every answer has, in this second.
+        self._headers: tuple[int, list[tuple[bytes, bytes]]] = (0, [])
+
+    def response_headers(self, protocol: str) -> list[tuple[bytes, bytes]]:
+        """Return the headers of every answer: the date, written once a second."""
+        second, headers = self._headers
+        if second != (now := int(time.time())):
+            headers = super().response_headers(protocol)
+            self._headers = now, headers
+        return headers
 
     def create_sockets(self) -> Sockets:
         """Return the listening sockets."""
@@ -182,7 +201,6 @@ def make_config(plain: Listener | None, secure: Listener | None) -> BoundedConfi
     config.shutdown_timeout = server.GRACE_S
     config.keep_alive_timeout = server.KEEP_ALIVE_S
     config.ssl_handshake_timeout = server.HANDSHAKE_S
-    config.h11_max_incomplete_size = server.MAX_HEAD_BYTES
     config.websocket_max_message_size = server.MAX_WEBSOCKET_BYTES
     # The agent sends pings. The server's own would keep each closed channel for another interval, and hold up the end.
     config.websocket_ping_interval = None

@@ -86,6 +86,41 @@ class Places:
             self._refused = 0
 
 
+class Together:
+    """Writes the head of an answer together with the beginning of its body, where that follows in the same turn.
+
+    Servers write each by itself: one more call of the system, and of whoever reads, for every answer.
+    """
+
+    HEAD = b"HTTP/1.1 "
+
+    def __init__(self, to: Writing, loop: asyncio.AbstractEventLoop) -> None:
+        self.to, self._loop = to, loop
+        self._head = b""
+
+    def write(self, data: bytes) -> None:
+        """Write, or keep a head until the next write, or the end of this turn of the loop."""
+        if self._head:
+            data, self._head = self._head + data, b""
+        elif data.startswith(self.HEAD):
+            self._head = data
+            self._loop.call_soon(self.flush)
+            return
+        self.to.write(data)
+
+    def flush(self) -> None:
+        """Write what is kept; whoever has left is found out by reading."""
+        if self._head:
+            data, self._head = self._head, b""
+            with contextlib.suppress(ConnectionError, RuntimeError):
+                self.to.write(data)
+
+    def close(self) -> None:
+        """Write what is kept, then close."""
+        self.flush()
+        self.to.close()
+
+
 class Listener(NamedTuple):
     """An address to listen on; with a certificate it speaks https."""
 
@@ -118,6 +153,16 @@ def free_port(host: str, port: int) -> int:
                 f"cannot listen on {host}:{port}: {reason}", hints=("choose another with --port (0 takes a free one)",)
             ) from None
         return int(probe.getsockname()[1])
+
+
+class Writing(Protocol):
+    """What bytes are written to."""
+
+    def write(self, data: bytes) -> None:
+        """Write, at once or later."""
+
+    def close(self) -> None:
+        """Write nothing more."""
 
 
 class Server(Protocol):

@@ -16,7 +16,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from rma_coordinator import server
-from rma_coordinator.server import Places, listening
+from rma_coordinator.server import Places, Together, listening
 from rma_core.errors import SettingProblem
 from rma_core.settings import CoordinatorSettings
 
@@ -130,6 +130,15 @@ class _Server(uvicorn.Server):
         )
 
 
+class _Transport(Together):
+    """A transport that answers are written to."""
+
+    to: asyncio.Transport
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the transport has
+        return getattr(self.to, name)
+
+
 class _Http(HttpToolsProtocol):
     """A connection that has a place among those there may be, and whose requests' heads are bounded."""
 
@@ -152,6 +161,7 @@ class _Http(HttpToolsProtocol):
             return
         self._placed = True
         super().connection_made(transport)
+        self.transport = cast("asyncio.Transport", _Transport(transport, self.loop))
         self._head_since = self.loop.time()
         self._look = self.loop.call_later(server.KEEP_ALIVE_S, self._look_at_head)
 
@@ -187,6 +197,7 @@ class _Http(HttpToolsProtocol):
     def handle_websocket_upgrade(self) -> None:
         """Hand the connection over, and its place with it."""
         self._look_no_more()
+        self.transport = cast("_Transport", self.transport).to
         super().handle_websocket_upgrade()
         taker = self.transport.get_protocol()
         if isinstance(taker, _WebSocket):
