@@ -41,14 +41,13 @@ ON_EVERY_SERVER = frozenset({"test_channel", "test_hostile_bytes", "test_server"
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Let some files' tests run once for each server."""
     if metafunc.module.__name__.rpartition(".")[2] in ON_EVERY_SERVER:
-        metafunc.fixturenames.append("served_by")
         metafunc.parametrize("served_by", ["hypercorn", "uvicorn"], indirect=True)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def served_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What serves the coordinators of a test."""
-    name = str(request.param)
+    """What serves the coordinators of a test; of every test, for nothing sets up what a test does not ask for."""
+    name = str(getattr(request, "param", "hypercorn"))
     monkeypatch.setenv("RMA_TEST_SERVER", name)
     return name
 

@@ -263,6 +263,20 @@ async def test_who_never_stops_sending_is_closed_all_the_same(tmp_path: Path, mo
         await until(lambda: not pool.app.extensions["rma_lanes"]._open)
 
 
+async def test_trailers_without_end_are_cut_off_and_kept_by_nobody(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool, pool.worker(), line(port_of(pool)) as (reader, writer):
+        writer.write(head(pool, "Transfer-Encoding: chunked") + b"1\r\nx\r\n0\r\n")
+        answer, sent = asyncio.create_task(said(reader)), 0
+        with contextlib.suppress(OSError):
+            while not answer.done() and sent < 200 * len(CHUNK):
+                writer.write(b"X-More: " + b"m" * 65_000 + b"\r\n")
+                await soon(writer.drain())
+                sent += len(CHUNK)
+        assert statuses(await soon(answer)) in ([], [400], [431])
+        assert sent < 200 * len(CHUNK)
+        await well(pool)
+
+
 async def test_a_flood_of_connections_that_say_nothing_costs_little(tmp_path: Path) -> None:
     async with coordinating(tmp_path / "home") as (coordinator, client):
         before = coordinator.resident_bytes()

@@ -61,6 +61,11 @@ async def answers(url: str, **more: object) -> bool:
     return False
 
 
+async def test_each_of_these_tests_runs_on_the_server_that_it_names(tmp_path: Path, served_by: str) -> None:
+    async with running(tmp_path) as pool:
+        assert type(pool.server).__module__ == f"rma_coordinator.{served_by}_server"
+
+
 async def test_a_coordinator_answers_soon_after_its_start(tmp_path: Path) -> None:
     async with running(tmp_path) as pool:
         found = (await pool.client.get("/health", headers={"Authorization": ""})).json()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 
 from hypercorn.asyncio import run as hypercorn_run
 from hypercorn.asyncio import serve, tcp_server
-from hypercorn.asyncio.tcp_server import TCPServer
+from hypercorn.asyncio.tcp_server import MAX_RECV, TCPServer
 from hypercorn.config import Config
 from hypercorn.events import Closed, RawData, Updated
 
@@ -132,10 +132,19 @@ class Connection(TCPServer):
     async def _read_data(self) -> None:
         self._idle.begin(self)
         try:
-            await super()._read_data()
+            while data := await self._read():
+                await self.protocol.handle(RawData(data))
         finally:
             self._left = True
             self._idle.end(self)
+        await self.protocol.handle(Closed())
+
+    async def _read(self) -> bytes:
+        """Return what came; nothing at the end, whatever kind of end it is."""
+        try:
+            return await self.reader.read(MAX_RECV)
+        except OSError:  # TLS's own errors are such too
+            return b""
 
     async def _idle_timeout(self) -> None:
         """Nothing: `Idle` looks after that."""

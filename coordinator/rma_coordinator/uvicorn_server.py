@@ -33,8 +33,14 @@ TOO_LARGE = (
     b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-type: text/plain; charset=utf-8\r\n"
     b"content-length: 31\r\n\r\nthe request's head is too large"
 )
-#: What uvicorn calls an error although it is ours: an answer that is cut on purpose, because its worker was lost.
-EXPECTED = ("without completing response", "Invalid HTTP request received", "Unsupported upgrade request")
+#: What uvicorn calls an error although it is ours, or said elsewhere: an answer that is cut on purpose, because its
+#: worker was lost; who sends nonsense; what is still open at the end.
+EXPECTED = (
+    "without completing response",
+    "Invalid HTTP request received",
+    "Unsupported upgrade request",
+    "timeout graceful shutdown exceeded",
+)
 
 
 class UvicornServer:
@@ -147,7 +153,8 @@ class _Http(HttpToolsProtocol):
     def __init__(self, *arguments: Any, **more: Any) -> None:  # noqa: ANN401 - uvicorn's own
         super().__init__(*arguments, **more)
         self._placed = False
-        self._head_bytes = 0
+        #: Bytes since a head, a part of a body, or a request was whole.
+        self._kept = 0
         #: Since when a request's head has been coming; 0 while none is.
         self._head_since = 0.0
         self._look: asyncio.TimerHandle | None = None
@@ -174,25 +181,40 @@ class _Http(HttpToolsProtocol):
             super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Parse, and refuse a head without end."""
+        """Parse, and refuse a head without end, or trailers."""
         if not self._placed:
             return
+        self._kept += len(data)
         super().data_received(data)
-        if self._head_since:
-            self._head_bytes += len(data)
-            if self._head_bytes > server.MAX_HEAD_BYTES and not self.transport.is_closing():
+        if self._kept > server.MAX_HEAD_BYTES and not self.transport.is_closing():
+            if self._head_since:
                 self.transport.write(TOO_LARGE)
-                self.transport.close()
+            self.transport.close()
 
     def on_message_begin(self) -> None:
         """A request begins."""
         super().on_message_begin()
-        self._head_since, self._head_bytes = self.loop.time(), 0
+        self._head_since = self.loop.time()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header; those after a body say nothing to us."""
+        if self._head_since:
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """The request's head is here."""
-        self._head_since = 0.0
+        self._head_since, self._kept = 0.0, 0
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """A part of the body is here."""
+        self._kept = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """The request is here."""
+        self._kept = 0
+        super().on_message_complete()
 
     def handle_websocket_upgrade(self) -> None:
         """Hand the connection over, and its place with it."""
@@ -248,6 +270,8 @@ class _Expected(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Say whether a line is written."""
+        if record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError):
+            return False  # a call that was still open at the end
         return not any(words in str(record.msg) for words in EXPECTED)
 
 
