@@ -19,7 +19,7 @@ from rma_coordinator import server
 from rma_coordinator.http1 import Head, Http1, Parser, Refused
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Sequence
+    from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 
     from hypercorn.events import Event
 
@@ -134,26 +134,15 @@ class Line:
 
     def __init__(self, app: Callable[..., Awaitable[None]], group: asyncio.TaskGroup) -> None:
         self.sent, self.closed, self.idle = b"", False, True
-        self.paths: list[str] = []
         self._app, self._group = app, group
         context = WorkerContext(None)
         self.http = Http1(self._run, Config(), context, self, {}, False, None, None, self._send)  # type: ignore[arg-type]
 
-    async def _run(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        self.paths.append(scope["path"])
+    async def _run(self, scope: dict[str, Any], receive: Any, send: Any, *_: Any) -> None:
         await self._app(scope, receive, send)
 
-    async def spawn_app(self, app: Any, _config: Config, scope: Any, send: Any) -> Any:
-        queue: asyncio.Queue[Any] = asyncio.Queue(10)
-
-        async def run() -> None:
-            try:
-                await app(scope, queue.get, send)
-            finally:
-                await send(None)
-
+    def spawn(self, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
         self._group.create_task(run())
-        return queue.put
 
     async def _send(self, event: Event) -> None:
         if isinstance(event, RawData):

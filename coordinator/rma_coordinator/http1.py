@@ -1,24 +1,25 @@
-"""HTTP/1.1 for Hypercorn, parsed by llhttp in place of h11: a third less of the server's share of a request.
+"""HTTP/1.1 for Hypercorn, parsed by llhttp in place of h11: what a request costs is a third less.
 
 It is as strict as h11: a request without one host, with a body whose length is in doubt, or with a head without end, is
-refused. HTTP/2 without TLS is not spoken.
+refused, and no answer looks whole that is not. HTTP/2 without TLS is not spoken.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, NamedTuple
+from collections import deque
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import unquote
 
 import httptools
 from hypercorn.events import Closed, RawData, Updated
 from hypercorn.protocol.events import Body, Data, EndBody, Request, Response, StreamClosed
-from hypercorn.protocol.http_stream import HTTPStream
 from hypercorn.protocol.ws_stream import WSStream
 
 from rma_coordinator import server
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterable
 
     from hypercorn.config import Config
     from hypercorn.events import Event
@@ -30,8 +31,10 @@ if TYPE_CHECKING:
 STREAM_ID = 1
 #: Statuses of answers without a body, and the first that is an answer and no word on the way to one.
 BODILESS, FINAL = frozenset({204, 304}), 200
-BAD_REQUEST, TOO_LARGE, NOT_IMPLEMENTED = 400, 431, 501
+BAD_REQUEST, TOO_LARGE, FAILED, NOT_IMPLEMENTED = 400, 431, 500, 501
 CONTINUE = b"HTTP/1.1 100 \r\n\r\n"
+#: Parts of a body that wait for the application, of at most what is read at once.
+MOST_TOLD = 10
 
 
 class Head(NamedTuple):
@@ -44,6 +47,9 @@ class Head(NamedTuple):
     keeps_alive: bool
     upgrades: bool = False
     expects: bool = False
+
+
+NO_REQUEST = Head(b"", b"", [], "1.1", keeps_alive=False)
 
 
 class Refused(Exception):
@@ -184,8 +190,142 @@ def _facts(headers: Headers, version: str) -> tuple[bytes, bytes, bool]:
     return framing, upgrade, expects
 
 
+class Answer:
+    """How an answer is written: its head, then its body by the length that it said, in chunks, or until the end."""
+
+    __slots__ = ("_config", "_head", "begun", "done", "keeps_alive", "left", "silent")
+
+    def __init__(self, head: Head, config: Config) -> None:
+        self._head, self._config = head, config
+        self.begun = self.done = self.silent = False
+        self.keeps_alive = head.keeps_alive and not head.upgrades
+        #: Bytes that are left of one that said its length; -1 for one in chunks, ``None`` for one until the end.
+        self.left: int | None = -1
+
+    def start(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+        """Return the head. Raises RuntimeError for one that would be more than that."""
+        written = [*headers, *self._config.response_headers("h11")]
+        if status >= FINAL:
+            self._settle(status, written)
+        lines = [b"HTTP/1.1 %d " % status, *[b"%b: %b" % header for header in written], b"", b""]
+        text = b"\r\n".join(lines)
+        if text.count(b"\n") != len(lines) - 1 or text.count(b"\r") != len(lines) - 1 or b"\0" in text:
+            raise RuntimeError("a header of an answer has a line of its own")
+        self.begun = status >= FINAL
+        return text
+
+    def _settle(self, status: int, headers: Headers) -> None:
+        """Decide how the body is written, and whether another request may follow."""
+        closes = False
+        for name, value in headers:
+            if name == b"content-length":
+                self.left = int(value)
+            elif name == b"connection":
+                closes = value.lower() == b"close"
+        if closes:
+            self.keeps_alive = False
+        elif not self.keeps_alive:
+            headers.append((b"connection", b"close"))
+        if status in BODILESS or self._head.method == b"HEAD":
+            self.left, self.silent = 0, True
+        elif self.left == -1 and self._head.version == "1.1":
+            headers.append((b"transfer-encoding", b"chunked"))
+        elif self.left == -1:
+            self.left = None
+
+    def body(self, data: bytes) -> bytes:
+        """Return a part of the body. Raises RuntimeError where there is more than was said."""
+        if self.silent or not data or self.left is None:
+            return b"" if self.silent else data
+        if self.left == -1:
+            return b"%x\r\n%b\r\n" % (len(data), data)
+        if len(data) > self.left:
+            raise RuntimeError("an answer is longer than it said")
+        self.left -= len(data)
+        return data
+
+    def end(self) -> bytes:
+        """Return what ends the body. Raises RuntimeError where there is less than was said."""
+        if self.left is not None and self.left > 0:
+            raise RuntimeError("an answer is shorter than it said")
+        self.done = True
+        return b"0\r\n\r\n" if self.left == -1 else b""
+
+
+class Exchange:
+    """One request and its answer, as an application sees them."""
+
+    __slots__ = ("_http", "_ready", "_room", "_told", "gone", "scope")
+
+    def __init__(self, http: Http1, scope: dict[str, Any]) -> None:
+        self._http, self.scope = http, scope
+        self._told: deque[dict[str, Any]] = deque()
+        #: Set when there is something to receive, and when there is room for more.
+        self._ready: asyncio.Future[None] | None = None
+        self._room: asyncio.Future[None] | None = None
+        self.gone = False
+
+    async def put(self, body: bytes, *, more: bool) -> None:
+        """Hand a part of the body to the application; wait while it has not taken enough of those before."""
+        while len(self._told) >= MOST_TOLD and not self.gone:
+            self._room = asyncio.get_running_loop().create_future()
+            await self._room
+        self._told.append({"type": "http.request", "body": body, "more_body": more})
+        _wake(self._ready)
+
+    def leave(self) -> None:
+        """The client has gone, or has its answer."""
+        self.gone = True
+        _wake(self._ready)
+        _wake(self._room)
+
+    async def receive(self) -> dict[str, Any]:
+        """Return the next part of the body, or that the client has gone."""
+        while not self._told:
+            if self.gone:
+                return {"type": "http.disconnect"}
+            self._ready = asyncio.get_running_loop().create_future()
+            await self._ready
+        told = self._told.popleft()
+        _wake(self._room)
+        return told
+
+    async def send(self, message: dict[str, Any]) -> None:
+        """Send a part of the answer, to whoever is still there. Raises RuntimeError for what is none."""
+        if self.gone:
+            return
+        http, answer, kind = self._http, self._http.answer, message["type"]
+        if kind == "http.response.body" and answer.begun:
+            data = answer.body(message.get("body", b""))
+            last = not message.get("more_body", False)
+            if last:
+                data += answer.end()
+            await http.send(RawData(data))
+            if last:
+                await http.answered()
+        elif kind == "http.response.start" and not answer.begun:
+            headers = [(name.lower(), value) for name, value in message.get("headers", ())]
+            await http.send(RawData(answer.start(message["status"], headers)))
+        else:
+            raise RuntimeError(f"{kind} has no place here")
+
+    async def run(self) -> None:
+        """Let the application answer; for one that fails before it began, say so."""
+        try:
+            await self._http.app(self.scope, self.receive, self.send, None, None)  # type: ignore[arg-type]
+        except Exception:  # noqa: BLE001 - the application's own, whatever it is
+            await self._http.config.log.exception("Error in ASGI Framework")
+        finally:
+            await self._http.ended(self)
+
+
+def _wake(waiting: asyncio.Future[None] | None) -> None:
+    if waiting is not None and not waiting.done():
+        waiting.set_result(None)
+
+
 class Http1:
-    """One connection, between Hypercorn's `TCPServer` and its streams; in place of its ``ProtocolWrapper``."""
+    """One connection, between Hypercorn's `TCPServer` and the application; in place of its ``ProtocolWrapper``."""
 
     def __init__(  # noqa: PLR0917 - as Hypercorn calls it
         self,
@@ -204,15 +344,12 @@ class Http1:
         self.app, self.config, self.context, self.task_group = app, config, context, task_group
         self.connection_state, self.ssl, self.client, self.server = connection_state, ssl, client, server
         self.send = send
-        self.stream: HTTPStream | WSStream | None = None
+        self.stream: Exchange | WSStream | None = None
+        self.answer: Answer
         self._parser = Parser()
         self._free = asyncio.Event()
-        self._head: Head | None = None
-        #: Whether the body of the request is all here, its answer has begun, and has ended as it said.
-        self._whole = self._begun = self._done = False
-        #: Bytes that are left of an answer that said its length; -1 for one in chunks, ``None`` for one until the end.
-        self._left: int | None = None
-        self._closed = False
+        #: Whether the request is all here.
+        self._whole = self._closed = False
 
     async def initiate(self) -> None:
         """Nothing: a client begins."""
@@ -227,6 +364,8 @@ class Http1:
                 await self._received(event.data)
             else:
                 await self._frames(event.data)
+
+    # -- requests ------------------------------------------------------------------------------------------------------
 
     async def _received(self, data: bytes) -> None:
         refused: Refused | None = None
@@ -246,7 +385,7 @@ class Http1:
             await self._frames(rest)
 
     async def _frames(self, data: bytes) -> None:
-        if self.stream is not None:
+        if isinstance(self.stream, WSStream):
             await self.stream.handle(Data(stream_id=STREAM_ID, data=data))
 
     async def _part(self, part: Head | bytes | None) -> None:
@@ -255,13 +394,10 @@ class Http1:
             await self._until_free()
             if not self._closed:
                 await self._begin(part)
-        elif self.stream is None or isinstance(self.stream, WSStream):
-            return
-        elif part is None:
-            self._whole = True
-            await self.stream.handle(EndBody(stream_id=STREAM_ID))
         else:
-            await self.stream.handle(Body(stream_id=STREAM_ID, data=part))
+            self._whole = part is None
+            if isinstance(self.stream, Exchange):
+                await self.stream.put(part or b"", more=part is not None)
 
     async def _until_free(self, *, only: bool = True) -> None:
         while only and self.stream is not None and not self._closed:
@@ -270,11 +406,35 @@ class Http1:
 
     async def _begin(self, head: Head) -> None:
         await self.send(Updated(idle=False))
-        self._head = head
-        self._whole = self._begun = self._done = False
-        kind = WSStream if head.upgrades else HTTPStream
-        self.stream = kind(
-            self.app, self.config, self.context, self.task_group, self.ssl, self.client, self.server, self.stream_send,
+        self._whole, self.answer = False, Answer(head, self.config)
+        if head.upgrades:
+            await self._upgrade(head)
+            return
+        path, _, query = head.target.partition(b"?")
+        scope = {
+            "type": "http",
+            "http_version": head.version,
+            "asgi": {"spec_version": "2.1", "version": "3.0"},
+            "method": head.method.decode("ascii"),
+            "scheme": "https" if self.ssl else "http",
+            "path": unquote(path.decode("ascii")),
+            "raw_path": path,
+            "query_string": query,
+            "root_path": self.config.root_path,
+            "headers": head.headers,
+            "client": self.client,
+            "server": self.server,
+            "state": self.connection_state.copy(),
+            "extensions": {},
+        }
+        self.stream = Exchange(self, scope)
+        self.task_group.spawn(self.stream.run)
+        if head.expects:
+            await self.send(RawData(CONTINUE))
+
+    async def _upgrade(self, head: Head) -> None:
+        self.stream = WSStream(
+            self.app, self.config, self.context, self.task_group, self.ssl, self.client, self.server, self._send_event,
             STREAM_ID,
         )  # fmt: skip
         await self.stream.handle(
@@ -287,78 +447,40 @@ class Http1:
                 state=self.connection_state,
             )
         )
-        if head.expects and not self._begun:
-            await self.send(RawData(CONTINUE))
-        await self.context.mark_request()
 
     # -- answers -------------------------------------------------------------------------------------------------------
 
-    async def stream_send(self, event: StreamEvent) -> None:
-        """Send a part of an answer. Raises RuntimeError for one that is not as long as it said."""
+    async def _send_event(self, event: StreamEvent) -> None:
+        """Send what Hypercorn's WebSocket has to send."""
         if isinstance(event, StreamClosed):
-            await self._answered()
-        elif self._closed or self._head is None:
+            await self.answered()
+        elif self._closed:
             return
-        elif isinstance(event, Response):
-            await self.send(RawData(self._answer(event, self._head)))
-        elif isinstance(event, Body):
-            await self.send(RawData(self._framed(event.data)))
-        elif isinstance(event, EndBody):
-            await self._end()
         elif isinstance(event, Data):
             await self.send(RawData(event.data))
+        elif isinstance(event, Response):
+            await self.send(RawData(self.answer.start(event.status_code, event.headers)))
+        elif isinstance(event, Body):
+            await self.send(RawData(self.answer.body(event.data)))
+        elif isinstance(event, EndBody):
+            await self.send(RawData(self.answer.end()))
 
-    def _answer(self, event: Response, head: Head) -> bytes:
-        """Return the head of an answer, and note how its body is to be sent. Raises RuntimeError."""
-        status, headers = event.status_code, [*event.headers, *self.config.response_headers("h11")]
-        if status >= FINAL:
-            self._begun = True
-            self._left = -1
-            closes = head.upgrades or not head.keeps_alive
-            for name, value in event.headers:
-                if name == b"content-length":
-                    self._left = int(value)
-                elif name == b"connection" and value.lower() == b"close":
-                    closes = False  # it says so itself
-                    self._head = head._replace(keeps_alive=False)
-            if status in BODILESS or head.method == b"HEAD":
-                self._left = 0
-            elif self._left < 0 and head.version == "1.1":
-                headers.append((b"transfer-encoding", b"chunked"))
-            elif self._left < 0:
-                self._left = None
-            if closes:
-                headers.append((b"connection", b"close"))
-        lines = [b"HTTP/1.1 %d " % status, *[b"%b: %b" % header for header in headers], b"", b""]
-        written = b"\r\n".join(lines)
-        if written.count(b"\n") != len(lines) - 1 or written.count(b"\r") != len(lines) - 1 or b"\0" in written:
-            raise RuntimeError("a header of an answer has a line of its own")
-        return written
+    async def ended(self, exchange: Exchange) -> None:
+        """The application has nothing more to say, whether it has answered or not."""
+        if self.stream is exchange and not exchange.gone:
+            if not self.answer.begun:
+                await self.send(RawData(self._short(self.answer, FAILED)))
+            await self.answered()
 
-    def _framed(self, data: bytes) -> bytes:
-        if self._left is None:
-            return data
-        if self._left < 0:
-            return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
-        self._left -= len(data)
-        if self._left < 0:
-            self._left = 0
-            raise RuntimeError("an answer is longer than it said")
-        return data
+    def _short(self, answer: Answer, status: int) -> bytes:
+        """Return an answer that is its status, the last on this connection."""
+        return answer.start(status, [(b"content-length", b"0"), (b"connection", b"close")])
 
-    async def _end(self) -> None:
-        if self._left is not None and self._left > 0:
-            raise RuntimeError("an answer is shorter than it said")
-        self._done = True
-        if self._left == -1:
-            await self.send(RawData(b"0\r\n\r\n"))
-
-    async def _answered(self) -> None:
+    async def answered(self) -> None:
         """Wait for the next request, or close the connection where that cannot be."""
+        answer, goes_on = self.answer, self._whole and not self._closed and not self.context.terminated.is_set()
         await self._close_stream()
-        goes_on = self._done and self._whole and self._head is not None and self._head.keeps_alive and not self._closed
-        if goes_on and self._parser.rest is None and not self.context.terminated.is_set():
-            self._head = None
+        if goes_on and answer.done and answer.keeps_alive:
             self._free.set()
             await self.send(Updated(idle=True))
         else:
@@ -369,12 +491,11 @@ class Http1:
         """Say that what came is no request, unless an answer has begun, and close."""
         if self._closed:
             return
-        said = not self._begun or self._head is None
+        if self.stream is None:
+            self.answer = Answer(NO_REQUEST, self.config)
+        said = b"" if self.answer.begun else self._short(self.answer, status)
         self._over()
-        if said:
-            headers = [(b"content-length", b"0"), (b"connection", b"close"), *self.config.response_headers("h11")]
-            lines = [b"HTTP/1.1 %d " % status, *[b"%b: %b" % header for header in headers], b"", b""]
-            await self.send(RawData(b"\r\n".join(lines)))
+        await self.send(RawData(said))
         await self.send(Closed())
 
     def _over(self) -> None:
@@ -382,6 +503,8 @@ class Http1:
         self._free.set()
 
     async def _close_stream(self) -> None:
-        if self.stream is not None:
-            stream, self.stream = self.stream, None
+        stream, self.stream = self.stream, None
+        if isinstance(stream, Exchange):
+            stream.leave()
+        elif stream is not None:
             await stream.handle(StreamClosed(stream_id=STREAM_ID))
