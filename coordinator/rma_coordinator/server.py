@@ -108,6 +108,11 @@ class Together:
             return
         self.to.write(data)
 
+    @property
+    def keeps(self) -> bool:
+        """Whether there is a head that waits."""
+        return bool(self._head)
+
     def flush(self) -> None:
         """Write what is kept; whoever has left is found out by reading."""
         if self._head:

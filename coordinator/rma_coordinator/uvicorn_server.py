@@ -137,9 +137,19 @@ class _Server(uvicorn.Server):
 
 
 class _Transport(Together):
-    """A transport that answers are written to."""
+    """What an answer's head is written to; what follows goes to the transport itself."""
 
     to: asyncio.Transport
+
+    def __init__(self, cycle: Any, loop: asyncio.AbstractEventLoop) -> None:  # noqa: ANN401 - uvicorn's own
+        super().__init__(cycle.transport, loop)
+        self._cycle = cycle
+
+    def write(self, data: bytes) -> None:
+        """Write, or keep a head for what follows."""
+        super().write(data)
+        if not self.keeps:
+            self._cycle.transport = self.to
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the transport has
         return getattr(self.to, name)
@@ -168,7 +178,6 @@ class _Http(HttpToolsProtocol):
             return
         self._placed = True
         super().connection_made(transport)
-        self.transport = cast("asyncio.Transport", _Transport(transport, self.loop))
         self._head_since = self.loop.time()
         self._look = self.loop.call_later(server.KEEP_ALIVE_S, self._look_at_head)
 
@@ -204,7 +213,11 @@ class _Http(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """The request's head is here."""
         self._head_since, self._kept = 0.0, 0
+        before: Any = self.cycle
         super().on_headers_complete()
+        cycle: Any = self.cycle
+        if cycle is not before:
+            cycle.transport = _Transport(cycle, self.loop)
 
     def on_body(self, body: bytes) -> None:
         """A part of the body is here."""
@@ -219,7 +232,6 @@ class _Http(HttpToolsProtocol):
     def handle_websocket_upgrade(self) -> None:
         """Hand the connection over, and its place with it."""
         self._look_no_more()
-        self.transport = cast("_Transport", self.transport).to
         super().handle_websocket_upgrade()
         taker = self.transport.get_protocol()
         if isinstance(taker, _WebSocket):
