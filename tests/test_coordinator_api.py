@@ -607,7 +607,7 @@ async def test_a_policy_that_fails_or_lies_costs_a_tier_and_nothing_else(tmp_pat
             return answer
 
     async with running(tmp_path) as pool:
-        pool.pool.policies = {"threshold": Broken()}  # type: ignore[dict-item]
+        pool.pool.tiers.policies = {"threshold": Broken()}  # type: ignore[dict-item]
         machine = await pool.enrol()
         assert machine.answer["tier"] is None
         assert "the tier policy 'threshold' failed" in machine.answer["tier_reason"]

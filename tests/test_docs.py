@@ -22,6 +22,7 @@ from rma_coordinator.certificate import own_pair
 from rma_coordinator.server import free_port
 from rma_core import catalog, hookspecs, model_catalog
 from rma_core.models.strict import convert
+from rma_core.policy_file import read_policy
 from rma_core.settings import AgentSettings, CoordinatorSettings, describe, load_settings
 from tests.needs import need
 from tests.snippets import LANGUAGES, PAGES, ROOT, Pool, Sandbox, Snippet, missing, snippets, steps
@@ -110,6 +111,8 @@ def read_toml(snippet: Snippet, sandbox: Sandbox) -> None:
         convert(table, catalog.CatalogEntry, subject=snippet.place)
     if "model" in snippet.words:
         convert(table, model_catalog.ModelEntry, subject=snippet.place)
+    if "policy" in snippet.words:
+        read_policy(snippet.text, name="snippet", subject=snippet.place)
     if "settings" in snippet.words:
         path = sandbox.path("settings-of-a-snippet.toml")
         path.write_text(snippet.text, encoding="utf-8")

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rma_core import Capabilities, Device, HardwareReport, PolicyInput, TierDecision, TierPolicy
-from rma_core.builtin.threshold import ThresholdPolicy, read_tiers, rma_tier_policies
+from rma_core.builtin.threshold import ThresholdPolicy, read_table, rma_tier_policies
 from rma_core.errors import ValidationProblem
 from rma_core.models.hardware import read_reports, summarize
 
@@ -145,7 +145,7 @@ def test_a_wrong_table_is_refused_with_every_problem() -> None:
 @pytest.mark.parametrize("tiers", [[], "x", None, [1], [{"tier": "one", "name": "x"}]])
 def test_a_table_that_is_none_is_refused(tiers: object) -> None:
     with pytest.raises(ValidationProblem):
-        read_tiers({"tiers": tiers})
+        read_table({"tiers": tiers}, subject="x")
 
 
 sizes = st.integers(0, 2**44)

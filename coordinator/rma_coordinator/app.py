@@ -25,6 +25,7 @@ from rma_coordinator.api.v1.access import covers
 from rma_coordinator.api.waiting import go_on
 from rma_coordinator.api.web import CALL, Web, without_body
 from rma_coordinator.pool import Pool
+from rma_coordinator.tiers import FOLDER, with_files
 from rma_core.catalog import load_folder
 from rma_core.errors import RMAError, SettingProblem
 from rma_core.model_catalog import load_models
@@ -71,7 +72,7 @@ def create_app(
         store=store,
         clock=clock,
         wall=wall,
-        policies=plugins.policies(config.plugins),
+        policies=with_files(plugins.policies(config.plugins), config.home_path / FOLDER, active=config.tier_policy),
         catalog=load_catalog(config) if catalog is None else catalog,
         models=load_model_catalog(config) if catalog is None else models,
         plugins=plugins.reports,

@@ -32,7 +32,12 @@ PORT = click.IntRange(0, 65_535)
     help="What serves HTTP (default hypercorn); uvicorn for large pools: pip install 'rma-coordinator[uvicorn]'.",
 )
 @click.option("--store", metavar="URL", help="sqlite (in the state folder), sqlite:PATH, or memory.")
-@click.option("--policy", "tier_policy", metavar="NAME", help="Active tier policy (default threshold).")
+@click.option(
+    "--policy",
+    "tier_policy",
+    metavar="NAME",
+    help="Active tier policy: an installed one, or a file in the folder policies (threshold).",
+)
 @click.option("--catalog", metavar="FOLDER", help="Catalog entries, where not those that came along.")
 @click.option("--insecure-http", is_flag=True, help="Listen beyond this machine without TLS.")
 @common.log_options

@@ -45,7 +45,7 @@ def stats(pool: Pool) -> dict[str, Any]:
         "traffic": pool.traffic.show(POOL, pool.settings.bytes_per_month),
         "webhooks": {"waiting": pool.webhooks.waiting},
         "uptime_s": pool.uptime_s,
-        "tier_policy": pool.settings.tier_policy,
+        "tier_policy": pool.tiers.active,
         "signed_catalog": False,
     }
 

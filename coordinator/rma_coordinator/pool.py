@@ -31,6 +31,7 @@ from rma_coordinator.parking import Parking
 from rma_coordinator.relay import Relay
 from rma_coordinator.spool import Spools
 from rma_coordinator.store import Delete, Put, StoreFailed
+from rma_coordinator.tiers import NoDecision, Tiers
 from rma_coordinator.webhooks import Webhooks
 from rma_core.errors import NotFound, RMAError, SettingProblem, TryLater
 from rma_core.interfaces import PolicyInput, TierDecision
@@ -89,10 +90,6 @@ class PoolRecord(msgspec.Struct, frozen=True, kw_only=True):
     starts: int = 0
 
 
-class NoDecision(TierDecision, frozen=True, kw_only=True):
-    """What stands in for the answer of a policy that failed."""
-
-
 class Pool:
     """A running pool. ``clock`` is monotonic seconds, ``wall`` Unix seconds."""
 
@@ -118,7 +115,7 @@ class Pool:
         self.store = store
         self.clock = clock
         self.wall = wall
-        self.policies = policies
+        self.tiers = Tiers(policies, active=settings.tier_policy)
         self.entries = tuple(_registry(entry, settings.image_registry) for entry in catalog)
         #: One entry for each service: of several engines for its models the first.
         self.catalog = {entry.service: entry for entry in reversed(self.entries)}
@@ -181,11 +178,7 @@ class Pool:
         """Load what the store holds; once is enough. Raises SettingProblem for a policy that nobody has installed."""
         if self._started:
             return
-        if self.settings.tier_policy not in self.policies:
-            raise SettingProblem(
-                f"there is no tier policy {self.settings.tier_policy!r}",
-                hints=(f"installed: {', '.join(sorted(self.policies)) or 'none'}",),
-            )
+        self.tiers.check()
         await self.store.open()
         found = await self.store.load(PoolRecord)
         if not found:
@@ -403,27 +396,9 @@ class Pool:
 
     # -- tiers and placement -----------------------------------------------------------------------------------
 
-    def policy(self, name: str) -> TierPolicy:
-        """Return an installed policy. Raises NotFound."""
-        if name not in self.policies:
-            raise NotFound(
-                f"there is no tier policy {name!r}", hints=(f"installed: {', '.join(sorted(self.policies))}",)
-            )
-        return self.policies[name]
-
-    def decide(
-        self, report: HardwareReport, *, labels: dict[str, str], worker_id: str, policy: str = ""
-    ) -> TierDecision:
-        """Ask a policy (the active one unless named) for a tier. A policy that fails gives no tier, and says so."""
-        name = policy or self.settings.tier_policy
-        chosen = self.policy(name)
-        try:
-            decision: object = chosen.decide(PolicyInput(report=report, labels=labels, worker_id=worker_id))
-            # What does not have the declared types would be kept, and could not be read again at the next start.
-            return msgspec.convert(msgspec.to_builtins(decision), TierDecision)
-        except Exception as error:
-            logger.debug("policy %s failed", name, exc_info=True)
-            return NoDecision(tier=None, reason=f"the tier policy {name!r} failed: {type(error).__name__}: {error}")
+    def decide(self, report: HardwareReport, *, labels: dict[str, str], worker_id: str) -> TierDecision:
+        """Ask the active policy for a machine's tier. A policy that fails gives none, and says so."""
+        return self.tiers.decide(PolicyInput(report=report, labels=labels, worker_id=worker_id))
 
     def placement(
         self,

@@ -8,11 +8,18 @@ The table is configuration; ``[[plugins.threshold.tiers]]`` replaces it as a who
     gpu_memory = "8GB"
     cpu_cores = 8
     ram = "16GB"
+
+``[[plugins.threshold.exceptions]]`` come before the table: the first that fits a machine decides::
+
+    [[plugins.threshold.exceptions]]
+    labels = { site = "lab" }
+    tier = 1
+    reason = "bought for this pool"
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta
@@ -32,7 +39,11 @@ if TYPE_CHECKING:
 #: More of a driver's own words than this hides the rest of the sentence.
 QUOTE_CHARACTERS = 160
 #: What the table ``[plugins.threshold]`` may hold; the second is read by the plugin host.
-SETTINGS = ("tiers", "deadline_s")
+SETTINGS = ("tiers", "exceptions", "deadline_s")
+#: What an exception gives in place of a tier's number.
+NO_TIER = "none"
+#: What a size that is none is told to match.
+SIZE_PATTERN = "([KMGTPkmgtp]i?)?B"
 
 
 class Tier(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,10 +57,33 @@ class Tier(msgspec.Struct, frozen=True, kw_only=True):
     storage: Size = "0B"
 
 
+class Exemption(msgspec.Struct, frozen=True, kw_only=True):
+    """Machines that get a tier whatever they have: those named, or with all of some labels, or both."""
+
+    tier: Annotated[int, Meta(ge=1, le=99)] | Literal["none"]
+    workers: Annotated[tuple[Name, ...], Meta(max_length=1000)] = ()
+    labels: Annotated[dict[Name, Annotated[str, Meta(max_length=200)]], Meta(max_length=32)] = {}
+    reason: Annotated[str, Meta(max_length=500)] = ""
+
+    def fits(self, asked: PolicyInput) -> bool:
+        """Say whether it is for this machine."""
+        named = not self.workers or asked.worker_id in self.workers
+        return named and all(asked.labels.get(label) == value for label, value in self.labels.items())
+
+    def decision(self) -> TierDecision:
+        """Return the tier, and why."""
+        whom = [f"for {_list(sorted(self.workers)[:3])}"] if self.workers else []
+        whom += [f"for {label} = {value}" for label, value in sorted(self.labels.items())]
+        why = " ".join(self.reason.split()) or f"an exception {' and '.join(whom)}"
+        number = self.tier if isinstance(self.tier, int) else None
+        return TierDecision(tier=number, reason=f"no tier: {why}" if number is None else f"tier {number}: {why}")
+
+
 class Table(msgspec.Struct, frozen=True, kw_only=True):
     """The whole table; 1 is the best tier."""
 
     tiers: Annotated[tuple[Tier, ...], Meta(min_length=1, max_length=32)]
+    exceptions: Annotated[tuple[Exemption, ...], Meta(max_length=200)] = ()
 
 
 #: The table that every pool starts with.
@@ -79,9 +113,13 @@ class ThresholdPolicy(msgspec.Struct, frozen=True, kw_only=True):
     name: str = "threshold"
     summary: str = "the best tier of which a machine clears every bar: GPU memory, cores, memory, free storage"
     tiers: tuple[Tier, ...] = TIERS
+    exceptions: tuple[Exemption, ...] = ()
 
     def decide(self, asked: PolicyInput) -> TierDecision:
         """Return the best tier that ``asked.report`` clears, and what keeps it from the next better one."""
+        for exemption in self.exceptions:
+            if exemption.fits(asked):
+                return exemption.decision()
         report = asked.report
         ranked = sorted(self.tiers, key=lambda tier: tier.tier)
         missed: list[tuple[Tier, list[Gap]]] = []
@@ -98,22 +136,33 @@ class ThresholdPolicy(msgspec.Struct, frozen=True, kw_only=True):
 @hookimpl
 def rma_tier_policies(config: PluginConfig) -> Iterable[TierPolicy]:
     """Offer the policy with the table in ``config``, or its own. Raises ValidationProblem, naming every problem."""
-    return (ThresholdPolicy(tiers=read_tiers(config)),)
+    table = read_table(config, subject="[plugins.threshold]")
+    return (ThresholdPolicy(tiers=table.tiers, exceptions=table.exceptions),)
 
 
-def read_tiers(config: PluginConfig) -> tuple[Tier, ...]:
-    """Return the tiers in ``[plugins.threshold]``, or TIERS. Raises ValidationProblem, naming every problem."""
-    problems = [Problem(f"$.{key}", f"is unknown; there is {SETTINGS[0]!r}") for key in config if key not in SETTINGS]
-    problems += _strange(config.get("tiers")) + _twice(config.get("tiers"))
+def read_table(config: PluginConfig, *, subject: str) -> Table:
+    """Return a table with the tiers in ``config``, or TIERS. Raises ValidationProblem, naming every problem."""
+    known = " and ".join(map(repr, SETTINGS[:2]))
+    problems = [Problem(f"$.{key}", f"is unknown; there are {known}") for key in config if key not in SETTINGS]
+    for name, kind in (("tiers", Tier), ("exceptions", Exemption)):
+        problems += _strange(name, kind, config.get(name))
+    problems += _twice(config.get("tiers"))
     table = Table(tiers=TIERS)
-    if "tiers" in config:
-        try:
-            table = strict.convert({"tiers": config["tiers"]}, Table, subject="[plugins.threshold]")
-        except ValidationProblem as error:
-            problems += error.problems
+    given = {name: config[name] for name in SETTINGS[:2] if name in config}
+    try:
+        table = strict.convert(
+            {"tiers": [msgspec.to_builtins(tier) for tier in TIERS], **given}, Table, subject=subject
+        )
+    except ValidationProblem as error:
+        problems += [
+            problem._replace(what='is no size such as "16GB"') if SIZE_PATTERN in problem.what else problem
+            for problem in error.problems
+        ]
+    else:
+        problems += _unusable(table)
     if problems:
-        raise ValidationProblem("[plugins.threshold]", problems, hints=("see the tier table in the reference",))
-    return table.tiers
+        raise ValidationProblem(subject, problems, hints=("see the tier table in the reference",))
+    return table
 
 
 def gaps(tier: Tier, report: HardwareReport) -> list[Gap]:
@@ -197,12 +246,24 @@ def _list(words: list[str]) -> str:
     return " and ".join((", ".join(words[:-1]), words[-1])) if len(words) > 1 else "".join(words)
 
 
-def _strange(tiers: object) -> list[Problem]:
-    """Name keys that no tier has: a typing error would otherwise silently drop a bar."""
-    known = {field.name for field in msgspec.structs.fields(Tier)}
-    rows = tiers if isinstance(tiers, list) else []
+def _unusable(table: Table) -> list[Problem]:
+    """Name exceptions that are for nobody, or give a tier that the table does not have."""
+    numbers = {tier.tier for tier in table.tiers} | {NO_TIER}
+    problems = []
+    for index, one in enumerate(table.exceptions):
+        if not one.workers and not one.labels:
+            problems.append(Problem(f"$.exceptions[{index}]", "is for nobody: it needs workers or labels"))
+        if one.tier not in numbers:
+            problems.append(Problem(f"$.exceptions[{index}].tier", f"there is no tier {one.tier} among the tiers"))
+    return problems
+
+
+def _strange(name: str, kind: type[msgspec.Struct], given: object) -> list[Problem]:
+    """Name keys that a table does not have: a typing error would otherwise silently drop a bar."""
+    known = {field.name for field in msgspec.structs.fields(kind)}
+    rows = given if isinstance(given, list) else []
     return [
-        Problem(f"$.tiers[{index}].{key}", f"is unknown; a tier has {', '.join(sorted(known))}")
+        Problem(f"$.{name}[{index}].{key}", f"is unknown; there are {', '.join(sorted(known))}")
         for index, row in enumerate(rows)
         if isinstance(row, dict)
         for key in row

@@ -24,6 +24,8 @@ DEFAULT_SCOPES = {"admin": ("admin:read", "tasks:read"), "client": ("infer:*",)}
 
 #: A file of machines is never read further: 100,000 short reports are 20 MB.
 MAX_REPORT_BYTES = 64 * 1024 * 1024
+#: What a policy's name ends with that is a file's.
+POLICY_FILES = ".toml"
 
 #: Of what a key may have.
 COUNT = click.IntRange(min=1)
@@ -368,9 +370,13 @@ def _list_policies(options: dict[str, Any], *, as_json: bool) -> None:
 @common.json_option
 @common.pool_options
 def policies_preview(name: str, report: str | None, as_json: bool, **options: Any) -> None:
-    """Show which tier a policy gives, and why: to the live fleet, or to machines in a file (then no pool is needed)."""
+    """Show which tier a policy gives, and why: to the live fleet, or to machines in a file (then no pool is needed).
+
+    NAME is an installed policy, or a file (NAME.toml).
+    """
     if report is None:
-        answer = common.call(common.outer(options), "POST", "/api/admin/policies/preview", body={"policy": name})
+        asked = _policy_text(Path(name)) if name.endswith(POLICY_FILES) else {"policy": name}
+        answer = common.call(common.outer(options), "POST", "/api/admin/policies/preview", body=asked)
         changed = [
             (w["worker_id"], w["from"] or "-", w["to"] or "-", w["reason"]) for w in answer["workers"] if w["changes"]
         ]
@@ -385,6 +391,15 @@ def policies_preview(name: str, report: str | None, as_json: bool, **options: An
         as_json,
         common.table(("machine", "tier", "why"), rows, empty="No machines."),
     )
+
+
+def _policy_text(path: Path) -> dict[str, str]:
+    """Return what a pool is asked about a file; what is wrong with that is said here."""
+    from rma_core.policy_file import load, read_policy
+
+    name, text = load(path)
+    read_policy(text, name=name, subject=path.name)
+    return {"policy": name, "file": text}
 
 
 def _machines(report: str) -> list[Any]:
@@ -403,9 +418,13 @@ def _machines(report: str) -> list[Any]:
 
 
 def _policy(name: str, home: str | None) -> TierPolicy:
-    """Return an installed policy, as the settings on this machine have it."""
+    """Return a policy: a file's, or an installed one as the settings on this machine have it."""
     from rma_core.host import Plugins
 
+    if name.endswith(POLICY_FILES):
+        from rma_core.policy_file import read_file
+
+        return read_file(Path(name))
     settings = load_settings(CoordinatorSettings, flags={"home": home}, known=(AgentSettings,))
     found = Plugins.discover(kinds=["policy"], **settings.plugin_rules()).policies(settings.plugins)
     if name not in found:

@@ -16,8 +16,10 @@ from rma_coordinator.domain.credentials import JoinTokenRecord, KeyRecord, check
 from rma_coordinator.domain.fleet import iso
 from rma_coordinator.domain.limits import Limits
 from rma_core.errors import NotFound
+from rma_core.interfaces import PolicyInput
 from rma_core.models.hardware import read_reports
 from rma_core.models.strict import convert, decode, parse
+from rma_core.policy_file import read_policy
 
 if TYPE_CHECKING:
     from rma_coordinator.api.web import Web
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from rma_coordinator.domain.records import TaskRecord
     from rma_coordinator.domain.tasks import Task
     from rma_coordinator.pool import Pool
+    from rma_core.interfaces import TierPolicy
     from rma_core.models.hardware import HardwareReport
 
 
@@ -253,11 +256,12 @@ def _unwell(found: Worker) -> dict[str, Any] | None:
 
 async def policies(pool: Pool, web: Web) -> object:  # noqa: ARG001 - every handler has the same form
     """Tier policies; which one is active."""
-    active = pool.settings.tier_policy
+    active = pool.tiers.active
     return {
         "active": active,
         "policies": [
-            {"name": p.name, "summary": p.summary, "active": p.name == active} for _, p in sorted(pool.policies.items())
+            {"name": p.name, "summary": p.summary, "active": p.name == active}
+            for _, p in sorted(pool.tiers.policies.items())
         ],
     }
 
@@ -266,17 +270,19 @@ async def preview_policy(pool: Pool, web: Web) -> object:
     """Which tiers a policy would give, and why: for given machines, or what would change in the live fleet."""
     # Its reports may hold anything: what is in them is looked through before it is used.
     asked = convert(parse(await web.body(), subject="policy preview"), PolicyPreview, subject="policy preview")
-    pool.policy(asked.policy or pool.settings.tier_policy)
+    if asked.file:
+        policy: TierPolicy = read_policy(asked.file, name=asked.policy or "file", subject="the policy")
+    else:
+        policy = pool.tiers.find(asked.policy)
     if asked.reports is not None:
         reports = read_reports(asked.reports, subject="reports")
-        return {"machines": [_machine(pool, asked.policy, report, index) for index, report in enumerate(reports)]}
-    rows = [_would_be(pool, asked.policy, found) for _, found in sorted(pool.fleet.workers.items())]
-    name = asked.policy or pool.settings.tier_policy
-    return {"policy": name, "workers": rows, "changes": sum(row["from"] != row["to"] for row in rows)}
+        return {"machines": [_machine(pool, policy, report, index) for index, report in enumerate(reports)]}
+    rows = [_would_be(pool, policy, found) for _, found in sorted(pool.fleet.workers.items())]
+    return {"policy": policy.name, "workers": rows, "changes": sum(row["from"] != row["to"] for row in rows)}
 
 
-def _machine(pool: Pool, policy: str, report: HardwareReport, index: int) -> dict[str, Any]:
-    decision = pool.decide(report, labels={}, worker_id="", policy=policy)
+def _machine(pool: Pool, policy: TierPolicy, report: HardwareReport, index: int) -> dict[str, Any]:
+    decision = pool.tiers.decide(PolicyInput(report=report), policy)
     return {
         "index": index,
         "tier": decision.tier,
@@ -285,9 +291,10 @@ def _machine(pool: Pool, policy: str, report: HardwareReport, index: int) -> dic
     }
 
 
-def _would_be(pool: Pool, policy: str, found: Worker) -> dict[str, Any]:
+def _would_be(pool: Pool, policy: TierPolicy, found: Worker) -> dict[str, Any]:
     record = found.record
-    decision = pool.decide(record.report, labels=record.labels, worker_id=found.id, policy=policy)
+    asked = PolicyInput(report=record.report, labels=record.labels, worker_id=found.id)
+    decision = pool.tiers.decide(asked, policy)
     return {
         "worker_id": found.id,
         "from": record.tier,

@@ -9,6 +9,7 @@ from msgspec import Meta
 
 from rma_coordinator.domain.limits import Count
 from rma_core.models.worker import OwnerName
+from rma_core.policy_file import Text as PolicyText
 
 Label = Annotated[str, Meta(max_length=100)]
 #: Ninety days: long enough to be no nuisance, short enough that a lost key ends.
@@ -63,9 +64,13 @@ class WorkerOwner(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PolicyPreview(msgspec.Struct, frozen=True, kw_only=True):
-    """Machines to put before a policy: hardware reports or bare capabilities; without any, the live fleet."""
+    """Machines to put before a policy: hardware reports or bare capabilities; without any, the live fleet.
+
+    The policy is an installed one, or a ``file`` that is no more than looked at, in TOML.
+    """
 
     policy: Label = ""
+    file: PolicyText = ""
     reports: Annotated[list[dict[str, Any]], Meta(max_length=100_000)] | None = None
 
 
