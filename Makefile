@@ -17,7 +17,7 @@ up: .venv/.made ## set-up, then a coordinator with its dashboard and a local wor
 	@exec .venv/bin/rma up $(ARGS)
 
 test: lint ## set-up, linters, then every test this machine can run (options of pytest in ARGS, JOBS=0: one by one)
-	$(PYTHON) -m pytest --numprocesses=$(JOBS) --dist=loadfile $(ARGS)
+	$(PYTHON) -m pytest --numprocesses=$(JOBS) --dist=loadfile --no-loadscope-reorder $(ARGS)
 
 soak: .venv/.made-dev ## the tests that take minutes to hours: RMA_SOAK_S seconds each; RMA_SEED replays what one printed
 	$(PYTHON) -m pytest -m soak --timeout=7200 -s $(ARGS)

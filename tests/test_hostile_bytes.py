@@ -167,6 +167,51 @@ async def test_requests_one_behind_the_other_are_answered_in_order_whatever_is_w
         assert statuses(await send(port_of(pool), bad + inner)) == [400, 401]
 
 
+def notes(pool: Running, *lines: str) -> bytes:
+    """Return a request for notes on a connection that stays open."""
+    first = ["POST /api/inference/notes HTTP/1.1", "Host: x", f"Authorization: Bearer {pool.key}", "Content-Length: 2"]
+    return "\r\n".join([*first, *lines, "", "ab"]).encode()
+
+
+@pytest.mark.parametrize("behind", [b"", b"x", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"])
+async def test_a_client_that_leaves_is_noticed_whatever_it_sent_behind_its_request(
+    tmp_path: Path, behind: bytes
+) -> None:
+    async with running(tmp_path) as pool, pool.worker() as worker:
+        _, writer = await asyncio.open_connection("127.0.0.1", port_of(pool))
+        writer.write(notes(pool) + behind)
+        task = await worker.task()
+        writer.close()
+        assert (await worker.frame(frames.Cancel)).stream == task.stream
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+async def test_a_body_is_never_taken_for_a_request(tmp_path: Path, *, at_once: bool) -> None:
+    async with running(tmp_path) as pool:
+        body = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+        lines = ("Connection: Upgrade, close", "Upgrade: h2c", f"Content-Length: {len(body)}", "", "")
+        whole = "\r\n".join(["POST /nowhere HTTP/1.1", "Host: x", *lines]).encode() + body
+        answer = await send(port_of(pool), *([whole] if at_once else [whole[: -len(body)], body]))
+        assert [400 <= status < 500 for status in statuses(answer)] == [True], answer
+
+
+@pytest.mark.parametrize("behind", [b"nonsense\r\n\r\n", b"GET / HTTP/1.1\r\nX: " + b"m" * 70_000])
+async def test_nothing_is_written_into_an_answer_that_is_under_way(tmp_path: Path, behind: bytes) -> None:
+    async with running(tmp_path) as pool, pool.worker() as worker, line(port_of(pool)) as (reader, writer):
+        writer.write(notes(pool))
+        task = await worker.task()
+        await worker.say(frames.Head(stream=task.stream, status=200))
+        await worker.data(task.stream, b"part")
+        await soon(reader.readuntil(b"part"))
+        writer.write(behind)
+        await soon(writer.drain())
+        await worker.data(task.stream, b"rest")
+        await worker.say(frames.End(stream=task.stream))
+        answer, refusal, _ = (await said(reader)).partition(b"HTTP/1.1 4")
+        # Whole, and the refusal behind it; or cut, and nothing behind it.
+        assert answer.endswith(b"0\r\n\r\n") is bool(refusal)
+
+
 @pytest.mark.parametrize("prefer", ["", "Prefer: respond-async"], ids=["at once", "asynchronous"])
 async def test_a_body_that_breaks_off_stalls_or_lies_makes_no_task(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefer: str
@@ -355,6 +400,33 @@ async def test_a_handshake_that_is_none_is_refused(tmp_path: Path, caplog: pytes
                     proxy=None,
                 )
         await well(pool)
+    assert "Traceback" not in caplog.text
+
+
+async def test_who_is_refused_a_channel_or_floods_it_gives_the_place_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    start = b"GET /api/worker/channel HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    key = b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n"
+    async with running(tmp_path) as pool:
+        await pool.client.get("/health")  # its connection stays
+        before = pool.server.places.taken
+        for lines in (
+            b"\r\n",
+            key + b"\r\n",
+            key + b"\r\n\x81\x80abcd",
+            key + b"Sec-WebSocket-Protocol: \xff\r\n\r\n",
+        ):
+            # The client neither leaves nor says anything more.
+            answer = await send(port_of(pool), start + lines)
+            assert [400 <= status < 500 for status in statuses(answer)] == [True], (lines, answer)
+        for _ in range(3):
+            async with pool.worker(slots=0) as ill:
+                with contextlib.suppress(WebSocketException):
+                    for _ in range(40):
+                        await ill.ws.send("{}")
+                assert await ill.closed() == 4400
+        await until(lambda: pool.server.places.taken == before)
     assert "Traceback" not in caplog.text
 
 

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rma_coordinator import server
-from rma_coordinator.http1 import Head, Http1, Parser, Refused
+from rma_coordinator.http1 import Cut, Head, Http1, Parser, Refused
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
@@ -106,6 +106,8 @@ POST = b"POST / HTTP/1.1\r\nHost: pool\r\n"
     ("data", "status"),
     [
         (b"GET / HTTP/1.1\r\n\r\n", 400),
+        (b"GET / HTTP/2.0\r\nHost: a\r\n\r\n", 400),
+        (b"GET / HTTP/0.9\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n", 400),
         (POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n", 501),
         (POST + b"Transfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n", 400),
@@ -133,7 +135,7 @@ class Line:
     """One connection without a socket: what was sent on it, and whether it was closed."""
 
     def __init__(self, app: Callable[..., Awaitable[None]], group: asyncio.TaskGroup) -> None:
-        self.sent, self.closed, self.idle = b"", False, True
+        self.sent, self.closed, self.cut, self.idle = b"", False, False, True
         self._app, self._group = app, group
         context = WorkerContext(None)
         self.http = Http1(self._run, Config(), context, self, {}, False, None, None, self._send)  # type: ignore[arg-type]
@@ -150,7 +152,7 @@ class Line:
         elif isinstance(event, Updated):
             self.idle = event.idle
         elif not self.closed:
-            self.closed = True
+            self.closed, self.cut = True, isinstance(event, Cut)
             await self.http.handle(Closed())
 
     async def take(self, data: bytes) -> None:
@@ -274,6 +276,9 @@ async def test_a_stream_that_breaks_off_has_no_end_marker() -> None:
     line = await talk(post("/", b""), app=breaks)
     assert line.sent.endswith(b"4\r\npart\r\n")
     assert line.closed
+    old = await talk(post("/", b"", version=b"1.0"), app=breaks)
+    assert old.sent.endswith(b"\r\n\r\npart")
+    assert old.cut, "the end of the connection would look like that of the answer"
 
 
 async def test_no_header_of_an_answer_can_add_another() -> None:

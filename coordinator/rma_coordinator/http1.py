@@ -1,6 +1,6 @@
 """HTTP/1.1 for Hypercorn, parsed by llhttp in place of h11: what a request costs is a third less.
 
-It is as strict as h11: a request without one host, with a body whose length is in doubt, or with a head without end, is
+It is nearly as strict as h11: a request without one host, with a body whose length is in doubt, or with a head without end, is
 refused, and no answer looks whole that is not. HTTP/2 without TLS is not spoken.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 from urllib.parse import unquote
 
 import httptools
@@ -19,7 +19,7 @@ from hypercorn.protocol.ws_stream import WSStream
 from rma_coordinator import server
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable
+    from collections.abc import Awaitable, Callable, Iterable, Sequence
 
     from hypercorn.config import Config
     from hypercorn.events import Event
@@ -27,14 +27,19 @@ if TYPE_CHECKING:
     from hypercorn.typing import AppWrapper, ConnectionState, TaskGroup, WorkerContext
 
     Headers = list[tuple[bytes, bytes]]
+    Message = dict[str, Any]
+    Receive = Callable[[], Awaitable[Message]]
 
 STREAM_ID = 1
 #: Statuses of answers without a body, and the first that is an answer and no word on the way to one.
 BODILESS, FINAL = frozenset({204, 304}), 200
 BAD_REQUEST, TOO_LARGE, FAILED, NOT_IMPLEMENTED = 400, 431, 500, 501
 CONTINUE = b"HTTP/1.1 100 \r\n\r\n"
-#: Parts of a body that wait for the application, of at most what is read at once.
+#: Messages that wait for the application, of at most what is read at once.
 MOST_TOLD = 10
+#: What a WebSocket's end is called that nobody announced.
+ABNORMAL = 1006
+VERSIONS = frozenset({"1.0", "1.1"})
 
 
 class Head(NamedTuple):
@@ -52,12 +57,20 @@ class Head(NamedTuple):
 NO_REQUEST = Head(b"", b"", [], "1.1", keeps_alive=False)
 
 
+class Cut(Closed):
+    """The connection is to break, not to end."""
+
+
 class Refused(Exception):
     """What came is no request that could be answered; ``status`` is what it is told."""
 
     def __init__(self, status: int = BAD_REQUEST) -> None:
         super().__init__(status)
         self.status = status
+
+
+#: A request up to its body, a part of that, its end, or that what came is none.
+Part: TypeAlias = Head | bytes | Refused | None
 
 
 class Parser:
@@ -145,12 +158,12 @@ class Parser:
             return
         self._in_head = False
         parser, version = self._parser, self._parser.get_http_version()
-        framing, upgrade, expects = _facts(self._headers, version)
+        framing, upgrade, expects, closes = _facts(self._headers, version)
         method = parser.get_method()
         websocket = upgrade == b"websocket" and method == b"GET" and parser.should_upgrade()
         if parser.should_upgrade() and not websocket:
             self._framing = framing
-        self._keeps_alive = version == "1.1" and (parser.should_keep_alive() or self._framing is not None)
+        self._keeps_alive = version == "1.1" and not closes
         self._found.append(
             Head(
                 method, self._url, self._headers, version, self._keeps_alive, websocket,
@@ -169,9 +182,12 @@ class Parser:
             self._found.append(None)
 
 
-def _facts(headers: Headers, version: str) -> tuple[bytes, bytes, bool]:
-    """Return a request's word on the length of its body, the protocol it wants, whether it waits. Raises Refused."""
-    hosts, framing, upgrade, expects = 0, b"", b"", False
+def _facts(headers: Headers, version: str) -> tuple[bytes, bytes, bool, bool]:
+    """Return what a request says of the length of its body, the protocol it wants, whether it waits, and closes.
+
+    Raises Refused.
+    """
+    hosts, framing, upgrade, expects, closes = 0, b"", b"", False, False
     for name, value in headers:
         if name == b"host":
             hosts += 1
@@ -181,13 +197,15 @@ def _facts(headers: Headers, version: str) -> tuple[bytes, bytes, bool]:
             if value.lower() != b"chunked":
                 raise Refused(NOT_IMPLEMENTED)
             framing = b"transfer-encoding: chunked\r\n"
+        elif name == b"connection":
+            closes = closes or b"close" in [token.strip() for token in value.lower().split(b",")]
         elif name == b"upgrade":
             upgrade = value.lower()
         elif name == b"expect":
             expects = value.lower() == b"100-continue"
-    if hosts > 1 or (not hosts and version == "1.1"):
+    if version not in VERSIONS or hosts > 1 or (not hosts and version == "1.1"):
         raise Refused
-    return framing, upgrade, expects
+    return framing, upgrade, expects, closes
 
 
 class Answer:
@@ -252,45 +270,57 @@ class Answer:
         return b"0\r\n\r\n" if self.left == -1 else b""
 
 
-class Exchange:
-    """One request and its answer, as an application sees them."""
+class Mailbox:
+    """What an application has yet to receive: a few messages at most, then that nobody is there any more."""
 
-    __slots__ = ("_http", "_ready", "_room", "_told", "gone", "scope")
+    __slots__ = ("_last", "_ready", "_room", "_told", "gone")
 
-    def __init__(self, http: Http1, scope: dict[str, Any]) -> None:
-        self._http, self.scope = http, scope
-        self._told: deque[dict[str, Any]] = deque()
+    def __init__(self, last: Message) -> None:
+        self._last = last
+        self._told: deque[Message] = deque()
         #: Set when there is something to receive, and when there is room for more.
         self._ready: asyncio.Future[None] | None = None
         self._room: asyncio.Future[None] | None = None
         self.gone = False
 
-    async def put(self, body: bytes, *, more: bool) -> None:
-        """Hand a part of the body to the application; wait while it has not taken enough of those before."""
+    async def put(self, message: Message) -> None:
+        """Add a message; wait while too many wait already. Once nobody is there it is thrown away."""
         while len(self._told) >= MOST_TOLD and not self.gone:
             self._room = asyncio.get_running_loop().create_future()
             await self._room
-        self._told.append({"type": "http.request", "body": body, "more_body": more})
-        _wake(self._ready)
+        if not self.gone:
+            self._told.append(message)
+            _wake(self._ready)
 
-    def leave(self) -> None:
-        """The client has gone, or has its answer."""
-        self.gone = True
-        _wake(self._ready)
-        _wake(self._room)
+    def leave(self, last: Message | None = None) -> None:
+        """Nobody is there any more: what waits can still be received."""
+        if not self.gone:
+            self.gone, self._last = True, last or self._last
+            _wake(self._ready)
+            _wake(self._room)
 
-    async def receive(self) -> dict[str, Any]:
-        """Return the next part of the body, or that the client has gone."""
+    async def receive(self) -> Message:
+        """Return the next message."""
         while not self._told:
             if self.gone:
-                return {"type": "http.disconnect"}
+                return self._last
             self._ready = asyncio.get_running_loop().create_future()
             await self._ready
         told = self._told.popleft()
         _wake(self._room)
         return told
 
-    async def send(self, message: dict[str, Any]) -> None:
+
+class Exchange(Mailbox):
+    """One request and its answer, as an application sees them."""
+
+    __slots__ = ("_http", "scope")
+
+    def __init__(self, http: Http1, scope: Message) -> None:
+        super().__init__({"type": "http.disconnect"})
+        self._http, self.scope = http, scope
+
+    async def send(self, message: Message) -> None:
         """Send a part of the answer, to whoever is still there. Raises RuntimeError for what is none."""
         if self.gone:
             return
@@ -311,12 +341,8 @@ class Exchange:
 
     async def run(self) -> None:
         """Let the application answer; for one that fails before it began, say so."""
-        try:
-            await self._http.app(self.scope, self.receive, self.send, None, None)  # type: ignore[arg-type]
-        except Exception:  # noqa: BLE001 - the application's own, whatever it is
-            await self._http.config.log.exception("Error in ASGI Framework")
-        finally:
-            await self._http.ended(self)
+        await self._http.let(self.scope, self.receive, self.send)
+        await self._http.ended(self)
 
 
 def _wake(waiting: asyncio.Future[None] | None) -> None:
@@ -347,7 +373,11 @@ class Http1:
         self.stream: Exchange | WSStream | None = None
         self.answer: Answer
         self._parser = Parser()
-        self._free = asyncio.Event()
+        #: Parts, and then bytes, that came before the answer to what was there before them.
+        self._waiting: list[Part] = []
+        self._later = b""
+        self._catching_up = False
+        self._caught_up = asyncio.Event()
         #: Whether the request is all here.
         self._whole = self._closed = False
 
@@ -360,7 +390,9 @@ class Http1:
             self._over()
             await self._close_stream()
         elif isinstance(event, RawData) and event.data and not self._closed:
-            if self._parser.rest is None:
+            if self._waiting or self._catching_up:
+                await self._keep(event.data)
+            elif self._parser.rest is None:
                 await self._received(event.data)
             else:
                 await self._frames(event.data)
@@ -368,41 +400,57 @@ class Http1:
     # -- requests ------------------------------------------------------------------------------------------------------
 
     async def _received(self, data: bytes) -> None:
-        refused: Refused | None = None
+        refused: list[Refused] = []
         try:
             found = self._parser.feed(data)
         except Refused as error:
-            refused, found = error, self._parser.found
-        for part in found:
+            found, refused = self._parser.found, [error]
+        await self._take([*found, *refused])
+
+    async def _take(self, parts: Sequence[Part]) -> None:
+        """Hand parts on, but for what follows a request that is not answered yet: that waits."""
+        for index, part in enumerate(parts):
+            # What is refused may be the next request, or this one's body.
+            if self.stream is not None and (isinstance(part, Head) or (isinstance(part, Refused) and self._whole)):
+                self._waiting += parts[index:]
+                return
             await self._part(part)
             if self._closed:
                 return
-        if refused is not None:
-            # It may be the next request that is none.
-            await self._until_free(only=self._whole)
-            await self._refuse(refused.status)
-        elif rest := self._parser.rest:
+        if rest := self._parser.rest:
             await self._frames(rest)
+
+    async def _keep(self, data: bytes) -> None:
+        """Keep what came before its turn, so that the end of the connection is seen meanwhile."""
+        self._later += data
+        while len(self._later) > server.MAX_HEAD_BYTES and not self._closed:
+            self._caught_up.clear()
+            await self._caught_up.wait()
+
+    async def _catch_up(self) -> None:
+        """Go on with what waited for the end of an answer."""
+        waited = self._waiting.copy()
+        self._waiting.clear()
+        await self._take(waited)
+        while self._later and not self._waiting and not self._closed:
+            data, self._later = self._later, b""
+            await (self._received(data) if self._parser.rest is None else self._frames(data))
+        self._catching_up = False
+        self._caught_up.set()
 
     async def _frames(self, data: bytes) -> None:
         if isinstance(self.stream, WSStream):
             await self.stream.handle(Data(stream_id=STREAM_ID, data=data))
 
-    async def _part(self, part: Head | bytes | None) -> None:
+    async def _part(self, part: Part) -> None:
         if isinstance(part, Head):
-            # Its client may not have waited for the answer to the one before.
-            await self._until_free()
-            if not self._closed:
-                await self._begin(part)
+            await self._begin(part)
+        elif isinstance(part, Refused):
+            await self._refuse(part.status)
         else:
             self._whole = part is None
             if isinstance(self.stream, Exchange):
-                await self.stream.put(part or b"", more=part is not None)
-
-    async def _until_free(self, *, only: bool = True) -> None:
-        while only and self.stream is not None and not self._closed:
-            self._free.clear()
-            await self._free.wait()
+                await self.stream.put({"type": "http.request", "body": part or b"", "more_body": part is not None})
 
     async def _begin(self, head: Head) -> None:
         await self.send(Updated(idle=False))
@@ -434,19 +482,50 @@ class Http1:
 
     async def _upgrade(self, head: Head) -> None:
         self.stream = WSStream(
-            self.app, self.config, self.context, self.task_group, self.ssl, self.client, self.server, self._send_event,
-            STREAM_ID,
+            self.app, self.config, self.context, cast("TaskGroup", self), self.ssl, self.client, self.server,
+            self._send_event, STREAM_ID,
         )  # fmt: skip
-        await self.stream.handle(
-            Request(
-                stream_id=STREAM_ID,
-                headers=head.headers,
-                http_version=head.version,
-                method=head.method.decode("ascii"),
-                raw_path=head.target,
-                state=self.connection_state,
-            )
+        request = Request(
+            stream_id=STREAM_ID,
+            headers=head.headers,
+            http_version=head.version,
+            method=head.method.decode("ascii"),
+            raw_path=head.target,
+            state=self.connection_state,
         )
+        try:
+            await self.stream.handle(request)
+        except UnicodeDecodeError:  # of a header that is read as text
+            self.stream = None
+            await self._refuse(BAD_REQUEST)
+
+    async def spawn_app(
+        self, _app: AppWrapper, _config: Config, scope: Message, send: Callable[[Message | None], Awaitable[None]]
+    ) -> Callable[[Message], Awaitable[None]]:
+        """Let the application have a WebSocket; return what hands it messages. Called by Hypercorn's stream."""
+        mailbox = Mailbox({"type": "websocket.disconnect", "code": ABNORMAL})
+
+        async def run() -> None:
+            await self.let(scope, mailbox.receive, send)
+            # Whoever waits for room would wait for ever.
+            mailbox.leave()
+            await send(None)
+
+        async def put(message: Message) -> None:
+            if message["type"] == "websocket.disconnect":
+                mailbox.leave(message)
+            else:
+                await mailbox.put(message)
+
+        self.task_group.spawn(run)
+        return put
+
+    async def let(self, scope: Message, receive: Receive, send: Callable[[Any], Awaitable[None]]) -> None:
+        """Let the application do its work; what it raises is logged."""
+        try:
+            await self.app(scope, receive, send, None, None)  # type: ignore[arg-type]
+        except Exception:  # noqa: BLE001 - the application's own, whatever it is
+            await self.config.log.exception("Error in ASGI Framework")
 
     # -- answers -------------------------------------------------------------------------------------------------------
 
@@ -464,6 +543,8 @@ class Http1:
             await self.send(RawData(self.answer.body(event.data)))
         elif isinstance(event, EndBody):
             await self.send(RawData(self.answer.end()))
+            # A handshake that was refused: nothing else would end the connection.
+            await self.answered()
 
     async def ended(self, exchange: Exchange) -> None:
         """The application has nothing more to say, whether it has answered or not."""
@@ -481,11 +562,16 @@ class Http1:
         answer, goes_on = self.answer, self._whole and not self._closed and not self.context.terminated.is_set()
         await self._close_stream()
         if goes_on and answer.done and answer.keeps_alive:
-            self._free.set()
-            await self.send(Updated(idle=True))
+            if self._waiting:
+                self._catching_up = True
+                self.task_group.spawn(self._catch_up)
+            else:
+                await self.send(Updated(idle=True))
         else:
             self._over()
-            await self.send(Closed())
+            # Of one that lasts until the end of the connection only that end could say that it was cut.
+            cut = answer.begun and not answer.done and answer.left is None
+            await self.send(Cut() if cut else Closed())
 
     async def _refuse(self, status: int) -> None:
         """Say that what came is no request, unless an answer has begun, and close."""
@@ -495,12 +581,13 @@ class Http1:
             self.answer = Answer(NO_REQUEST, self.config)
         said = b"" if self.answer.begun else self._short(self.answer, status)
         self._over()
+        await self._close_stream()
         await self.send(RawData(said))
         await self.send(Closed())
 
     def _over(self) -> None:
         self._closed = True
-        self._free.set()
+        self._caught_up.set()
 
     async def _close_stream(self) -> None:
         stream, self.stream = self.stream, None

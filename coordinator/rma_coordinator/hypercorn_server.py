@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import socket
+import struct
+import sys
 import time
 from typing import TYPE_CHECKING, cast
 
@@ -14,7 +18,7 @@ from hypercorn.config import Config
 from hypercorn.events import Closed, RawData, Updated
 
 from rma_coordinator import server
-from rma_coordinator.http1 import Http1
+from rma_coordinator.http1 import Cut, Http1
 from rma_coordinator.server import Places, Together, patient
 from rma_core.settings import CoordinatorSettings
 
@@ -30,6 +34,10 @@ logger = logging.getLogger(__name__)
 
 #: What Hypercorn calls the task of a connection.
 CONNECTION = "worker_serve.<locals>._server_callback"
+
+
+#: SO_LINGER: what is closed is reset.
+RESET = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
 
 
 class Idle:
@@ -92,12 +100,15 @@ class Connection(TCPServer):
             # No answer and no farewell: either could make us wait for somebody who means harm.
             self.writer.transport.abort()
             return
+        opened: set[Connection] = getattr(self.config, "opened", set())
+        opened.add(self)
         try:
             await super().run()
         except asyncio.CancelledError:
             # The server's end. Nothing waits for what comes of this, and Python before 3.12 would log a traceback.
             self.writer.transport.abort()
         finally:
+            opened.discard(self)
             self._idle.end(self)
             places.give()
 
@@ -111,6 +122,10 @@ class Connection(TCPServer):
                 self._idle.end(self)
             elif not self._left:
                 self._idle.begin(self)
+        elif type(event) is Cut:
+            # Without this the system would end the connection as if all had been said.
+            self.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+            self.writer.transport.abort()
         else:
             await super().protocol_send(event)
 
@@ -118,12 +133,13 @@ class Connection(TCPServer):
         try:
             self._out.write(data)
             await self.writer.drain()
-        except (ConnectionError, RuntimeError):
+        except (OSError, RuntimeError):  # the system's own patience may be over, too
             await self.protocol.handle(Closed())
 
     async def _close(self) -> None:
         self._out.flush()
-        await super()._close()
+        with contextlib.suppress(OSError):
+            await super()._close()
 
     def leave(self) -> None:
         """Close a connection that waits for a request."""
@@ -165,6 +181,7 @@ class BoundedConfig(Config):
         super().__init__()
         self.places = Places(CoordinatorSettings().max_connections)
         self.idle = Idle()
+        self.opened: set[Connection] = set()
         #: What every answer has, in this second.
         self._headers: tuple[int, list[tuple[bytes, bytes]]] = (0, [])
 
@@ -194,6 +211,9 @@ class BoundedConfig(Config):
 
     async def cut(self, serving: asyncio.Task[None]) -> None:
         """Cancel a server that cannot stop, and its connections."""
+        for connection in list(self.opened):
+            # What waits for a client that takes nothing would outlive being cancelled.
+            connection.writer.transport.abort()
         await _cut(serving)
 
 

@@ -33,6 +33,11 @@ TOO_LARGE = (
     b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-type: text/plain; charset=utf-8\r\n"
     b"content-length: 31\r\n\r\nthe request's head is too large"
 )
+#: Requests of one connection that wait for the answer to the one before, until nothing more is read.
+MOST_WAITING = 8
+NO_UPGRADE = "No other protocol is spoken here: leave out Upgrade."
+#: What says that a request has a body.
+BODY = frozenset({b"content-length", b"transfer-encoding"})
 #: What uvicorn calls an error although it is ours, or said elsewhere: an answer that is cut on purpose, because its
 #: worker was lost; who sends nonsense; what is still open at the end.
 EXPECTED = (
@@ -163,6 +168,10 @@ class _Http(HttpToolsProtocol):
     def __init__(self, *arguments: Any, **more: Any) -> None:  # noqa: ANN401 - uvicorn's own
         super().__init__(*arguments, **more)
         self._placed = False
+        #: Requests that were not answered when the next one came.
+        self._before: list[Any] = []
+        #: Whether what came is a request with a body that the parser would not read.
+        self._refused = False
         #: Bytes since a head, a part of a body, or a request was whole.
         self._kept = 0
         #: Since when a request's head has been coming; 0 while none is.
@@ -182,8 +191,11 @@ class _Http(HttpToolsProtocol):
         self._look = self.loop.call_later(server.KEEP_ALIVE_S, self._look_at_head)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Give the place back."""
+        """Give the place back, and tell those whose answers are under way, not only the last."""
         self._look_no_more()
+        for one in self._before:
+            one.disconnected = True
+            one.message_event.set()
         if self._placed:
             self._placed = False
             self.places.give()
@@ -195,10 +207,27 @@ class _Http(HttpToolsProtocol):
             return
         self._kept += len(data)
         super().data_received(data)
-        if self._kept > server.MAX_HEAD_BYTES and not self.transport.is_closing():
-            if self._head_since:
-                self.transport.write(TOO_LARGE)
+        if self._refused and not self.transport.is_closing():
+            self.send_400_response(NO_UPGRADE)
+        elif self._kept > server.MAX_HEAD_BYTES and not self.transport.is_closing():
+            if self._answers:
+                self.transport.abort()
+                return
+            self.transport.write(TOO_LARGE)
             self.transport.close()
+
+    @property
+    def _answers(self) -> bool:
+        """Whether an answer is under way: what is written beside it would be taken for a part of it."""
+        cycle: Any = self.cycle
+        return cycle is not None and not cycle.response_complete
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no request; break an answer that is under way."""
+        if self._answers:
+            self.transport.abort()
+        else:
+            super().send_400_response(msg)
 
     def on_message_begin(self) -> None:
         """A request begins."""
@@ -213,11 +242,22 @@ class _Http(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """The request's head is here."""
         self._head_since, self._kept = 0.0, 0
+        upgrades = self.parser.should_upgrade() and not self._should_upgrade()
+        if upgrades and any(name in BODY and value.strip(b"0") for name, value in self.headers):
+            self._refused = True
+            return
         before: Any = self.cycle
         super().on_headers_complete()
         cycle: Any = self.cycle
         if cycle is not before:
             cycle.transport = _Transport(cycle, self.loop)
+            # The parser reads nothing behind a request that would speak another protocol.
+            cycle.keep_alive = cycle.keep_alive and not upgrades
+            if before is not None and not before.response_complete:
+                self._before = [one for one in self._before if not one.response_complete] + [before]
+                if len(self.pipeline) <= MOST_WAITING:
+                    # Who does not read does not see its client leave.
+                    self.flow.resume_reading()
 
     def on_body(self, body: bytes) -> None:
         """A part of the body is here."""
@@ -227,7 +267,8 @@ class _Http(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """The request is here."""
         self._kept = 0
-        super().on_message_complete()
+        if not self._refused:
+            super().on_message_complete()
 
     def handle_websocket_upgrade(self) -> None:
         """Hand the connection over, and its place with it."""
@@ -243,6 +284,9 @@ class _Http(HttpToolsProtocol):
         A timer for each request would cost more.
         """
         since, now = self._head_since, self.loop.time()
+        if since and self._answers:
+            # It came while the request before it is answered, which may take long.
+            since = self._head_since = now
         if since and now - since >= server.KEEP_ALIVE_S:
             self._look = None
             self.transport.close()
