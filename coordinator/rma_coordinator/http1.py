@@ -1,7 +1,7 @@
 """HTTP/1.1 for Hypercorn, parsed by llhttp in place of h11: what a request costs is a third less.
 
-It is nearly as strict as h11: a request without one host, with a body whose length is in doubt, or with a head without end, is
-refused, and no answer looks whole that is not. HTTP/2 without TLS is not spoken.
+It is nearly as strict as h11: a request without one host, with a body whose length is in doubt, or with a head without
+end, is refused, and no answer looks whole that is not. HTTP/2 without TLS is not spoken.
 """
 
 from __future__ import annotations
