@@ -298,3 +298,52 @@ async def test_an_answer_before_the_body_has_come_closes_the_connection() -> Non
     line = await talk(post("/", b"x" * 100)[:-50], app=early)
     assert line.sent.startswith(b"HTTP/1.1 413 ")
     assert line.closed
+
+
+class Slow(Line):
+    """A connection on which sending takes some turns of the loop."""
+
+    turns = 0
+
+    async def _send(self, event: Event) -> None:
+        for _ in range(self.turns):
+            await asyncio.sleep(0)
+        await super()._send(event)
+
+
+KINDS = ("echo", "early", "nothing", "broken off", "after a part")
+
+
+@given(
+    data=st.lists(st.one_of(requests(), st.sampled_from([b"nonsense\r\n\r\n", b"PO"])), max_size=4).map(b"".join),
+    cuts=st.lists(st.integers(0, 2000), max_size=4),
+    kinds=st.lists(st.sampled_from(KINDS), min_size=1),
+    turns=st.integers(0, 2),
+)
+def test_whatever_comes_and_however_it_is_answered_nobody_is_left_waiting(
+    data: bytes, cuts: list[int], kinds: list[str], turns: int
+) -> None:
+    left = iter(kinds)
+
+    async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
+        kind = next(left, "echo")
+        if kind == "echo":
+            await echo(scope, receive, send)
+            return
+        if kind == "after a part":
+            await receive()
+        if kind != "nothing":
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"part", "more_body": kind == "broken off"})
+
+    async def run() -> None:
+        async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+            line = Slow(app, group)
+            line.turns = turns
+            for one in pieces(data, cuts):
+                await line.take(one)
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await line.http.handle(Closed())
+
+    asyncio.run(run())

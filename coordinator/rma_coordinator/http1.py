@@ -454,6 +454,8 @@ class Http1:
 
     async def _begin(self, head: Head) -> None:
         await self.send(Updated(idle=False))
+        if self._closed:
+            return
         self._whole, self.answer = False, Answer(head, self.config)
         if head.upgrades:
             await self._upgrade(head)
