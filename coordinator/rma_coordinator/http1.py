@@ -323,6 +323,8 @@ class Exchange(Mailbox):
     async def send(self, message: Message) -> None:
         """Send a part of the answer, to whoever is still there. Raises RuntimeError for what is none."""
         if self.gone:
+            # Who goes on without looking must not keep everybody else from their turn.
+            await asyncio.sleep(0)
             return
         http, answer, kind = self._http, self._http.answer, message["type"]
         if kind == "http.response.body" and answer.begun:
