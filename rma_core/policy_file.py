@@ -36,7 +36,7 @@ NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 #: No table that a person wrote is longer.
 MAX_CHARACTERS = 200_000
 Text = Annotated[str, Meta(max_length=MAX_CHARACTERS)]
-HEADER = re.compile(r"\s*\[(\[?)\s*([^\[\]]+?)\s*\]")
+HEADER = re.compile(r"\s*\[(\[?)([^\[\]]+)\]")
 KEY = re.compile(r"\s*(?:([A-Za-z0-9_-]+)|\"([^\"]*)\")\s*[=.]")
 #: How `tomllib` says where it stopped.
 STOPPED = re.compile(r"(.*) \((?:at line (\d+), column \d+|at end of document)\)", re.DOTALL)
@@ -117,8 +117,9 @@ def line_of(text: str, path: str) -> int:
         if header := HEADER.match(line):
             here = [*(part.strip().strip('"') for part in header[2].split("."))]
             if header[1]:
-                counts[header[2]] = counts.get(header[2], -1) + 1
-                here.append(counts[header[2]])
+                table = header[2].strip()
+                counts[table] = counts.get(table, -1) + 1
+                here.append(counts[table])
             names = [here[:-1], here] if header[1] else [here]
         elif key := KEY.match(line):
             names = [[*here, key[1] or key[2]]]
