@@ -90,6 +90,23 @@ async def test_ready_is_told_before_anything_else_and_what_it_raises_ends_the_se
     await pool_of(again).stop()
 
 
+async def test_once_it_says_that_it_answers_it_takes_connections(tmp_path: Path) -> None:
+    port = free_port("127.0.0.1", 0)
+    app = make_app(tmp_path, clock=TurnedClock())
+    taken: list[bool] = []
+
+    async def ready() -> None:
+        _, writer = await soon(asyncio.open_connection("127.0.0.1", port))
+        taken.append(True)
+        writer.close()
+
+    async def told() -> None:
+        await until(lambda: taken)
+
+    await run_server(app, make_config(Listener("127.0.0.1", port), None), until=told, ready=ready)
+    assert taken == [True]
+
+
 async def test_what_ends_the_waiting_is_raised(tmp_path: Path) -> None:
     async def broken() -> None:
         raise RuntimeError("the local part failed")

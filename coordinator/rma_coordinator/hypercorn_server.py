@@ -180,6 +180,7 @@ class BoundedConfig(Config):
     def __init__(self) -> None:
         super().__init__()
         self.places = Places(CoordinatorSettings().max_connections)
+        self._sockets: Sockets | None = None
         self.idle = Idle()
         self.opened: set[Connection] = set()
         #: What every answer has, in this second.
@@ -195,19 +196,28 @@ class BoundedConfig(Config):
 
     def create_sockets(self) -> Sockets:
         """Return the listening sockets."""
+        if self._sockets is not None:
+            return self._sockets
         sockets = super().create_sockets()
         for listening in (*sockets.secure_sockets, *sockets.insecure_sockets):
             patient(listening)
+            listening.listen(server.BACKLOG)
         return sockets
 
     async def serve(self, app: ASGI, stop: asyncio.Event) -> None:
-        """Serve until ``stop`` is set."""
+        """Serve until ``stop`` is set. Raises OSError for an address in use."""
+        # Before the application starts: once it says that it answers, it must.
+        self._sockets = self.create_sockets()
 
         async def stopped() -> None:
             await stop.wait()
             self.idle.close_all()
 
-        await serve(cast("Framework", app), self, shutdown_trigger=stopped)
+        try:
+            await serve(cast("Framework", app), self, shutdown_trigger=stopped)
+        finally:
+            for listening in (*self._sockets.secure_sockets, *self._sockets.insecure_sockets):
+                listening.close()
 
     async def cut(self, serving: asyncio.Task[None]) -> None:
         """Cancel a server that cannot stop, and its connections."""

@@ -197,13 +197,15 @@ def make_config(plain: Listener | None, secure: Listener | None, *, server: str 
 
 
 def listening(listener: Listener) -> socket.socket:
-    """Return a bound socket that gives up on clients which take nothing for UNREAD_S. Raises OSError."""
+    """Return a listening socket that gives up on clients which take nothing for UNREAD_S. Raises OSError."""
     family = socket.AF_INET6 if ":" in listener.host else socket.AF_INET
     found = socket.socket(family, socket.SOCK_STREAM)
     try:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         patient(found)
         found.bind((listener.host, listener.port))
+        # Before the application starts: once it says that it answers, it must.
+        found.listen(BACKLOG)
     except OSError:
         found.close()
         raise
