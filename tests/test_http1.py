@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rma_coordinator import server
-from rma_coordinator.http1 import Cut, Head, Http1, Parser, Refused
+from rma_coordinator.http1 import Cut, Http1
+from rma_coordinator.http1_parser import Head, Parser, Refused
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
