@@ -46,7 +46,7 @@ PART = re.compile(r"\.([^.\[\]]+)|\[(\d+)\]")
 def read_policy(text: str, *, name: str, subject: str) -> ThresholdPolicy:
     """Return the policy that a file holds. Raises ValidationProblem, naming every problem with its line."""
     if len(text) > MAX_CHARACTERS:
-        raise ValidationProblem(subject, [Problem("$", f"has more than {MAX_CHARACTERS} characters")])
+        raise _too_long(subject)
     try:
         found = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
@@ -80,12 +80,18 @@ def load(path: Path) -> tuple[str, str]:
     try:
         with path.open("rb") as file:
             content = file.read(4 * MAX_CHARACTERS + 1)
+        if len(content) > 4 * MAX_CHARACTERS:  # what is cut off may be half a character
+            raise _too_long(path.name)
         text = content.decode("utf-8")
     except OSError as error:
         raise SettingProblem(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ValidationProblem(str(path), [Problem("$", "is not text in UTF-8")]) from None
     return name, text
+
+
+def _too_long(subject: str) -> ValidationProblem:
+    return ValidationProblem(subject, [Problem("$", f"has more than {MAX_CHARACTERS} characters")])
 
 
 def _stopped(said: str, text: str) -> Problem:

@@ -114,9 +114,10 @@ def test_a_file_that_is_none_is_said(tmp_path: Path) -> None:
     (tmp_path / "lab.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(ValidationProblem, match="UTF-8"):
         read_file(tmp_path / "lab.toml")
-    (tmp_path / "lab.toml").write_text("#" * 300_000)
-    with pytest.raises(ValidationProblem, match="more than 200000 characters"):
-        read_file(tmp_path / "lab.toml")
+    for text in ("#" * 300_000, "#" + "\N{SNOWMAN}" * 300_000):
+        (tmp_path / "lab.toml").write_text(text, encoding="utf-8")
+        with pytest.raises(ValidationProblem, match="more than 200000 characters"):
+            read_file(tmp_path / "lab.toml")
 
 
 # -- a coordinator -------------------------------------------------------------------------------------------------

@@ -70,6 +70,10 @@ class Answer:
         self.begun = status >= FINAL
         return text
 
+    def short(self, status: int) -> bytes:
+        """Return an answer that is its status, the last on its connection."""
+        return self.start(status, [(b"content-length", b"0"), (b"connection", b"close")])
+
     def _settle(self, status: int, headers: Headers) -> None:
         """Decide how the body is written, and whether another request may follow."""
         closes = False
@@ -91,8 +95,10 @@ class Answer:
 
     def body(self, data: bytes) -> bytes:
         """Return a part of the body. Raises RuntimeError where there is more than was said."""
-        if self.silent or not data or self.left is None:
-            return b"" if self.silent else data
+        if self.silent:
+            return b""
+        if not data or self.left is None:
+            return data
         if self.left == -1:
             return b"%x\r\n%b\r\n" % (len(data), data)
         if len(data) > self.left:
@@ -392,12 +398,8 @@ class Http1:
         """The application has nothing more to say, whether it has answered or not."""
         if self.stream is exchange and not exchange.gone:
             if not self.answer.begun:
-                await self.send(RawData(self._short(self.answer, FAILED)))
+                await self.send(RawData(self.answer.short(FAILED)))
             await self.answered()
-
-    def _short(self, answer: Answer, status: int) -> bytes:
-        """Return an answer that is its status, the last on this connection."""
-        return answer.start(status, [(b"content-length", b"0"), (b"connection", b"close")])
 
     async def answered(self) -> None:
         """Wait for the next request, or close the connection where that cannot be."""
@@ -421,7 +423,7 @@ class Http1:
             return
         if self.stream is None:
             self.answer = Answer(NO_REQUEST, self.config)
-        said = b"" if self.answer.begun else self._short(self.answer, status)
+        said = b"" if self.answer.begun else self.answer.short(status)
         self._over()
         await self._close_stream()
         await self.send(RawData(said))

@@ -34,8 +34,6 @@ logger = logging.getLogger(__name__)
 
 #: What Hypercorn calls the task of a connection.
 CONNECTION = "worker_serve.<locals>._server_callback"
-
-
 #: SO_LINGER: what is closed is reset.
 RESET = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
 

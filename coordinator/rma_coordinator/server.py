@@ -117,7 +117,7 @@ class Together:
         """Write what is kept; whoever has left is found out by reading."""
         if self._head:
             data, self._head = self._head, b""
-            with contextlib.suppress(ConnectionError, RuntimeError):
+            with contextlib.suppress(OSError, RuntimeError):
                 self.to.write(data)
 
     def close(self) -> None:
