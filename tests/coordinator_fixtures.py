@@ -29,6 +29,7 @@ from rma_core.http import AsyncClient, open_client
 from rma_core.models import channel as frames
 from rma_core.models.worker import AttemptRef, ContainerStatus, Heartbeat, RegisterRequest, TaskOffer
 from rma_core.settings import CoordinatorSettings
+from tests.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -306,7 +307,7 @@ def make_config(plain: server.Listener | None, secure: server.Listener | None) -
 async def running(home: Path, **more: Any) -> AsyncIterator[Running]:
     """A coordinator on a free port of loopback, with a client that holds a key with every scope."""
     clock = TurnedClock()
-    listener = server.Listener("127.0.0.1", server.free_port("127.0.0.1", 0))
+    listener = server.Listener("127.0.0.1", free_port())
     app = make_app(home, clock=clock, **more)
     config = make_config(listener, None)
     found = Running(app, listener.url, clock, config)

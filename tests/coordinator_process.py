@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from rma_coordinator.server import free_port
 from rma_core.http import open_client
 from tests.coordinator_fixtures import PATIENCE_S
 from tests.pools import Running, environment, rma, until
+from tests.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Sequence
@@ -25,7 +25,7 @@ class Coordinator:
     """`rma coordinator` in a folder; what it says is kept in ``said.text``."""
 
     def __init__(self, home: Path, *, before: Sequence[str] = (), **settings: object) -> None:
-        self.home, self.port = home, free_port("127.0.0.1", 0)
+        self.home, self.port = home, free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         env = environment(home, {f"RMA_{name.upper()}": str(value) for name, value in settings.items()})
         self.said = Running([*before, *rma("coordinator", "--port", str(self.port))], env)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import psutil
 
 from tests import tiny_model
+from tests.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -251,9 +252,7 @@ def start(
         path = folder / "s"
         endpoint, where = f"unix:{path}", ["--uds", str(path)]
     else:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
+        port = str(free_port())
         endpoint, where = f"http://127.0.0.1:{port}", ["--host", "127.0.0.1", "--port", port]
     told = {
         "MODEL": model,

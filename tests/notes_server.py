@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import socket
 import subprocess
 import sys
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
+
+from tests.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -69,9 +70,7 @@ def until(condition: Callable[[], object], *, what: str) -> None:
 @contextlib.contextmanager
 def running(*options: str, module: str = "rma_notes") -> Iterator[Server]:
     """Start the service on a free port, and end it with all that it started."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", module, "--port", str(port), *options]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     server = Server(process, port)

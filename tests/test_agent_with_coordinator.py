@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import socket
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -24,6 +23,7 @@ from rma_core.settings import AgentSettings, CoordinatorSettings
 from tests.agent_cable import cable_to
 from tests.agent_runtimes import MemoryRuntime
 from tests.agent_service import PATIENCE_S, LocalService, eventually, local_service
+from tests.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -102,10 +102,7 @@ async def join_token(pool: Pool) -> str:
 @contextlib.asynccontextmanager
 async def running_coordinator(tmp_path: Path, store: Store, port: int = 0) -> AsyncIterator[tuple[str, Pool]]:
     """Run the real coordinator on a port, a free one unless it is named."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(("127.0.0.1", port))
-        port = probe.getsockname()[1]
+    port = port or free_port()
     settings = CoordinatorSettings(home=str(tmp_path / "coordinator"), memory_body_bytes=64 * 1024)
     app = create_app(settings, store=store, plugins=Plugins.discover(kinds=["policy"]), catalog=CATALOG)
     ready, stop = asyncio.Event(), asyncio.Event()

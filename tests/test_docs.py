@@ -19,12 +19,12 @@ import rma_core
 from docs import generate
 from rma_coordinator.api.routes import ROUTES
 from rma_coordinator.certificate import own_pair
-from rma_coordinator.server import free_port
 from rma_core import catalog, hookspecs, model_catalog
 from rma_core.models.strict import convert
 from rma_core.policy_file import read_policy
 from rma_core.settings import AgentSettings, CoordinatorSettings, describe, load_settings
 from tests.needs import need
+from tests.ports import free_port
 from tests.snippets import LANGUAGES, PAGES, ROOT, Pool, Sandbox, Snippet, missing, snippets, steps
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def nginx(up: Pool, tmp_path: Path) -> Iterator[Sandbox]:
     need("nginx")
     block = next(s.text for s in snippets(ROOT / "docs" / "admins.md") if s.text.startswith("server {"))
     pair = own_pair(tmp_path / "tls", names=["localhost"])
-    port = free_port("127.0.0.1", 0)
+    port = free_port()
     for written, meant in (
         ("443 ssl", f"127.0.0.1:{port} ssl"),
         ("/etc/ssl/pool.pem", str(pair.cert)),

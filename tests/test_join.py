@@ -18,6 +18,7 @@ import pytest
 from tests.needs import need
 from tests.netns import machine
 from tests.pools import NO_ENGINE, Running, environment, left_over, pool, rma, until
+from tests.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,11 +37,6 @@ def second() -> Iterator[Machine]:
 
 def join_words(made: Pool) -> list[str]:
     return made.up.wait_for(r"(?m)^ +rma (join https://\S+ rmaj_\S+)$")[1].split()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 def test_a_second_machine_joins_over_tls_serves_and_leaves(

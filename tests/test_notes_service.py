@@ -20,6 +20,7 @@ from rma_core.catalog import load
 from tests import notes_documents as documents
 from tests.fixtures import NOTES
 from tests.notes_server import PATIENCE_S, Reply, Server, answers, running, until
+from tests.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -315,9 +316,7 @@ def test_it_serves_on_a_unix_socket_and_ends_on_sigterm(tmp_path: Path) -> None:
 
 
 def test_the_port_comes_from_the_environment_too() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "rma_notes"]
     process = subprocess.Popen(command, env={**os.environ, "PORT": str(port)}, stderr=subprocess.DEVNULL)
     try:

@@ -28,6 +28,7 @@ from rma_core.errors import SettingProblem
 from rma_core.http import open_client
 from rma_core.models import channel as frames
 from rma_core.tls import certificate_pin, fetch_pinned, pinned_context
+from tests import ports
 from tests.coordinator_fixtures import (
     PATIENCE_S,
     Line,
@@ -80,7 +81,7 @@ async def test_ready_is_told_before_anything_else_and_what_it_raises_ends_the_se
         seen.append(pool_of(app).record.issuer)
         raise SettingProblem("not ready after all", hints=("a hint",))
 
-    config = make_config(Listener("127.0.0.1", free_port("127.0.0.1", 0)), None)
+    config = make_config(Listener("127.0.0.1", ports.free_port()), None)
     with pytest.raises(SettingProblem, match="not ready after all") as failed:
         await soon(run_server(app, config, until=for_ever, ready=ready))
     assert (failed.value.hints, len(seen)) == (("a hint",), 1)
@@ -91,7 +92,7 @@ async def test_ready_is_told_before_anything_else_and_what_it_raises_ends_the_se
 
 
 async def test_once_it_says_that_it_answers_it_takes_connections(tmp_path: Path) -> None:
-    port = free_port("127.0.0.1", 0)
+    port = ports.free_port()
     app = make_app(tmp_path, clock=TurnedClock())
     taken: list[bool] = []
 
@@ -111,21 +112,21 @@ async def test_what_ends_the_waiting_is_raised(tmp_path: Path) -> None:
     async def broken() -> None:
         raise RuntimeError("the local part failed")
 
-    config = make_config(Listener("127.0.0.1", free_port("127.0.0.1", 0)), None)
+    config = make_config(Listener("127.0.0.1", ports.free_port()), None)
     with pytest.raises(RuntimeError, match="the local part failed"):
         await soon(run_server(make_app(tmp_path), config, until=broken))
 
 
 async def test_a_setting_that_cannot_work_is_raised_as_it_is(tmp_path: Path) -> None:
     app = make_app(tmp_path, tier_policy="nobody-has-this")
-    config = make_config(Listener("127.0.0.1", free_port("127.0.0.1", 0)), None)
+    config = make_config(Listener("127.0.0.1", ports.free_port()), None)
     with pytest.raises(SettingProblem, match="no tier policy 'nobody-has-this'"):
         await soon(run_server(app, config, until=for_ever))
 
 
 async def test_a_second_coordinator_on_the_same_folder_is_refused(tmp_path: Path) -> None:
     async with running(tmp_path):
-        config = make_config(Listener("127.0.0.1", free_port("127.0.0.1", 0)), None)
+        config = make_config(Listener("127.0.0.1", ports.free_port()), None)
         with pytest.raises(SettingProblem, match="another coordinator is using"):
             await soon(run_server(make_app(tmp_path), config, until=for_ever))
 
@@ -166,8 +167,8 @@ def test_listeners_are_written_as_urls() -> None:
 
 async def test_a_pool_answers_with_tls_and_without_at_once(tmp_path: Path) -> None:
     pair = own_pair(tmp_path / "tls", names=["localhost", "127.0.0.1"])
-    plain = Listener("127.0.0.1", free_port("127.0.0.1", 0))
-    secure = Listener("127.0.0.1", free_port("127.0.0.1", 0), pair.cert, pair.key)
+    plain = Listener("127.0.0.1", ports.free_port())
+    secure = Listener("127.0.0.1", ports.free_port(), pair.cert, pair.key)
     stop = asyncio.Event()
 
     async def told() -> None:
@@ -430,7 +431,7 @@ async def test_a_connection_whose_client_has_left_is_gone_at_once(tmp_path: Path
 
 
 async def test_sigterm_ends_the_command_with_a_channel_open(tmp_path: Path) -> None:
-    port = free_port("127.0.0.1", 0)
+    port = ports.free_port()
     environment = {**os.environ, "RMA_HOME": str(tmp_path), "RMA_CATALOG": ""}
     command = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "rma_core", "coordinator", "--port", str(port),
