@@ -10,7 +10,13 @@ import contextlib
 import os
 import sys
 import time
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    #: What is done with a plugin: takes the request, and the answer that it fills.
+    Use = Callable[[dict[str, Any], dict[str, Any]], None]
 
 #: Past its deadline the child ends itself by a kernel timer, in case its parent has died and cannot kill it.
 ORPHAN_S = 2.0
@@ -18,8 +24,8 @@ ORPHAN_S = 2.0
 WHERE_SHARE = 0.9
 
 
-def main() -> NoReturn:
-    """Read the request (where to look for modules, then JSON), run the detector, answer, end."""
+def main(use: Use) -> NoReturn:
+    """Read the request (where to look for modules, then JSON), ``use`` the plugin, answer, end."""
     path, _, asked = sys.stdin.buffer.read().partition(b"\n")
     answer_to = _move_stdio()
     sys.path[:] = map(os.fsdecode, path.split(b"\0"))
@@ -27,7 +33,7 @@ def main() -> NoReturn:
 
     request: dict[str, Any] = msgspec.json.decode(asked)
     _restrain(request["deadline_s"])
-    answer = _answer(request)
+    answer = answer_of(use, request)
     with contextlib.suppress(OSError):
         _write(answer_to, answer + b"\n")
     for stream in (sys.stdout, sys.stderr):
@@ -63,8 +69,8 @@ def _restrain(deadline_s: float) -> None:
         signal.setitimer(signal.ITIMER_REAL, deadline_s + ORPHAN_S)
 
 
-def _answer(request: dict[str, Any]) -> bytes:
-    """Run the detector and return its answer, whatever happens."""
+def answer_of(use: Use, request: dict[str, Any]) -> bytes:
+    """Use the plugin and return its answer, whatever happens."""
     import msgspec
 
     from rma_core.errors import DetectionError, PluginInvalid
@@ -72,7 +78,7 @@ def _answer(request: dict[str, Any]) -> bytes:
 
     answer: dict[str, Any] = {"outcome": "failed", "import_seconds": 0.0}
     try:
-        _detect(request, answer)
+        use(request, answer)
         return msgspec.json.encode(answer)
     except PluginInvalid as error:
         answer |= {"outcome": "invalid", "reason": str(error)}
@@ -90,10 +96,8 @@ def _answer(request: dict[str, Any]) -> bytes:
     return msgspec.json.encode(answer)
 
 
-def _detect(request: dict[str, Any], answer: dict[str, Any]) -> None:
-    """Import the detector and call it; ``answer`` always says how far it came."""
-    import msgspec
-
+def imported(request: dict[str, Any], answer: dict[str, Any], group: str) -> Callable[[dict[str, object]], object]:
+    """Import the plugin and return its hook of ``group``; ``answer`` says how far it came."""
     from rma_core.host import bind, load
 
     started = time.perf_counter()
@@ -102,9 +106,21 @@ def _detect(request: dict[str, Any], answer: dict[str, Any]) -> None:
     finally:
         answer["import_seconds"] = time.perf_counter() - started
     answer["outcome"] = "invalid"
-    detect = bind(plugin, "rma.detectors")
+    hook = bind(plugin, group)
     answer["outcome"] = "raised"
-    detection = detect(request["config"])
+    return hook
+
+
+def detect(request: dict[str, Any], answer: dict[str, Any]) -> None:
+    """Import the detector and call it; ``answer`` always says how far it came."""
+    call(imported(request, answer, "rma.detectors"), request, answer)
+
+
+def call(hook: Callable[[dict[str, object]], object], request: dict[str, Any], answer: dict[str, Any]) -> None:
+    """Call a detector's hook and put what it says into ``answer``."""
+    import msgspec
+
+    detection = hook(request["config"])
     answer["outcome"] = "unusable"
     _check(detection)
     answer["detection"] = msgspec.Raw(msgspec.json.encode(detection))
@@ -130,4 +146,4 @@ def _write(descriptor: int, data: bytes) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(detect)

@@ -202,7 +202,7 @@ async def _run(detector: DetectorPlugin, table: Mapping[str, object], deadline_s
     try:
         ended = await isolation.run(
             [sys.executable, "-I", "-X", "utf8", _CHILD],
-            request=_request(detector, table, deadline_s),
+            request=request_for(detector.value, table, deadline_s),
             deadline_s=deadline_s,
             max_answer_bytes=MAX_REPORT_BYTES,
         )
@@ -219,11 +219,10 @@ async def _run(detector: DetectorPlugin, table: Mapping[str, object], deadline_s
     return _answered(detector, answer, ended.seconds)
 
 
-def _request(detector: DetectorPlugin, table: Mapping[str, object], deadline_s: float) -> bytes:
-    """Return what the child is asked; it looks for modules where this process does, but never in its own folder."""
+def request_for(value: str, table: Mapping[str, object], deadline_s: float, **more: object) -> bytes:
+    """Return what a child is asked; it looks for modules where this process does, but never in its own folder."""
     path = [os.fsencode(os.path.abspath(entry)) for entry in sys.path if entry]  # noqa: PTH100 - strings, not files
-    request = {"value": detector.value, "config": dict(table), "deadline_s": deadline_s}
-    asked = msgspec.json.encode(request, enc_hook=str)
+    asked = msgspec.json.encode({"value": value, "config": dict(table), "deadline_s": deadline_s, **more}, enc_hook=str)
     return b"\0".join(path) + b"\n" + asked
 
 
@@ -235,7 +234,7 @@ def _answered(detector: DetectorPlugin, answer: Answer, seconds: float) -> Obser
         "unusable": f"its answer cannot be used: {answer.reason}",
     }
     if answer.outcome == "answered" and answer.detection is not None:
-        detection = _plausible(answer.detection)
+        detection = plausible(answer.detection)
         seen = _failure(detector, "", seconds=seconds, import_seconds=answer.import_seconds)
         return msgspec.structs.replace(seen, detection=detection)
     return _failure(
@@ -268,7 +267,7 @@ def _failure(
     )
 
 
-def _plausible(detection: Detection) -> Detection:
+def plausible(detection: Detection) -> Detection:
     """Return a detection without contradictions: each id once, a reason beside every state but healthy."""
     state, reason, devices = detection.state, detection.reason, detection.devices
     if state == "undetected" and devices:

@@ -59,6 +59,15 @@ class DetectorPlugin(NamedTuple):
     version: str
 
 
+class InstalledPlugin(NamedTuple):
+    """A plugin that an installed distribution announces; ``value`` is what its entry point names."""
+
+    name: str
+    kind: Kind
+    value: str
+    shipped_by: str
+
+
 class _Plugin:
     """One plugin as the host keeps it; ``call`` is there once it is imported and fits, ``refused`` ones never run."""
 
@@ -246,6 +255,12 @@ class Plugins:
         if isinstance(error, PluginError):
             return "invalid", describe(error)
         return "failed", f"{doing}: {describe(error)}"
+
+
+def installed() -> tuple[InstalledPlugin, ...]:
+    """Return what the installed distributions announce, whatever its state; nothing is imported."""
+    found = sorted(_installed(tuple(KINDS)), key=_order)
+    return tuple(InstalledPlugin(p.name, p.kind, p.value, p.shipped_by) for p in found)
 
 
 def load(value: str) -> object:

@@ -344,7 +344,7 @@ def test_hiding_names_never_makes_a_text_too_long_for_its_field() -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="a kernel timer ends the child, which Windows does not have")
 def test_a_child_whose_parent_has_died_ends_by_itself(install: Callable[..., Plugins]) -> None:
     (detector,) = install("hangs_in_native_code").detectors()
-    request = module._request(detector, {}, 0.5)
+    request = module.request_for(detector.value, {}, 0.5)
     program = [sys.executable, "-I", module._CHILD]
     ran = subprocess.run(program, input=request, capture_output=True, timeout=60, check=False)
     assert (ran.returncode, ran.stdout) == (-14, b""), "SIGALRM"

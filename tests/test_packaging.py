@@ -92,6 +92,7 @@ def test_each_plugins_wheel_works_alone_beside_core(beside_core: tuple[Path, str
     found = listed(python, tmp_path)
     assert (found[plugin]["kind"], found[plugin]["state"]) == (kind, "active")
     assert (found[plugin]["distribution"], found[plugin]["reason"]) == (name, "")
+    run(python, "-m", "rma_core", "plugins", "check", plugin, env=environment(tmp_path), cwd=tmp_path)
     if kind == "detector":
         report = json.loads(run(python, "-m", "rma_core", "detect", "--json", env=environment(tmp_path), cwd=tmp_path))
         [probe] = [probe for probe in report["probes"] if probe["detector"] == plugin]

@@ -1,4 +1,4 @@
-"""Commands about this machine: detect, plugins, doctor."""
+"""Commands about this machine: detect, doctor."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from rma_core.detection import Observation
-    from rma_core.host import Plugins
     from rma_core.models.hardware import Device, HardwareReport
 
 STATES = {"healthy": "● healthy", "undetected": "○ nothing there", "unhealthy": "▲ unhealthy"}
@@ -97,56 +96,6 @@ def _facts(device: Device) -> str:
 
 def _value(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-@click.group(invoke_without_command=True)
-@common.home_option
-@common.json_option
-@click.pass_context
-def plugins(ctx: click.Context, home: str | None, as_json: bool) -> None:
-    """List installed plugins: in which state, and why."""
-    ctx.obj = {"home": home, "as_json": as_json}
-    if ctx.invoked_subcommand is None:
-        _list_plugins(home, as_json=as_json)
-
-
-@plugins.command("list")
-@common.home_option
-@common.json_option
-def plugins_list(home: str | None, as_json: bool) -> None:
-    """List installed plugins: in which state, and why."""
-    outer = click.get_current_context().obj or {}
-    _list_plugins(home or outer.get("home"), as_json=as_json or bool(outer.get("as_json")))
-
-
-def _list_plugins(home: str | None, *, as_json: bool) -> None:
-    found = _checked_plugins(settings_of(home))
-    reports = [msgspec.to_builtins(report) for report in found.reports()]
-    rows = [
-        (
-            p["name"],
-            p["kind"],
-            p["state"],
-            f"{p['distribution']} {p['version']}",
-            "" if p["import_seconds"] is None else f"{p['import_seconds'] * 1000:.0f} ms",
-            p["reason"],
-        )
-        for p in reports
-    ]
-    columns = ("plugin", "kind", "state", "from", "import", "why")
-    common.show({"plugins": reports}, as_json, common.table(columns, rows, empty="No plugins are installed."))
-
-
-def _checked_plugins(settings: AgentSettings) -> Plugins:
-    """Return all plugins after each was really used once: detectors in their children, the others asked for objects."""
-    from rma_core.detection import observe
-    from rma_core.host import Plugins
-
-    found = Plugins.discover(**settings.plugin_rules())
-    found.runtimes(settings.plugins)
-    found.policies(settings.plugins)
-    common.run_async(observe(found, config=settings.plugins, deadline_s=settings.detect_deadline_s))
-    return found
 
 
 @click.command()

@@ -1,0 +1,157 @@
+"""Commands about plugins: which there are, a new one, and whether one does what it must."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import msgspec
+
+from rma_core.commands import common
+from rma_core.commands.machine import settings_of
+from rma_core.host import KINDS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from rich.console import Console
+
+    from rma_core.host import Kind, Plugins
+    from rma_core.settings import AgentSettings
+    from rma_core.testing.checking import Result, Target
+
+MARKS = {"kept": "✓", "broken": "✗", "open": "·"}
+
+
+@click.group(invoke_without_command=True)
+@common.home_option
+@common.json_option
+@click.pass_context
+def plugins(ctx: click.Context, home: str | None, as_json: bool) -> None:
+    """List installed plugins: in which state, and why."""
+    ctx.obj = {"home": home, "as_json": as_json}
+    if ctx.invoked_subcommand is None:
+        _list_plugins(home, as_json=as_json)
+
+
+@plugins.command("list")
+@common.home_option
+@common.json_option
+def plugins_list(home: str | None, as_json: bool) -> None:
+    """List installed plugins: in which state, and why."""
+    outer = click.get_current_context().obj or {}
+    _list_plugins(home or outer.get("home"), as_json=as_json or bool(outer.get("as_json")))
+
+
+def _list_plugins(home: str | None, *, as_json: bool) -> None:
+    found = _used_plugins(settings_of(home))
+    reports = [msgspec.to_builtins(report) for report in found.reports()]
+    rows = [
+        (
+            p["name"],
+            p["kind"],
+            p["state"],
+            f"{p['distribution']} {p['version']}",
+            "" if p["import_seconds"] is None else f"{p['import_seconds'] * 1000:.0f} ms",
+            p["reason"],
+        )
+        for p in reports
+    ]
+    columns = ("plugin", "kind", "state", "from", "import", "why")
+    common.show({"plugins": reports}, as_json, common.table(columns, rows, empty="No plugins are installed."))
+
+
+def _used_plugins(settings: AgentSettings) -> Plugins:
+    """Return all plugins after each was really used once: detectors in their children, the others asked for objects."""
+    from rma_core.detection import observe
+    from rma_core.host import Plugins
+
+    found = Plugins.discover(**settings.plugin_rules())
+    found.runtimes(settings.plugins)
+    found.policies(settings.plugins)
+    common.run_async(observe(found, config=settings.plugins, deadline_s=settings.detect_deadline_s))
+    return found
+
+
+@plugins.command("new")
+@click.argument("name")
+@click.option("--kind", type=click.Choice(list(KINDS)), help="What it is (default: as its name says, else a detector).")
+@common.json_option
+def plugins_new(name: str, kind: Kind | None, as_json: bool) -> None:
+    """Make a new plugin in a folder of its own: it works as it is, and has its test.
+
+    NAME tells its kind (detect_foo, runtime_foo, policy_foo), or --kind does.
+    """
+    from rma_core.scaffold import create
+
+    made = create(name, kind, Path())
+    value = {"plugin": made.name, "kind": made.kind, "folder": str(made.folder), "files": list(made.files)}
+    common.show(value, as_json, lambda out: out.print(f"{made.folder}: {', '.join(made.files)}"))
+    if not as_json:
+        common.say(f"Change {made.files[1]}, then:")
+        common.say(f"  rma plugins check {made.folder}")
+        common.say(f"  pip install -e {made.folder}      and it is in `rma plugins`")
+
+
+@plugins.command("check")
+@click.argument("plugin", metavar="PATH|NAME")
+@common.home_option
+@common.json_option
+@click.pass_context
+def plugins_check(ctx: click.Context, plugin: str, home: str | None, as_json: bool) -> None:
+    """Check that a plugin does what it must: an installed one by its name, or the one in a folder.
+
+    It runs in children of its own, several times, also on a machine that is made to look empty, hung or deadly. Exit
+    code 1 when it breaks a rule.
+    """
+    from rma_core.testing.checking import targets
+
+    outer = click.get_current_context().obj or {}
+    settings = settings_of(home or outer.get("home"))
+    as_json = as_json or bool(outer.get("as_json"))
+    found = targets(plugin)
+    done = common.run_async(_check_all(found, settings.plugins, quiet=as_json))
+    broken = sum(result.state == "broken" for _, results in done for result in results)
+    common.show(
+        {
+            "plugins": [
+                {"plugin": target.name, "kind": target.kind, "checks": [result._asdict() for result in results]}
+                for target, results in done
+            ],
+            "broken": broken,
+        },
+        as_json,
+        lambda out: _print_checks(out, done),
+    )
+    ctx.exit(1 if broken else 0)
+
+
+async def _check_all(
+    found: list[Target], tables: Mapping[str, dict[str, object]], *, quiet: bool
+) -> list[tuple[Target, list[Result]]]:
+    """Run every check of every plugin; what runs is shown meanwhile."""
+    from rma_core.testing.checking import results
+
+    done = []
+    with contextlib.nullcontext() if quiet else common.console(err=True).status("") as status:
+        for target in found:
+            kept: list[Result] = []
+            async for result in results(target.case(tables)):
+                kept.append(result)
+                if status is not None:
+                    status.update(common.safe(f"{target.name}: {len(kept)} checks done, {result.check}"))
+            done.append((target, kept))
+    return done
+
+
+def _print_checks(out: Console, done: Sequence[tuple[Target, list[Result]]]) -> None:
+    """Print each plugin's checks, and their sum."""
+    for target, results in done:
+        rows = [(MARKS[result.state], result.check, result.message) for result in results]
+        common.table(("", f"{target.kind} {target.name}", "why"), rows, empty="No checks.")(out)
+        broken = sum(result.state == "broken" for result in results)
+        out.print(common.safe(f"{target.name}: {f'{broken} broken' if broken else f'all {len(results)} kept'}"))
+    if any(target.kind == "runtime" for target, _ in done):
+        common.say("What needs containers is for its author to try: runtime_contract in rma_core.testing.")

@@ -1,0 +1,262 @@
+"""`rma_core.child` for conformance runs: one plugin, used once and watched, on this machine or on a broken one.
+
+Python's audit events tell what the plugin opens, connects to, loads and starts; what native code does by itself they do
+not show. ``machine`` in the request says what a look at hardware (below /dev and /sys, a native library, a program)
+meets: ``real`` leaves it alone, ``bare`` opens and lists nothing, ``hung`` never comes back, ``deadly`` is killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import signal
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from rma_core import child
+
+if TYPE_CHECKING:
+    from rma_core.interfaces import ContainerRuntime, TierPolicy
+
+#: So many events are kept of each kind, and so much of each.
+MOST_EVENTS, MOST_CHARACTERS = 50, 200
+#: Where hardware shows as files.
+HARDWARE = ("/dev/", "/sys/", "/proc/driver/")
+#: Files there that are no hardware.
+NO_HARDWARE = (
+    "/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty", "/dev/fd",
+    "/dev/shm",  # noqa: S108 - named, not used
+)  # fmt: skip
+#: Flags with which a file is opened to be changed.
+CHANGES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+#: Audit events that change a file system; the first argument is the path.
+CHANGING = frozenset({
+    "os.chmod", "os.chown", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink", "os.truncate",
+    "os.utime", "shutil.copyfile", "shutil.move", "shutil.rmtree", "tempfile.mkdtemp", "tempfile.mkstemp",
+})  # fmt: skip
+STARTING = frozenset({"subprocess.Popen", "os.posix_spawn", "os.system", "os.exec"})
+ASKING = frozenset({"socket.connect", "socket.bind", "socket.sendto", "socket.sendmsg"})
+RESOLVING = frozenset({"socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr"})
+LISTING = frozenset({"os.listdir", "os.scandir"})
+#: Linux: orphans become ours, so that one that was cut loose is still found.
+PR_SET_CHILD_SUBREAPER = 36
+#: A container that no runtime has.
+NOBODY = "rma-check-nobody"
+#: A program that was told to end may take this long to be gone.
+ENDING_S = 0.5
+#: How long one call of a runtime may take.
+CALL_S = 10.0
+
+
+class Watch:
+    """An audit hook: keeps what the plugin does, and breaks the machine when it is to."""
+
+    def __init__(self, machine: str) -> None:
+        self.machine = machine
+        self.on = False
+        #: Whether the plugin's hook has been called, and is now being asked through what it gave.
+        self.stage = "hook"
+        self.events: list[tuple[str, str, str]] = []
+
+    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
+        """Take one audit event; this may be called at any moment, by anything."""
+        if not self.on:
+            return
+        self.on = False
+        try:
+            kind, what = meaning(event, arguments)
+            if kind:
+                self._keep(kind, what)
+                if kind in ("hardware", "program"):
+                    self._break(event, what)
+        finally:
+            self.on = True
+
+    def _keep(self, kind: str, what: str) -> None:
+        entry = (self.stage, kind, what[:MOST_CHARACTERS])
+        if entry not in self.events and sum(kept == kind for _, kept, _ in self.events) < MOST_EVENTS:
+            self.events.append(entry)
+
+    def _break(self, event: str, what: str) -> None:
+        if self.machine == "bare":
+            if event == "ctypes.dlopen":
+                message = f"{what}: cannot open shared object file: No such file or directory"
+                raise OSError(message)
+            # A folder that was there a moment ago is not gone: it is one that nobody may look into.
+            code = errno.EACCES if event in LISTING else errno.ENOENT
+            raise OSError(code, os.strerror(code), what)
+        if self.machine == "hung":
+            time.sleep(3600)
+        if self.machine == "deadly":
+            os.kill(os.getpid(), signal.SIGKILL if sys.platform != "win32" else signal.SIGTERM)
+
+
+def meaning(event: str, arguments: tuple[Any, ...]) -> tuple[str, str]:  # noqa: PLR0911 - one kind, one return
+    """Return what kind of thing an event is (nothing: of no interest), and what it is about."""
+    first = arguments[0] if arguments else ""
+    if event == "open":
+        path, flags = _text(first), arguments[2] if isinstance(arguments[2], int) else 0
+        if path.startswith(HARDWARE):
+            return ("", "") if path.startswith(NO_HARDWARE) else ("hardware", path)
+        return ("write", path) if flags & CHANGES and path != os.devnull else ("", "")
+    if event in LISTING:
+        path = os.path.join(_text(first), "")  # noqa: PTH118 - strings, not files
+        return ("hardware", path) if path.startswith(HARDWARE) and not path.startswith(NO_HARDWARE) else ("", "")
+    if event == "ctypes.dlopen":
+        return ("hardware", _text(first)) if first else ("", "")
+    if event in CHANGING:
+        return "write", _text(first)
+    if event in STARTING:
+        return "program", _text(first) or event
+    if event in RESOLVING:
+        return "network", _text(first)
+    if event in ASKING:
+        return _asked(event, arguments)
+    return "", ""
+
+
+def _asked(event: str, arguments: tuple[Any, ...]) -> tuple[str, str]:
+    """Return whom a socket was to reach; a Unix socket is no network."""
+    address = arguments[1] if len(arguments) > 1 else ""
+    if not isinstance(address, tuple):
+        return "socket", _text(address)
+    return "network", f"{event.removeprefix('socket.')} {':'.join(map(str, address[:2]))}"
+
+
+def _text(value: object) -> str:
+    return os.fsdecode(value) if isinstance(value, bytes) else str(value)
+
+
+def watched(request: dict[str, Any], answer: dict[str, Any]) -> None:
+    """Use the plugin as its kind is used, watched; ``answer`` also says what it did."""
+    sys.dont_write_bytecode = True
+    watch = Watch(request["machine"])
+    _adopt_orphans()
+    use, group = USES[request["kind"]]
+    sys.addaudithook(watch)
+    before = set(sys.modules)
+    watch.on = True
+    try:
+        hook = child.imported(request, answer, group)
+        answer["modules"] = sorted({name.partition(".")[0] for name in set(sys.modules) - before})
+        use(hook, request, answer, watch)
+    finally:
+        watch.on = False
+        for stream in (sys.stdout, sys.stderr):
+            # Before the answer: once that is read, nobody waits for what is still to be printed.
+            with contextlib.suppress(Exception):
+                stream.flush()
+        answer["events"] = watch.events
+        answer["left"] = _left_running()
+
+
+def _detector(hook: Any, request: dict[str, Any], answer: dict[str, Any], watch: Watch) -> None:  # noqa: ANN401
+    del watch
+    child.call(hook, request, answer)
+
+
+def _policy(hook: Any, request: dict[str, Any], answer: dict[str, Any], watch: Watch) -> None:  # noqa: ANN401
+    """Let every policy decide for each machine in the request, twice, the second time in the other order."""
+    from rma_core.offers import offers
+
+    policies: list[TierPolicy] = offers(hook(request["config"]), "rma_tier_policies")
+    watch.stage = "use"
+    machines = list(enumerate(request["machines"]))
+    answer["given"] = [
+        {
+            "name": policy.name,
+            "summary": policy.summary,
+            "first": {number: _decided(policy, machine) for number, machine in machines},
+            "second": {number: _decided(policy, machine) for number, machine in reversed(machines)},
+        }
+        for policy in policies
+    ]
+    answer["outcome"] = "answered"
+
+
+def _decided(policy: TierPolicy, machine: dict[str, Any]) -> dict[str, Any]:
+    """Return what a policy says of one machine, or why that is nothing."""
+    import msgspec
+
+    from rma_core.host import describe
+    from rma_core.interfaces import PolicyInput, TierDecision
+
+    asked = msgspec.convert(machine, PolicyInput)
+    started = time.perf_counter()
+    try:
+        decided = policy.decide(asked)
+    except Exception as error:  # noqa: BLE001 - isolation boundary: a policy may raise anything
+        return {"problem": f"raised {describe(error)}"}
+    if type(decided) is not TierDecision:
+        return {"problem": f"returned a {type(decided).__name__}: return TierDecision(tier=…, reason=…)"}
+    problem = "" if asked.labels == machine["labels"] else "changed the labels it was given"
+    seconds = time.perf_counter() - started
+    return {"problem": problem, "tier": decided.tier, "reason": decided.reason, "seconds": seconds}
+
+
+def _runtime(hook: Any, request: dict[str, Any], answer: dict[str, Any], watch: Watch) -> None:  # noqa: ANN401
+    """Ask every runtime what can be asked without a container."""
+    from rma_core.offers import offers
+
+    runtimes: list[ContainerRuntime] = offers(hook(request["config"]), "rma_container_runtimes")
+    watch.stage = "use"
+    answer["given"] = [asyncio.run(_asked_of(runtime)) for runtime in runtimes]
+    answer["outcome"] = "answered"
+
+
+async def _asked_of(runtime: ContainerRuntime) -> dict[str, Any]:
+    import msgspec
+
+    from rma_core.interfaces import ContainerHandle
+
+    nobody = ContainerHandle(runtime=runtime.name, id=NOBODY, name=NOBODY, service=NOBODY, spec_hash="")
+    said: dict[str, Any] = {"name": runtime.name, "isolated": runtime.isolated}
+    for name, call in (
+        ("probe", runtime.probe),
+        ("inspect", lambda: runtime.inspect(nobody)),
+        ("stop", lambda: runtime.stop(nobody, grace_s=1)),
+        ("list_owned", lambda: runtime.list_owned("worker-00000000")),
+    ):
+        try:
+            async with asyncio.timeout(CALL_S):
+                said[name] = msgspec.to_builtins(await call(), enc_hook=str)
+        except Exception as error:  # noqa: BLE001 - isolation boundary: a runtime may raise anything
+            said[f"{name}_raised"] = [cls.__name__ for cls in type(error).__mro__] + [str(error)]
+    with contextlib.suppress(Exception):
+        await runtime.aclose()
+    return said
+
+
+def _adopt_orphans() -> None:
+    if sys.platform == "linux":
+        import ctypes
+
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def _left_running() -> list[str]:
+    """Return the programs that the plugin has started and that still run."""
+    import psutil
+
+    _, alive = psutil.wait_procs(psutil.Process().children(recursive=True), timeout=ENDING_S)
+    left = []
+    for process in alive:
+        with contextlib.suppress(psutil.Error):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                left.append(process.name()[:MOST_CHARACTERS])
+    return left[:MOST_EVENTS]
+
+
+#: How each kind of plugin is used, and its entry-point group.
+USES = {
+    "detector": (_detector, "rma.detectors"),
+    "policy": (_policy, "rma.policies"),
+    "runtime": (_runtime, "rma.runtimes"),
+}
+
+if __name__ == "__main__":
+    child.main(watched)
