@@ -84,6 +84,9 @@ CASES: dict[tuple[str, str], Case] = {
     ("GET", "/api/admin/models"): Case("/api/admin/models"),
     ("GET", "/api/admin/policies"): Case("/api/admin/policies"),
     ("POST", "/api/admin/policies/preview"): Case("/api/admin/policies/preview", {}),
+    ("PUT", "/api/admin/policies/active"): Case("/api/admin/policies/active", {"policy": "nobody-has-this"}, 404),
+    ("POST", "/api/admin/policies/rollback"): Case("/api/admin/policies/rollback", status=409),
+    ("GET", "/api/admin/audit"): Case("/api/admin/audit"),
     ("GET", "/api/admin/keys"): Case("/api/admin/keys"),
     ("POST", "/api/admin/keys"): Case("/api/admin/keys", {"label": "laptop"}, 201),
     ("POST", "/api/admin/keys/{key_id}/webhook-secret"): Case("/api/admin/keys/00000000/webhook-secret", status=404),
@@ -607,7 +610,7 @@ async def test_a_policy_that_fails_or_lies_costs_a_tier_and_nothing_else(tmp_pat
             return answer
 
     async with running(tmp_path) as pool:
-        pool.pool.tiers.policies = {"threshold": Broken()}  # type: ignore[dict-item]
+        pool.pool.tiers.use(Broken())  # type: ignore[arg-type]
         machine = await pool.enrol()
         assert machine.answer["tier"] is None
         assert "the tier policy 'threshold' failed" in machine.answer["tier_reason"]

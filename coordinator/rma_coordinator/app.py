@@ -14,7 +14,7 @@ from quart import Quart, Response
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from rma_coordinator import enrolment, tokens
-from rma_coordinator.api import admin, browsers, channel, inference, plain, tasks, worker
+from rma_coordinator.api import admin, browsers, channel, inference, plain, policies, tasks, worker
 from rma_coordinator.api.asgi import CONTROL_BYTES, Call, Gone, too_slow
 from rma_coordinator.api.problems import STATUS_WORDS, HTTPProblem, problem, unexpected, wrong_method
 from rma_coordinator.api.routes import ROUTES, Route, Router
@@ -25,7 +25,6 @@ from rma_coordinator.api.v1.access import covers
 from rma_coordinator.api.waiting import go_on
 from rma_coordinator.api.web import CALL, Web, without_body
 from rma_coordinator.pool import Pool
-from rma_coordinator.tiers import FOLDER, with_files
 from rma_core.catalog import load_folder
 from rma_core.errors import RMAError, SettingProblem
 from rma_core.model_catalog import load_models
@@ -72,7 +71,7 @@ def create_app(
         store=store,
         clock=clock,
         wall=wall,
-        policies=with_files(plugins.policies(config.plugins), config.home_path / FOLDER, active=config.tier_policy),
+        policies=plugins.policies(config.plugins),
         catalog=load_catalog(config) if catalog is None else catalog,
         models=load_model_catalog(config) if catalog is None else models,
         plugins=plugins.reports,
@@ -133,6 +132,7 @@ async def _serving(pool: Pool) -> AsyncGenerator[None, None]:
         asyncio.create_task(pool.keep_time(), name="the pool's clock"),
         asyncio.create_task(pool.keep_books(), name="the pool's counters"),
         asyncio.create_task(pool.books.run(), name="the pool's books"),
+        asyncio.create_task(pool.switching.keep(), name="the pool's tier policy"),
         asyncio.create_task(tokens.warm(), name="what checks tokens"),
     ]
     for task in upkeep:
@@ -156,7 +156,9 @@ def _never_silent(task: asyncio.Task[None]) -> None:
 
 def _add(app: Quart, pool: Pool, route: Route) -> None:
     """Put one route of the table behind Quart: access is checked here, and only here."""
-    handler: Handler = getattr(worker, route.handler, None) or getattr(admin, route.handler)
+    handler: Handler = next(
+        getattr(module, route.handler) for module in (worker, policies, admin) if hasattr(module, route.handler)
+    )
 
     async def view(**parts: str) -> Response:
         web = Web(parts, status=route.status, proxies=pool.settings.trusted_proxies)

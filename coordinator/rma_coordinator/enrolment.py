@@ -127,7 +127,9 @@ def _enlist(
 ) -> Worker:
     report = request.report or HardwareReport(capabilities=request.capabilities)
     base = known.record if known else _first_record(pool, request, thumbprint, report)
-    decision = pool.decide(report, labels=request.labels, worker_id=base.worker_id)
+    decision = pool.decide(
+        report, labels=request.labels, worker_id=base.worker_id, known=known.record if known else None
+    )
     record = msgspec.structs.replace(
         base,
         report=report,

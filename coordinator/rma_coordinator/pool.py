@@ -31,7 +31,8 @@ from rma_coordinator.parking import Parking
 from rma_coordinator.relay import Relay
 from rma_coordinator.spool import Spools
 from rma_coordinator.store import Delete, Put, StoreFailed
-from rma_coordinator.tiers import NoDecision, Tiers
+from rma_coordinator.switching import Switching
+from rma_coordinator.tiers import FOLDER, NoDecision, Tiers
 from rma_coordinator.webhooks import Webhooks
 from rma_core.errors import NotFound, RMAError, SettingProblem, TryLater
 from rma_core.interfaces import PolicyInput, TierDecision
@@ -115,7 +116,8 @@ class Pool:
         self.store = store
         self.clock = clock
         self.wall = wall
-        self.tiers = Tiers(policies, active=settings.tier_policy)
+        self.tiers = Tiers(policies, wanted=settings.tier_policy, folder=settings.home_path / FOLDER)
+        self.switching = Switching(self)
         self.entries = tuple(_registry(entry, settings.image_registry) for entry in catalog)
         #: One entry for each service: of several engines for its models the first.
         self.catalog = {entry.service: entry for entry in reversed(self.entries)}
@@ -207,6 +209,7 @@ class Pool:
         self.traffic.restore(await self.store.load(TrafficRecord))
         await self.books.open(self.record.starts)
         await self.webhooks.open(self.keyring, kept=self.books.known)
+        await self.switching.open()
         completed = self.books.ledger.completed()
         for worker in self.fleet.workers.values():
             worker.completed = completed[worker.id]
@@ -396,9 +399,14 @@ class Pool:
 
     # -- tiers and placement -----------------------------------------------------------------------------------
 
-    def decide(self, report: HardwareReport, *, labels: dict[str, str], worker_id: str) -> TierDecision:
-        """Ask the active policy for a machine's tier. A policy that fails gives none, and says so."""
-        return self.tiers.decide(PolicyInput(report=report, labels=labels, worker_id=worker_id))
+    def decide(
+        self, report: HardwareReport, *, labels: dict[str, str], worker_id: str, known: WorkerRecord | None = None
+    ) -> TierDecision:
+        """Ask the policy in force for a machine's tier. Where it fails, a ``known`` worker stays where it was."""
+        decision = self.tiers.decide(PolicyInput(report=report, labels=labels, worker_id=worker_id))
+        if known is None or not isinstance(decision, NoDecision):
+            return decision
+        return TierDecision(tier=known.tier, reason=f"{decision.reason}; the tier stays as it was")
 
     def placement(
         self,
@@ -476,28 +484,24 @@ class Pool:
 
     def _new_facts(self, worker: Worker, beat: Heartbeat) -> None:
         record = worker.record
-        report = beat.report or record.report
-        decision = self.decide(report, labels=record.labels, worker_id=worker.id)
-        if (decision.tier, decision.reason) != (record.tier, record.tier_reason):
-            logger.info(
-                "%s: %s",
-                worker.id,
-                decision.reason,
-                extra={"action": "tier", "worker": worker.id, "tier": decision.tier},
-            )
-        if isinstance(decision, NoDecision):
-            # A policy that cannot decide now takes nothing from a worker: it stays where it was, and says why.
-            decision = TierDecision(tier=record.tier, reason=f"{decision.reason}; the tier stays as it was")
         worker.record = msgspec.structs.replace(
             record,
-            report=report,
+            report=beat.report or record.report,
             runtimes=record.runtimes if beat.runtimes is None else beat.runtimes,
             plugins=record.plugins if beat.plugins is None else beat.plugins,
-            tier=decision.tier,
-            tier_reason=decision.reason,
         )
-        self.fleet.changed.add(worker.id)
         worker.could = None
+        self.decide_again(worker)
+
+    def decide_again(self, worker: Worker) -> None:
+        """Ask for a worker's tier once more, and choose its services by it."""
+        record = worker.record
+        decision = self.decide(record.report, labels=record.labels, worker_id=worker.id, known=record)
+        if (decision.tier, decision.reason) != (record.tier, record.tier_reason):
+            about = {"action": "tier", "worker": worker.id, "tier": decision.tier}
+            logger.info("%s: %s", worker.id, decision.reason, extra=about)
+        worker.record = msgspec.structs.replace(record, tier=decision.tier, tier_reason=decision.reason)
+        self.fleet.changed.add(worker.id)
         self.place(worker, anew=decision.tier != record.tier)
 
     def unwanted(self, worker: Worker, refs: Collection[AttemptRef]) -> tuple[AttemptRef, ...]:

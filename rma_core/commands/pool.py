@@ -1,31 +1,19 @@
-"""Commands of admins: workers, tasks, services, keys, tokens, policies."""
+"""Commands of admins: workers, tasks, services, keys, tokens."""
 
 from __future__ import annotations
 
-import json
 import re
-import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from rma_core.commands import common
-from rma_core.errors import Problem, UsageProblem, ValidationProblem
+from rma_core.errors import UsageProblem
 from rma_core.models.sizes import parse_size, traffic_text
 from rma_core.models.worker import OWNER_NAME
-from rma_core.settings import AgentSettings, CoordinatorSettings, load_settings
-
-if TYPE_CHECKING:
-    from rma_core.interfaces import TierPolicy
 
 #: What `rma keys create` gives when no scope is named.
 DEFAULT_SCOPES = {"admin": ("admin:read", "tasks:read"), "client": ("infer:*",)}
-
-#: A file of machines is never read further: 100,000 short reports are 20 MB.
-MAX_REPORT_BYTES = 64 * 1024 * 1024
-#: What a policy's name ends with that is a file's.
-POLICY_FILES = ".toml"
 
 #: Of what a key may have.
 COUNT = click.IntRange(min=1)
@@ -335,107 +323,3 @@ def tokens_revoke(token_id: str, as_json: bool, **options: Any) -> None:
     """End a join token at once."""
     done = common.call(common.outer(options), "DELETE", f"/api/admin/tokens/{common.part(token_id)}")
     common.show(done, as_json, lambda out: out.print(common.safe(f"{token_id} is revoked")))
-
-
-@click.group(invoke_without_command=True)
-@common.pool_options
-@common.json_option
-@click.pass_context
-def policies(ctx: click.Context, /, as_json: bool, **options: Any) -> None:
-    """List tier policies; `preview` shows what one would do."""
-    ctx.obj = options
-    if ctx.invoked_subcommand is None:
-        _list_policies(options, as_json=as_json)
-
-
-@policies.command("list")
-@common.json_option
-@common.pool_options
-def policies_list(as_json: bool, **options: Any) -> None:
-    """List tier policies; which one is active."""
-    _list_policies(common.outer(options), as_json=as_json)
-
-
-def _list_policies(options: dict[str, Any], *, as_json: bool) -> None:
-    found = common.call(options, "GET", "/api/admin/policies")
-    rows = [(p["name"], "active" if p["active"] else "", p["summary"]) for p in found["policies"]]
-    common.show(found, as_json, common.table(("policy", "", "what it does"), rows, empty="No policies."))
-
-
-@policies.command("preview")
-@click.argument("name", required=False, default="threshold")
-@click.option(
-    "--report", "report", metavar="FILE", help="Machines to ask about: reports or capabilities (JSON; - reads stdin)."
-)
-@common.json_option
-@common.pool_options
-def policies_preview(name: str, report: str | None, as_json: bool, **options: Any) -> None:
-    """Show which tier a policy gives, and why: to the live fleet, or to machines in a file (then no pool is needed).
-
-    NAME is an installed policy, or a file (NAME.toml).
-    """
-    if report is None:
-        asked = _policy_text(Path(name)) if name.endswith(POLICY_FILES) else {"policy": name}
-        answer = common.call(common.outer(options), "POST", "/api/admin/policies/preview", body=asked)
-        changed = [
-            (w["worker_id"], w["from"] or "-", w["to"] or "-", w["reason"]) for w in answer["workers"] if w["changes"]
-        ]
-        empty = f"{name} would change nothing (workers: {len(answer['workers'])})."
-        common.show(answer, as_json, common.table(("worker", "from", "to", "why"), changed, empty=empty))
-        return
-    policy = _policy(name, common.outer(options).get("home"))
-    machines = [_decide(policy, data, index) for index, data in enumerate(_machines(report))]
-    rows = [(m["name"], m["tier"] or "-", m["reason"]) for m in machines]
-    common.show(
-        {"policy": name, "machines": machines},
-        as_json,
-        common.table(("machine", "tier", "why"), rows, empty="No machines."),
-    )
-
-
-def _policy_text(path: Path) -> dict[str, str]:
-    """Return what a pool is asked about a file; what is wrong with that is said here."""
-    from rma_core.policy_file import load, read_policy
-
-    name, text = load(path)
-    read_policy(text, name=name, subject=path.name)
-    return {"policy": name, "file": text}
-
-
-def _machines(report: str) -> list[Any]:
-    try:
-        # A pipe or a device may have no end.
-        with sys.stdin.buffer if report == "-" else Path(report).open("rb") as file:
-            content = file.read(MAX_REPORT_BYTES + 1)
-        if len(content) > MAX_REPORT_BYTES:
-            raise UsageProblem(f"{report} has more than {MAX_REPORT_BYTES} bytes, which no list of machines needs")
-        data = json.loads(content)
-    except OSError as error:
-        raise UsageProblem(f"{report} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValidationProblem(report, [Problem("$", f"not JSON: {error}")]) from None
-    return data if isinstance(data, list) else [data]
-
-
-def _policy(name: str, home: str | None) -> TierPolicy:
-    """Return a policy: a file's, or an installed one as the settings on this machine have it."""
-    from rma_core.host import Plugins
-
-    if name.endswith(POLICY_FILES):
-        from rma_core.policy_file import read_file
-
-        return read_file(Path(name))
-    settings = load_settings(CoordinatorSettings, flags={"home": home}, known=(AgentSettings,))
-    found = Plugins.discover(kinds=["policy"], **settings.plugin_rules()).policies(settings.plugins)
-    if name not in found:
-        raise UsageProblem(f"there is no tier policy {name!r}", hints=(f"installed: {', '.join(sorted(found))}",))
-    return found[name]
-
-
-def _decide(policy: TierPolicy, data: Any, index: int) -> dict[str, Any]:
-    from rma_core.interfaces import PolicyInput
-    from rma_core.record import read_report
-
-    label = str(data.get("name", f"#{index + 1}")) if isinstance(data, dict) else f"#{index + 1}"
-    decision = policy.decide(PolicyInput(report=read_report(data, subject=f"machine {label}")))
-    return {"name": label, "tier": decision.tier, "reason": decision.reason}

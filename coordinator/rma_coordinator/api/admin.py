@@ -9,17 +9,14 @@ import msgspec
 import rma_core
 from rma_coordinator import overview
 from rma_coordinator.api import pages
-from rma_coordinator.api.bodies import KeyRequest, PolicyPreview, TokenMake, WebhookSecretAnswer, WorkerOwner
+from rma_coordinator.api.bodies import KeyRequest, TokenMake, WebhookSecretAnswer, WorkerOwner
 from rma_coordinator.api.openapi import document
 from rma_coordinator.api.tasks import attempt, since, webhook
 from rma_coordinator.domain.credentials import JoinTokenRecord, KeyRecord, check_scopes
 from rma_coordinator.domain.fleet import iso
 from rma_coordinator.domain.limits import Limits
 from rma_core.errors import NotFound
-from rma_core.interfaces import PolicyInput
-from rma_core.models.hardware import read_reports
-from rma_core.models.strict import convert, decode, parse
-from rma_core.policy_file import read_policy
+from rma_core.models.strict import decode
 
 if TYPE_CHECKING:
     from rma_coordinator.api.web import Web
@@ -27,8 +24,6 @@ if TYPE_CHECKING:
     from rma_coordinator.domain.records import TaskRecord
     from rma_coordinator.domain.tasks import Task
     from rma_coordinator.pool import Pool
-    from rma_core.interfaces import TierPolicy
-    from rma_core.models.hardware import HardwareReport
 
 
 # -- what anyone may see -----------------------------------------------------------------------------------------
@@ -231,7 +226,7 @@ def _task(pool: Pool, task: Task) -> dict[str, Any]:
     }
 
 
-# -- plugins and policies ----------------------------------------------------------------------------------------
+# -- plugins ----------------------------------------------------------------------------------------
 
 
 async def plugins(pool: Pool, web: Web) -> object:  # noqa: ARG001 - every handler has the same form
@@ -251,56 +246,6 @@ def _unwell(found: Worker) -> dict[str, Any] | None:
         "worker_id": found.id,
         "plugins": msgspec.to_builtins(bad_plugins),
         "probes": msgspec.to_builtins(bad_probes),
-    }
-
-
-async def policies(pool: Pool, web: Web) -> object:  # noqa: ARG001 - every handler has the same form
-    """Tier policies; which one is active."""
-    active = pool.tiers.active
-    return {
-        "active": active,
-        "policies": [
-            {"name": p.name, "summary": p.summary, "active": p.name == active}
-            for _, p in sorted(pool.tiers.policies.items())
-        ],
-    }
-
-
-async def preview_policy(pool: Pool, web: Web) -> object:
-    """Which tiers a policy would give, and why: for given machines, or what would change in the live fleet."""
-    # Its reports may hold anything: what is in them is looked through before it is used.
-    asked = convert(parse(await web.body(), subject="policy preview"), PolicyPreview, subject="policy preview")
-    if asked.file:
-        policy: TierPolicy = read_policy(asked.file, name=asked.policy or "file", subject="the policy")
-    else:
-        policy = pool.tiers.find(asked.policy)
-    if asked.reports is not None:
-        reports = read_reports(asked.reports, subject="reports")
-        return {"machines": [_machine(pool, policy, report, index) for index, report in enumerate(reports)]}
-    rows = [_would_be(pool, policy, found) for _, found in sorted(pool.fleet.workers.items())]
-    return {"policy": policy.name, "workers": rows, "changes": sum(row["from"] != row["to"] for row in rows)}
-
-
-def _machine(pool: Pool, policy: TierPolicy, report: HardwareReport, index: int) -> dict[str, Any]:
-    decision = pool.tiers.decide(PolicyInput(report=report), policy)
-    return {
-        "index": index,
-        "tier": decision.tier,
-        "reason": decision.reason,
-        "capabilities": msgspec.to_builtins(report.capabilities),
-    }
-
-
-def _would_be(pool: Pool, policy: TierPolicy, found: Worker) -> dict[str, Any]:
-    record = found.record
-    asked = PolicyInput(report=record.report, labels=record.labels, worker_id=found.id)
-    decision = pool.tiers.decide(asked, policy)
-    return {
-        "worker_id": found.id,
-        "from": record.tier,
-        "to": decision.tier,
-        "reason": decision.reason,
-        "changes": decision.tier != record.tier,
     }
 
 

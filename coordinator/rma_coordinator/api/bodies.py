@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from rma_coordinator.domain.limits import Count
+from rma_coordinator.domain.rollout import Steps
 from rma_core.models.worker import OwnerName
 from rma_core.policy_file import Text as PolicyText
 
@@ -72,6 +73,18 @@ class PolicyPreview(msgspec.Struct, frozen=True, kw_only=True):
     policy: Label = ""
     file: PolicyText = ""
     reports: Annotated[list[dict[str, Any]], Meta(max_length=100_000)] | None = None
+
+
+class PolicyActivation(msgspec.Struct, frozen=True, kw_only=True):
+    """A policy to be put in force: an installed one, or a ``file`` in TOML, of that name.
+
+    ``plan`` is that of a preview: where the fleet has changed since, nothing is done.
+    """
+
+    policy: Annotated[str, Meta(min_length=1, max_length=100)]
+    file: PolicyText = ""
+    plan: Label = ""
+    steps: Steps = msgspec.field(default_factory=Steps)
 
 
 # -- OpenAI's requests: what is looked at; everything else goes on as it came -------------------------------------

@@ -1,0 +1,106 @@
+"""Tier policies over HTTP: which there are, what one would change, putting one in force, and what was done."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from rma_coordinator.api.bodies import PolicyActivation, PolicyPreview
+from rma_coordinator.api.problems import HTTPProblem
+from rma_coordinator.domain.fleet import iso
+from rma_core.interfaces import PolicyInput
+from rma_core.models.hardware import read_reports
+from rma_core.models.strict import convert, decode, parse
+from rma_core.policy_file import read_policy
+
+if TYPE_CHECKING:
+    from rma_coordinator.api.web import Web
+    from rma_coordinator.audit import AuditEntry
+    from rma_coordinator.pool import Pool
+    from rma_coordinator.switching import Plan
+    from rma_core.interfaces import TierPolicy
+    from rma_core.models.hardware import HardwareReport
+
+#: Entries of the audit that are shown unless more are asked for, and at most.
+SHOWN, MOST_SHOWN = 100, 1000
+
+
+async def policies(pool: Pool, web: Web) -> object:  # noqa: ARG001 - every handler has the same form
+    """Tier policies; which one is in force, since when, and how far workers have moved to it."""
+    active, known = pool.tiers.active, pool.tiers.look()
+    rows = [
+        {"name": name, "summary": one.policy.summary, "active": name == active} for name, one in sorted(known.items())
+    ]
+    if active not in known and pool.tiers.current is not None:
+        # Put in force from a text that is no file here.
+        rows.append({"name": active, "summary": pool.tiers.current.summary, "active": True})
+    return {"active": active, "policies": rows, **pool.switching.show()}
+
+
+async def preview_policy(pool: Pool, web: Web) -> object:
+    """Which tiers a policy would give, and why: for given machines, or what would change in the live fleet."""
+    # Its reports may hold anything: what is in them is looked through before it is used.
+    asked = convert(parse(await web.body(), subject="policy preview"), PolicyPreview, subject="policy preview")
+    if asked.file:
+        policy: TierPolicy = read_policy(asked.file, name=asked.policy or "file", subject="the policy")
+    else:
+        policy = pool.tiers.find(asked.policy).policy
+    if asked.reports is not None:
+        reports = read_reports(asked.reports, subject="reports")
+        return {"machines": [_machine(pool, policy, report, index) for index, report in enumerate(reports)]}
+    return {"policy": policy.name, **_plan(await pool.switching.plan(policy))}
+
+
+def _machine(pool: Pool, policy: TierPolicy, report: HardwareReport, index: int) -> dict[str, Any]:
+    decision = pool.tiers.decide(PolicyInput(report=report), policy)
+    return {
+        "index": index,
+        "tier": decision.tier,
+        "reason": decision.reason,
+        "capabilities": msgspec.to_builtins(report.capabilities),
+    }
+
+
+def _plan(plan: Plan) -> dict[str, Any]:
+    rows = [
+        {
+            "worker_id": row.worker_id,
+            "from": row.tier,
+            "to": row.tier if row.failed else row.new_tier,
+            "reason": row.reason,
+            "changes": row.changes,
+            "failed": row.failed,
+        }
+        for row in plan.rows
+    ]
+    return {"workers": rows, "changes": len(plan.moves), "failed": len(plan.failed), "plan": plan.digest}
+
+
+async def activate_policy(pool: Pool, web: Web) -> object:
+    """Put a policy in force, at once or in steps; workers move in the background."""
+    by = pool.keyring.principal(web.bearer).id
+    asked = decode(await web.body(), PolicyActivation, subject="policy activation")
+    before = pool.tiers.active
+    plan = await pool.switching.activate(asked.policy, asked.file, asked.steps, by=by, seen=asked.plan)
+    return {"policy": pool.tiers.active, "was": before, **_plan(plan)}
+
+
+async def rollback_policy(pool: Pool, web: Web) -> object:
+    """Put the policy in force again that was before this one; workers move in the background, all at once."""
+    by = pool.keyring.principal(web.bearer).id
+    before = pool.tiers.active
+    plan = await pool.switching.rollback(by=by)
+    return {"policy": pool.tiers.active, "was": before, **_plan(plan)}
+
+
+async def audit(pool: Pool, web: Web) -> object:
+    """What was done to the pool, newest first."""
+    limit = web.query.get("limit", str(SHOWN))
+    if not limit.isdecimal() or len(limit) > len(str(MOST_SHOWN)) or not 1 <= int(limit) <= MOST_SHOWN:
+        raise HTTPProblem(400, f"limit is a number from 1 to {MOST_SHOWN}, not {limit!r}", code="query")
+    return {"entries": [_entry(one) for one in pool.switching.audit.latest(int(limit))]}
+
+
+def _entry(one: AuditEntry) -> dict[str, Any]:
+    return {"number": one.number, "at": iso(one.at), "by": one.by, "action": one.action, "message": one.message}

@@ -1,0 +1,255 @@
+"""Commands of admins about tier policies: which there are, what one would change, putting one in force, and back."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rma_core.commands import common
+from rma_core.errors import Problem, UsageProblem, ValidationProblem
+from rma_core.settings import AgentSettings, CoordinatorSettings, load_settings
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from rma_core.interfaces import TierPolicy
+
+#: A file of machines is never read further: 100,000 short reports are 20 MB.
+MAX_REPORT_BYTES = 64 * 1024 * 1024
+#: The options of steps, and what the pool calls them.
+STEPS = {
+    "canary": "canary",
+    "hold": "hold_s",
+    "per_minute": "per_minute",
+    "most_failures": "most_failures",
+    "least_free": "least_free",
+    "on_trouble": "on_trouble",
+    "on_restart": "on_restart",
+}
+PERCENT = click.FloatRange(0, 100)
+#: How long a command waits for workers to move, and how often it looks.
+WAITED_S, LOOK_AGAIN_S = 60.0, 0.3
+#: What a policy's name ends with that is a file's.
+POLICY_FILES = ".toml"
+
+
+@click.group(invoke_without_command=True)
+@common.pool_options
+@common.json_option
+@click.pass_context
+def policies(ctx: click.Context, /, as_json: bool, **options: Any) -> None:
+    """List tier policies; `preview` shows what one would do, `activate` does it, `rollback` undoes it."""
+    ctx.obj = options
+    if ctx.invoked_subcommand is None:
+        _list_policies(options, as_json=as_json)
+
+
+@policies.command("list")
+@common.json_option
+@common.pool_options
+def policies_list(as_json: bool, **options: Any) -> None:
+    """List tier policies; which one is active."""
+    _list_policies(common.outer(options), as_json=as_json)
+
+
+def _list_policies(options: dict[str, Any], *, as_json: bool) -> None:
+    found = common.call(options, "GET", "/api/admin/policies")
+    common.show(found, as_json, lambda out: _print_policies(out, found))
+
+
+def _print_policies(out: Console, found: dict[str, Any]) -> None:
+    rows = [(p["name"], "active" if p["active"] else "", p["summary"]) for p in found["policies"]]
+    common.table(("policy", "", "what it does"), rows, empty="No policies.")(out)
+    if found["since"]:
+        before = f", {found['previous'][0]} was before" if found["previous"] else ""
+        out.print(common.safe(f"{found['active']} is in force since {found['since']}, by {found['by']}{before}."))
+    if found["moving"]:
+        out.print(common.safe(_moving(found)))
+
+
+def _moving(found: dict[str, Any]) -> str:
+    moving = found["moving"]
+    words = f"{moving['moved']} of {moving['total']} workers have moved to {found['active']}"
+    return f"{words}; it has stopped: {moving['stopped']}" if moving["stopped"] else f"{words}."
+
+
+@policies.command("preview")
+@click.argument("name", required=False, default="threshold")
+@click.option(
+    "--report", "report", metavar="FILE", help="Machines to ask about: reports or capabilities (JSON; - reads stdin)."
+)
+@common.json_option
+@common.pool_options
+def policies_preview(name: str, report: str | None, as_json: bool, **options: Any) -> None:
+    """Show which tier a policy gives, and why: to the live fleet, or to machines in a file (then no pool is needed).
+
+    NAME is an installed policy, or a file (NAME.toml).
+    """
+    if report is None:
+        asked = _policy_text(Path(name)) if name.endswith(POLICY_FILES) else {"policy": name}
+        answer = common.call(common.outer(options), "POST", "/api/admin/policies/preview", body=asked)
+        common.show(answer, as_json, lambda out: _print_plan(out, name, answer))
+        return
+    policy = _policy(name, common.outer(options).get("home"))
+    machines = [_decide(policy, data, index) for index, data in enumerate(_machines(report))]
+    rows = [(m["name"], m["tier"] or "-", m["reason"]) for m in machines]
+    common.show(
+        {"policy": name, "machines": machines},
+        as_json,
+        common.table(("machine", "tier", "why"), rows, empty="No machines."),
+    )
+
+
+def _print_plan(out: Console, name: str, answer: dict[str, Any]) -> None:
+    """Print who would change, and for whom a policy fails."""
+    rows = [
+        (w["worker_id"], w["from"] or "-", "fails" if w["failed"] else w["to"] or "-", w["reason"])
+        for w in answer["workers"]
+        if w["changes"] or w["failed"]
+    ]
+    empty = f"{name} would change nothing (workers: {len(answer['workers'])})."
+    common.table(("worker", "from", "to", "why"), rows, empty=empty)(out)
+
+
+@policies.command("activate")
+@click.argument("name")
+@click.option("--yes", is_flag=True, help="Agree to what is shown, without being asked.")
+@click.option("--canary", type=PERCENT, metavar="PERCENT", help="So many of those that change go first.")
+@click.option("--hold", type=click.FloatRange(0, 86_400), metavar="SECONDS", help="Then wait (default 300).")
+@click.option("--per-minute", type=click.FloatRange(0, min_open=True), metavar="N", help="Move so many a minute.")
+@click.option(
+    "--most-failures", type=PERCENT, metavar="PERCENT", help="Stop when more requests fail meanwhile (default 20)."
+)
+@click.option(
+    "--least-free", type=PERCENT, metavar="PERCENT", help="Stop when fewer of all slots are free (default 0)."
+)
+@click.option("--on-trouble", type=click.Choice(["rollback", "stop"]), help="What stopping means (default rollback).")
+@click.option(
+    "--on-restart", type=click.Choice(["continue", "rollback"]), help="If the coordinator restarts (default continue)."
+)
+@common.json_option
+@common.pool_options
+def policies_activate(name: str, yes: bool, as_json: bool, **options: Any) -> None:
+    """Put a policy in force: what changes is shown, and you are asked. Workers finish what they run.
+
+    NAME is a policy of `rma policies`, or a file (NAME.toml) whose text the pool keeps.
+    """
+    steps = _steps({option: options.pop(option) for option in STEPS})
+    asked = _policy_text(Path(name)) if name.endswith(POLICY_FILES) else {"policy": name}
+    options = common.outer(options)
+    plan = common.call(options, "POST", "/api/admin/policies/preview", body=asked)
+    if not yes:
+        _print_plan(common.console(err=True), name, plan)
+        _ask(f"Put {asked['policy']} in force? Workers that change: {plan['changes']}")
+    body = {**asked, "plan": plan["plan"], "steps": steps}
+    done = common.call(options, "PUT", "/api/admin/policies/active", body=body)
+    # Steps may take hours, and how far they are can be asked for.
+    _told(options, done, as_json=as_json, wait=not steps.keys() & {"canary", "per_minute"})
+
+
+@policies.command("rollback")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@common.json_option
+@common.pool_options
+def policies_rollback(yes: bool, as_json: bool, **options: Any) -> None:
+    """Put the policy in force again that was before this one."""
+    options = common.outer(options)
+    found = common.call(options, "GET", "/api/admin/policies")
+    if found["previous"] and not yes:
+        _ask(f"Go back from {found['active']} to {found['previous'][0]}?")
+    done = common.call(options, "POST", "/api/admin/policies/rollback")
+    _told(options, done, as_json=as_json, wait=True)
+
+
+def _steps(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the steps as the pool takes them: what was not said is left to it."""
+    steps = {STEPS[name]: value for name, value in given.items() if value is not None}
+    shares = ("canary", "most_failures", "least_free")
+    return {name: value / 100 if name in shares else value for name, value in steps.items()}
+
+
+def _ask(question: str) -> None:
+    """Ask; raises UsageProblem for a no, and where nobody can be asked."""
+    if not sys.stdin.isatty():
+        raise UsageProblem("nobody can be asked here, and nothing was changed", hints=("--yes does not ask",))
+    if not click.confirm(common.printable(question), default=False, err=True):
+        raise UsageProblem("nothing was changed")
+
+
+def _told(options: dict[str, Any], done: dict[str, Any], *, as_json: bool, wait: bool) -> None:
+    """Say what is in force now, once all workers have moved where that is to be waited for."""
+    if wait and done["changes"]:
+        _wait(options, quiet=as_json)
+    common.show(done, as_json, lambda out: out.print(common.safe(f"{done['policy']} is in force; {done['was']} was.")))
+    if not wait and not as_json:
+        common.say("Workers move in steps: `rma policies` shows how far, `rma policies rollback` goes back.")
+
+
+def _wait(options: dict[str, Any], *, quiet: bool) -> None:
+    """Show how far workers are, for a while: they move whether anyone waits or not."""
+    from rich.progress import Progress
+
+    end = time.monotonic() + WAITED_S
+    with Progress(console=common.console(err=True), disable=quiet, transient=True) as bar:
+        task = bar.add_task("moving workers", total=None)
+        while time.monotonic() < end:
+            moving = common.call(options, "GET", "/api/admin/policies")["moving"]
+            if moving is None or moving["stopped"]:
+                return
+            bar.update(task, total=moving["total"], completed=moving["moved"])
+            time.sleep(LOOK_AGAIN_S)
+    if not quiet:
+        common.say("Workers are still moving: `rma policies` shows how far.")
+
+
+def _policy_text(path: Path) -> dict[str, str]:
+    """Return what a pool is asked about a file; what is wrong with that is said here."""
+    from rma_core.policy_file import load, read_policy
+
+    name, text = load(path)
+    read_policy(text, name=name, subject=path.name)
+    return {"policy": name, "file": text}
+
+
+def _machines(report: str) -> list[Any]:
+    try:
+        # A pipe or a device may have no end.
+        with sys.stdin.buffer if report == "-" else Path(report).open("rb") as file:
+            content = file.read(MAX_REPORT_BYTES + 1)
+        if len(content) > MAX_REPORT_BYTES:
+            raise UsageProblem(f"{report} has more than {MAX_REPORT_BYTES} bytes, which no list of machines needs")
+        data = json.loads(content)
+    except OSError as error:
+        raise UsageProblem(f"{report} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValidationProblem(report, [Problem("$", f"not JSON: {error}")]) from None
+    return data if isinstance(data, list) else [data]
+
+
+def _policy(name: str, home: str | None) -> TierPolicy:
+    """Return a policy: a file's, or an installed one as the settings on this machine have it."""
+    from rma_core.host import Plugins
+
+    if name.endswith(POLICY_FILES):
+        from rma_core.policy_file import read_file
+
+        return read_file(Path(name))
+    settings = load_settings(CoordinatorSettings, flags={"home": home}, known=(AgentSettings,))
+    found = Plugins.discover(kinds=["policy"], **settings.plugin_rules()).policies(settings.plugins)
+    if name not in found:
+        raise UsageProblem(f"there is no tier policy {name!r}", hints=(f"installed: {', '.join(sorted(found))}",))
+    return found[name]
+
+
+def _decide(policy: TierPolicy, data: Any, index: int) -> dict[str, Any]:
+    from rma_core.interfaces import PolicyInput
+    from rma_core.record import read_report
+
+    label = str(data.get("name", f"#{index + 1}")) if isinstance(data, dict) else f"#{index + 1}"
+    decision = policy.decide(PolicyInput(report=read_report(data, subject=f"machine {label}")))
+    return {"name": label, "tier": decision.tier, "reason": decision.reason}
