@@ -41,6 +41,7 @@ SCRIPTS = {
     "idle": {"workers", "interval_s", "open", "parked", "targets"},
     "memory": {"workers", "rss_mib", "mb_per_100"},
     "overhead": {"direct", "pool", "added_p50_ms"},
+    "policies": {"preview_s", "changes", "steps_s", "surprises", "not_back", "failures", "fleets", "targets"},
     "pause": {"held_mib", "stopped_s", "free_s", "loaded_again_s"},
     "simulation": {"workers", "simulated_s", "ways", "targets"},
     "startup": {"interpreter_s", "first_s", "later_s", "rest_rss_mib"},
