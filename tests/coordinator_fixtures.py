@@ -32,7 +32,7 @@ from rma_core.settings import CoordinatorSettings
 from tests.ports import free_port
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
     from pathlib import Path
 
     from httpx2 import Response
@@ -287,14 +287,19 @@ def settings(home: Path, **more: Any) -> CoordinatorSettings:
 
 
 def make_app(
-    home: Path, *, store: Store | None = None, clock: Callable[[], float] = time.monotonic, **more: Any
+    home: Path,
+    *,
+    store: Store | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    entries: Sequence[CatalogEntry] = CATALOG,
+    **more: Any,
 ) -> Quart:
     return create_app(
         settings(home, **more),
         store=store or SqliteStore(home / "coordinator.db"),
         plugins=Plugins.discover(kinds=["policy"], only=frozenset({"threshold"})),
         clock=clock,
-        catalog=CATALOG,
+        catalog=tuple(entries),
     )
 
 

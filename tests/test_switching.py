@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 
 from rma_coordinator import audit
 from rma_coordinator.audit import Audit
 from rma_core.agent.keys import DeviceKey
+from rma_core.catalog import Needs
 from rma_core.interfaces import TierDecision
 from rma_core.models.hardware import Capabilities
-from tests.coordinator_fixtures import running, until
+from tests.coordinator_fixtures import entry, running, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -109,6 +111,41 @@ async def test_what_a_preview_names_is_what_moves_and_a_rollback_undoes_it(tmp_p
         nothing = await pool.client.post("/api/admin/policies/rollback")
         assert (nothing.status_code, nothing.json()["code"]) == (409, "refused")
         assert await told(pool) == ["policy_activated", "policy_done", "policy_rolled_back", "policy_done"]
+
+
+async def test_a_preview_says_what_stops_and_starts_and_what_the_pool_would_have_then(tmp_path: Path) -> None:
+    needs = Needs(cpu_cores=8)
+    offered = tuple(
+        msgspec.structs.replace(entry(service, f"POST /{service}", wanted=wanted), tiers=tiers, needs=needs)
+        for service, tiers, wanted in (("first", (1,), 4), ("second", (2,), 4), ("spare", (), 1))
+    )
+    async with running(tmp_path, entries=offered) as pool:
+        machines = [await pool.enrol(capabilities=capabilities(cores), services=None) for cores in SIZES]
+        asked = {"policy": "cores", "file": CORES}
+        seen = (await pool.client.post("/api/admin/policies/preview", json=asked)).json()
+        before = pool.pool.fleet.assigned()
+        records = {m.id: pool.pool.fleet.workers[m.id].record.assignment for m in machines}
+        assert pool.pool.fleet.assigned() == before
+        await activate(pool)
+        await settled(pool)
+        after = pool.pool.fleet.assigned()
+        assert {one["service"]: (one["now"], one["then"]) for one in seen["services"]} == {
+            service: (before.get(service, 0), after.get(service, 0)) for service in ("first", "second", "spare")
+        }
+        assert before != after
+        rows = {row["worker_id"]: row for row in seen["workers"]}
+        for machine in machines:
+            was = {a.lane for a in records[machine.id]}
+            now = {a.lane for a in pool.pool.fleet.workers[machine.id].record.assignment}
+            row = rows[machine.id]
+            assert (set(row.get("stops", ())), set(row.get("starts", ()))) == (was - now, now - was)
+        assert (seen["stops"], seen["starts"]) == (
+            sum(len(row.get("stops", ())) for row in rows.values()),
+            sum(len(row.get("starts", ())) for row in rows.values()),
+        )
+        assert {one["service"] for one in seen["services"] if one["short"]} == {
+            one["service"] for one in seen["services"] if one["then"] < min(one["wanted"], one["now"])
+        }
 
 
 async def test_a_fleet_that_changed_since_its_preview_is_looked_at_again(tmp_path: Path) -> None:

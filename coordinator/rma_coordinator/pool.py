@@ -416,15 +416,19 @@ class Pool:
         *,
         worker_id: str,
         current: Collection[str] = (),
+        counts: Mapping[str, int] | None = None,
     ) -> Placement:
-        """Choose what a machine should run; ``current`` lanes stay as long as they fit."""
+        """Choose what a machine should run; ``current`` lanes stay as long as they fit.
+
+        ``counts`` are what the pool has beside it, where that is not what it has now.
+        """
         url = self.settings.public_url
         return place(
             self.entries,
             report,
             tier,
             models=self.model_entries,
-            pool=self.fleet.assigned(besides=worker_id),
+            pool=self.fleet.assigned(besides=worker_id) if counts is None else counts,
             allowed=machine.services,
             agreed=machine.agreed_models,
             own=machine.own_models,

@@ -12,6 +12,7 @@ import click
 
 from rma_core.commands import common
 from rma_core.errors import Problem, UsageProblem, ValidationProblem
+from rma_core.models.sizes import human
 from rma_core.settings import AgentSettings, CoordinatorSettings, load_settings
 
 if TYPE_CHECKING:
@@ -108,12 +109,31 @@ def policies_preview(name: str, report: str | None, as_json: bool, **options: An
 def _print_plan(out: Console, name: str, answer: dict[str, Any]) -> None:
     """Print who would change, and for whom a policy fails."""
     rows = [
-        (w["worker_id"], w["from"] or "-", "fails" if w["failed"] else w["to"] or "-", w["reason"])
+        (
+            w["worker_id"],
+            w["from"] or "-",
+            "fails" if w["failed"] else w["to"] or "-",
+            w["reason"],
+            ", ".join(w.get("stops", ())),
+            ", ".join(w.get("starts", ())),
+        )
         for w in answer["workers"]
         if w["changes"] or w["failed"]
     ]
     empty = f"{name} would change nothing (workers: {len(answer['workers'])})."
-    common.table(("worker", "from", "to", "why"), rows, empty=empty)(out)
+    common.table(("worker", "from", "to", "why", "stops", "starts"), rows, empty=empty)(out)
+    capacity = [
+        (s["service"], s["wanted"], s["now"], s["then"], "too few" if s["short"] else "")
+        for s in answer["services"]
+        if s["now"] != s["then"]
+    ]
+    if capacity:
+        common.table(("service", "wanted", "now", "then", ""), capacity, empty="")(out)
+    if answer["images"] or answer["model_bytes"]:
+        models = f", {human(answer['model_bytes'])} of models" if answer["model_bytes"] else ""
+        out.print(
+            common.safe(f"To be fetched by these machines, where they lack it: {answer['images']} images{models}.")
+        )
 
 
 @policies.command("activate")

@@ -9,6 +9,8 @@ import msgspec
 from rma_coordinator.api.bodies import PolicyActivation, PolicyPreview
 from rma_coordinator.api.problems import HTTPProblem
 from rma_coordinator.domain.fleet import iso
+from rma_coordinator.effects import effects
+from rma_coordinator.tiers import Known
 from rma_core.interfaces import PolicyInput
 from rma_core.models.hardware import read_reports
 from rma_core.models.strict import convert, decode, parse
@@ -17,6 +19,7 @@ from rma_core.policy_file import read_policy
 if TYPE_CHECKING:
     from rma_coordinator.api.web import Web
     from rma_coordinator.audit import AuditEntry
+    from rma_coordinator.effects import Effects
     from rma_coordinator.pool import Pool
     from rma_coordinator.switching import Plan
     from rma_core.interfaces import TierPolicy
@@ -28,13 +31,13 @@ SHOWN, MOST_SHOWN = 100, 1000
 
 async def policies(pool: Pool, web: Web) -> object:  # noqa: ARG001 - every handler has the same form
     """Tier policies; which one is in force, since when, and how far workers have moved to it."""
-    active, known = pool.tiers.active, pool.tiers.look()
+    active, known = pool.tiers.active, dict(pool.tiers.look())
+    if pool.tiers.current is not None:
+        # It may have been put in force from a text that is no file here, or is another one now.
+        known[active] = Known(pool.tiers.current)
     rows = [
         {"name": name, "summary": one.policy.summary, "active": name == active} for name, one in sorted(known.items())
     ]
-    if active not in known and pool.tiers.current is not None:
-        # Put in force from a text that is no file here.
-        rows.append({"name": active, "summary": pool.tiers.current.summary, "active": True})
     return {"active": active, "policies": rows, **pool.switching.show()}
 
 
@@ -49,7 +52,9 @@ async def preview_policy(pool: Pool, web: Web) -> object:
     if asked.reports is not None:
         reports = read_reports(asked.reports, subject="reports")
         return {"machines": [_machine(pool, policy, report, index) for index, report in enumerate(reports)]}
-    return {"policy": policy.name, **_plan(await pool.switching.plan(policy))}
+    plan = await pool.switching.plan(policy)
+    found = await effects(pool, plan)
+    return {"policy": policy.name, **_plan(plan, found), **_effects(found)}
 
 
 def _machine(pool: Pool, policy: TierPolicy, report: HardwareReport, index: int) -> dict[str, Any]:
@@ -62,7 +67,19 @@ def _machine(pool: Pool, policy: TierPolicy, report: HardwareReport, index: int)
     }
 
 
-def _plan(plan: Plan) -> dict[str, Any]:
+def _effects(found: Effects) -> dict[str, Any]:
+    moved = found.moved.values()
+    return {
+        "stops": sum(len(one.stops) for one in moved),
+        "starts": sum(len(one.starts) for one in moved),
+        "images": sum(one.images for one in moved),
+        "model_bytes": sum(one.model_bytes for one in moved),
+        "services": [{**msgspec.to_builtins(one), "short": one.short} for one in found.capacity],
+    }
+
+
+def _plan(plan: Plan, found: Effects | None = None) -> dict[str, Any]:
+    moved = found.moved if found else {}
     rows = [
         {
             "worker_id": row.worker_id,
@@ -71,6 +88,7 @@ def _plan(plan: Plan) -> dict[str, Any]:
             "reason": row.reason,
             "changes": row.changes,
             "failed": row.failed,
+            **(moved[row.worker_id]._asdict() if row.worker_id in moved else {}),
         }
         for row in plan.rows
     ]

@@ -226,14 +226,14 @@ def _count(parts: Iterable[Assignment] | Iterable[ContainerStatus]) -> dict[str,
     return counted
 
 
-def _lanes(worker: Worker) -> tuple[str, ...]:
+def lanes_of(assignments: Iterable[Assignment], containers: Iterable[ContainerStatus]) -> tuple[str, ...]:
     """Return what a worker counts for: its services, and each model of them, also those that its owner offers."""
     found: list[str] = []
-    for assignment in worker.brief.assignment:
+    for assignment in assignments:
         found.append(assignment.service)
         if assignment.model is not None:
             found.append(assignment.lane)
-    for one in worker.containers:
+    for one in containers:
         if one.unassigned:
             found += (lane(one.service, model.name) for model in one.models)
     return tuple(found)
@@ -441,7 +441,7 @@ class Fleet:
 
     def recount(self, worker: Worker) -> None:
         """Keep `assigned` true; to be called whenever a worker's assignment or presence has changed."""
-        counted = _lanes(worker) if worker.present else ()
+        counted = lanes_of(worker.brief.assignment, worker.containers) if worker.present else ()
         if counted != worker.counted:
             for service in worker.counted:
                 self._assigned[service] -= 1
