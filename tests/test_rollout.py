@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -63,19 +64,37 @@ def test_one_that_was_stopped_gives_no_more_turns() -> None:
     ],
 )
 def test_what_it_stops_for_is_said(steps: Steps, pulse: Pulse, words: str) -> None:
-    said = Rollout(steps, NAMES, now=0, pulse=CALM).trouble(pulse)
+    rollout = Rollout(msgspec.structs.replace(steps, per_minute=1), NAMES, now=0, pulse=CALM)
+    assert moved_at(rollout, 0) == [1]
+    said = rollout.trouble(pulse)
     assert said.startswith(words)
     assert bool(said) == bool(words)
 
 
 def test_only_what_failed_since_it_began_counts() -> None:
-    rollout = Rollout(Steps(), NAMES, now=0, pulse=Pulse(0, 1000, 8, 8))
+    rollout = Rollout(Steps(per_minute=1), NAMES, now=0, pulse=Pulse(0, 1000, 8, 8))
+    moved_at(rollout, 0)
     assert rollout.trouble(Pulse(50, 1000, 8, 8)) == ""
 
 
 def test_a_pool_that_was_full_before_is_not_full_because_of_it() -> None:
-    rollout = Rollout(Steps(least_free=0.5), NAMES, now=0, pulse=Pulse(0, 0, 0, 8))
+    rollout = Rollout(Steps(least_free=0.5, per_minute=1), NAMES, now=0, pulse=Pulse(0, 0, 0, 8))
+    moved_at(rollout, 0)
     assert rollout.trouble(Pulse(0, 0, 0, 8)) == ""
+
+
+def test_before_anyone_has_moved_nothing_is_its_fault() -> None:
+    # After a restart nobody is there yet, and then the pool is as full as it was.
+    rollout = Rollout(Steps(least_free=0.5, canary=0.1, hold_s=60), NAMES, now=0, pulse=Pulse(0, 0, 0, 0), moved=1)
+    assert rollout.trouble(Pulse(0, 30, 0, 8)) == ""
+    assert moved_at(rollout, 59, 60) == [2, 11]
+    assert rollout.trouble(Pulse(0, 30, 0, 8)) == ""
+
+
+def test_one_that_goes_on_after_a_restart_sends_no_second_canary() -> None:
+    steps = Steps(canary=0.3, hold_s=60, per_minute=60)
+    assert moved_at(Rollout(steps, NAMES[1:], now=0, pulse=CALM, moved=1), 0, 59, 60, 61) == [3, 3, 4, 5]
+    assert moved_at(Rollout(steps, NAMES[5:], now=0, pulse=CALM, moved=5), 0, 59, 60, 61) == [5, 5, 6, 7]
 
 
 @given(

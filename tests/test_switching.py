@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pytest
 
-from rma_coordinator import audit
+from rma_coordinator import audit, shadow
 from rma_coordinator.audit import Audit
+from rma_coordinator.domain.fleet import WorkerRecord
+from rma_coordinator.store import StoreFailed
+from rma_coordinator.switching import PolicyRecord
+from rma_coordinator.tiers import Known
 from rma_core.agent.keys import DeviceKey
 from rma_core.catalog import Needs
 from rma_core.interfaces import TierDecision
-from rma_core.models.hardware import Capabilities
+from rma_core.models.hardware import Capabilities, HardwareReport
 from tests.coordinator_fixtures import entry, running, until
 
 if TYPE_CHECKING:
@@ -77,6 +81,10 @@ async def settled(pool: Running) -> None:
     await until(lambda: pool.pool.switching.rollout is None)
 
 
+async def settled_at_start(pool: Running) -> None:
+    await until(lambda: pool.pool.switching._start is None and pool.pool.switching.rollout is None)
+
+
 async def told(pool: Running) -> list[str]:
     """What was done, oldest first."""
     entries = (await pool.client.get("/api/admin/audit")).json()["entries"]
@@ -104,11 +112,11 @@ async def test_what_a_preview_names_is_what_moves_and_a_rollback_undoes_it(tmp_p
         assert (now["active"], now["previous"], now["moving"]) == ("cores", ["threshold"], None)
         assert [p["active"] for p in now["policies"] if p["name"] == "cores"] == [True]
         assert now["by"] != ""
-        back = await pool.client.post("/api/admin/policies/rollback")
+        back = await pool.client.post("/api/admin/policies/rollback", json={})
         assert (back.json()["policy"], back.json()["was"]) == ("threshold", "cores")
         await settled(pool)
         assert tiers_of(pool, machines) == before
-        nothing = await pool.client.post("/api/admin/policies/rollback")
+        nothing = await pool.client.post("/api/admin/policies/rollback", json={})
         assert (nothing.status_code, nothing.json()["code"]) == (409, "refused")
         assert await told(pool) == ["policy_activated", "policy_done", "policy_rolled_back", "policy_done"]
 
@@ -191,7 +199,7 @@ async def test_a_rollback_on_the_way_moves_back_only_who_has_moved(tmp_path: Pat
         before = tiers_of(pool, machines)
         await activate(pool, steps={"per_minute": 1})
         await until(lambda: pool.pool.switching.rollout and pool.pool.switching.rollout.moved == 1)
-        back = (await pool.client.post("/api/admin/policies/rollback")).json()
+        back = (await pool.client.post("/api/admin/policies/rollback", json={})).json()
         assert back["changes"] == 1
         await settled(pool)
         assert tiers_of(pool, machines) == before
@@ -260,7 +268,7 @@ async def test_what_was_put_in_force_stays_until_the_settings_name_another(tmp_p
         assert pool.pool.tiers.active == "all"
         assert tiers_of(pool, machines) == [5] * 6
         assert (await standing(pool))["previous"] == ["cores", "threshold"]
-        await pool.client.post("/api/admin/policies/rollback")
+        await pool.client.post("/api/admin/policies/rollback", json={})
         await settled(pool)
         assert pool.pool.tiers.active == "cores"
     async with running(tmp_path, tier_policy="all") as pool:
@@ -276,7 +284,7 @@ async def test_a_policy_that_is_gone_after_a_restart_gives_way_to_the_one_before
 
     async with fleet(tmp_path) as (pool, machines):
         before = tiers_of(pool, machines)
-        pool.pool.tiers._installed["gone"] = Gone()
+        pool.pool.tiers._installed["gone"] = Known(Gone())
         await activate(pool, "", "gone")
         await settled(pool)
         assert tiers_of(pool, machines) == [9] * 6
@@ -288,7 +296,7 @@ async def test_a_policy_that_is_gone_after_a_restart_gives_way_to_the_one_before
 
 async def test_a_policy_that_fails_for_one_leaves_it_where_it_was_and_says_so(tmp_path: Path) -> None:
     async with fleet(tmp_path, (2, *[8] * 11)) as (pool, machines):
-        pool.pool.tiers._installed["failing"] = Failing(2)
+        pool.pool.tiers._installed["failing"] = Known(Failing(2))
         seen = (await pool.client.post("/api/admin/policies/preview", json={"policy": "failing"})).json()
         assert (seen["failed"], seen["changes"]) == (1, 11)
         [row] = [row for row in seen["workers"] if row["failed"]]
@@ -306,7 +314,7 @@ async def test_a_policy_that_fails_for_one_leaves_it_where_it_was_and_says_so(tm
 async def test_a_policy_that_fails_for_many_is_refused(tmp_path: Path) -> None:
     async with fleet(tmp_path) as (pool, machines):
         before = tiers_of(pool, machines)
-        pool.pool.tiers._installed["failing"] = Failing(2, 4, 8)
+        pool.pool.tiers._installed["failing"] = Known(Failing(2, 4, 8))
         refused = await pool.client.put("/api/admin/policies/active", json={"policy": "failing"})
         assert refused.status_code == 409
         assert "fails for 4 of 6 workers" in refused.json()["detail"]
@@ -318,7 +326,7 @@ async def test_one_that_fails_for_many_later_gives_way_by_itself(tmp_path: Path)
     policy = Failing()
     async with fleet(tmp_path) as (pool, machines):
         before = tiers_of(pool, machines)
-        pool.pool.tiers._installed["failing"] = policy
+        pool.pool.tiers._installed["failing"] = Known(policy)
         await activate(pool, "", "failing")
         await settled(pool)
         policy.cores = (8, 16)
@@ -359,6 +367,227 @@ async def test_a_file_in_the_folder_is_seen_at_once_and_what_is_in_force_keeps_i
     async with running(tmp_path) as pool:
         assert pool.pool.tiers.active == "cores"
         assert (await pool.enrol(capabilities=capabilities(64))).answer["tier"] == 5
+
+
+# -- what a strict reading found -----------------------------------------------------------------------------------
+
+
+async def test_a_restart_goes_back_past_a_policy_that_is_gone(tmp_path: Path) -> None:
+    async with fleet(tmp_path) as (pool, machines):
+        before = tiers_of(pool, machines)
+        pool.pool.tiers._installed["failing"] = Known(Failing())
+        await activate(pool, "", "failing")
+        await settled(pool)
+        await activate(pool, steps={"per_minute": 1, "on_restart": "rollback"})
+        await until(lambda: pool.pool.switching.rollout and pool.pool.switching.rollout.moved == 1)
+    async with running(tmp_path) as pool:
+        await settled_at_start(pool)
+        assert (pool.pool.tiers.active, tiers_of(pool, machines)) == ("threshold", before)
+
+
+async def test_who_waits_after_a_restart_keeps_its_tier_whatever_it_reports(tmp_path: Path) -> None:
+    async with fleet(tmp_path) as (pool, machines):
+        await activate(pool, NONE, "all")
+        await settled(pool)
+        await activate(pool, steps={"per_minute": 1})
+        await until(lambda: pool.pool.switching.rollout and pool.pool.switching.rollout.moved == 1)
+    async with running(tmp_path) as pool:
+        await until(lambda: pool.pool.switching.rollout is not None)
+        waiting = [m for m in machines if m.id in pool.pool.tiers.waiting]
+        assert waiting
+        for machine in waiting:
+            pool.pool.decide_again(pool.pool.fleet.workers[machine.id])
+        assert tiers_of(pool, waiting) == [5] * len(waiting)
+
+
+async def test_another_policy_over_a_stopped_one_leaves_who_waits_where_it_is(tmp_path: Path) -> None:
+    async with fleet(tmp_path) as (pool, machines):
+        await activate(pool, NONE, "all", steps={"per_minute": 1, "on_trouble": "stop"})
+        await until(lambda: pool.pool.switching.rollout and pool.pool.switching.rollout.moved == 1)
+        pool.pool.dispatcher.failed += 30
+        await until(lambda: pool.pool.switching.rollout and pool.pool.switching.rollout.stopped)
+        await activate(pool, steps={"per_minute": 1})
+        waiting = [m for m in machines if m.id in pool.pool.tiers.waiting]
+        before = tiers_of(pool, waiting)
+        for machine in waiting:
+            pool.pool.decide_again(pool.pool.fleet.workers[machine.id])
+        assert tiers_of(pool, waiting) == before
+
+
+async def test_who_reports_while_a_plan_is_made_has_its_turn_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with fleet(tmp_path) as (pool, machines):
+        switching, store = pool.pool.switching, pool.pool.store
+        worker, commit = pool.pool.fleet.workers[machines[0].id], store.commit
+
+        async def meanwhile(changes: Any, **more: Any) -> None:
+            # The plan is made, and says that this one stays: now it has more cores.
+            if switching.rollout is None and worker.record.report.cpu_cores == 2:
+                report = HardwareReport(capabilities=capabilities(16))
+                worker.record = msgspec.structs.replace(worker.record, report=report)
+                pool.pool.decide_again(worker)
+            await commit(changes, **more)
+
+        monkeypatch.setattr(store, "commit", meanwhile)
+        await activate(pool)
+        await settled(pool)
+        assert tiers_of(pool, machines) == [1, 3, 1, 1, 1, 1]
+
+
+async def test_it_is_done_only_once_the_tiers_are_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with fleet(tmp_path) as (pool, machines):
+        store, failures = pool.pool.store, 2
+        commit = store.commit
+
+        async def failing(changes: Any, **more: Any) -> None:
+            nonlocal failures
+            changes = list(changes)
+            if failures and any(
+                type(one.record).__name__ == "WorkerRecord" for one in changes if hasattr(one, "record")
+            ):
+                failures -= 1
+                raise StoreFailed("the disk does not keep up")
+            await commit(changes, **more)
+
+        monkeypatch.setattr(store, "commit", failing)
+        await activate(pool)
+        await settled(pool)
+        kept = await store.load(WorkerRecord)
+        assert {one.worker_id: one.tier for one in kept} == dict(
+            zip([m.id for m in machines], [3, 3, 1, 1, 1, 1], strict=True)
+        )
+        assert failures == 0
+
+
+async def test_a_commit_that_may_be_kept_all_the_same_is_written_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with fleet(tmp_path) as (pool, machines):
+        store = pool.pool.store
+        commit = store.commit
+
+        async def unsure(changes: Any, **more: Any) -> None:
+            await commit(changes, **more)
+            monkeypatch.setattr(store, "commit", commit)
+            raise StoreFailed("nobody knows")
+
+        monkeypatch.setattr(store, "commit", unsure)
+        refused = await pool.client.put("/api/admin/policies/active", json={"policy": "cores", "file": CORES})
+        assert refused.status_code == 503
+        assert pool.pool.tiers.active == "threshold"
+        await until(lambda: not pool.pool.switching._unsure)
+        assert await store.load(PolicyRecord) == []
+    async with running(tmp_path) as pool:
+        await settled_at_start(pool)
+        assert (pool.pool.tiers.active, tiers_of(pool, machines)) == ("threshold", [3, 2, 2, 2, 2, 2])
+
+
+async def test_a_rollback_to_the_settings_own_file_has_its_text_of_then(tmp_path: Path) -> None:
+    (tmp_path / "policies").mkdir()
+    file = tmp_path / "policies" / "mine.toml"
+    file.write_text(NONE)
+    async with running(tmp_path, tier_policy="mine") as pool:
+        machines = [await pool.enrol(capabilities=capabilities(cores)) for cores in SIZES]
+        assert tiers_of(pool, machines) == [5] * 6
+        file.write_text(CORES)
+        await activate(pool, "", "mine")
+        await settled(pool)
+        assert tiers_of(pool, machines) == [3, 3, 1, 1, 1, 1]
+        file.unlink()
+        await standing(pool)
+        back = await pool.client.post("/api/admin/policies/rollback", json={"active": "mine"})
+        assert back.status_code == 200, back.text
+        await settled(pool)
+        assert tiers_of(pool, machines) == [5] * 6
+
+
+async def test_settings_that_name_another_policy_move_a_fleet_that_never_had_one_put_in_force(tmp_path: Path) -> None:
+    async with fleet(tmp_path) as (pool, machines):
+        assert tiers_of(pool, machines) == [3, 2, 2, 2, 2, 2]
+    (tmp_path / "policies").mkdir()
+    (tmp_path / "policies" / "all.toml").write_text(NONE)
+    async with running(tmp_path, tier_policy="all") as pool:
+        await settled_at_start(pool)
+        assert tiers_of(pool, machines) == [5] * 6
+    (tmp_path / "policies" / "all.toml").write_text(CORES)
+    async with running(tmp_path, tier_policy="all") as pool:
+        await settled_at_start(pool)
+        assert tiers_of(pool, machines) == [3, 3, 1, 1, 1, 1]
+        said = await told(pool)
+        assert said[-2:] == ["policy_differs", "policy_done"]
+
+
+async def test_naming_the_active_policy_in_the_settings_keeps_the_way_back(tmp_path: Path) -> None:
+    (tmp_path / "policies").mkdir()
+    (tmp_path / "policies" / "cores.toml").write_text(CORES)
+    async with fleet(tmp_path) as (pool, machines):
+        await activate(pool, "")
+        await settled(pool)
+    async with running(tmp_path, tier_policy="cores") as pool:
+        await settled_at_start(pool)
+        assert (await standing(pool))["previous"] == ["threshold"]
+        await pool.client.post("/api/admin/policies/rollback", json={})
+        await settled(pool)
+        assert tiers_of(pool, machines) == [3, 2, 2, 2, 2, 2]
+
+
+async def test_a_rollback_from_another_policy_than_was_meant_is_refused(tmp_path: Path) -> None:
+    async with fleet(tmp_path) as (pool, _):
+        await activate(pool)
+        await settled(pool)
+        refused = await pool.client.post("/api/admin/policies/rollback", json={"active": "threshold"})
+        assert (refused.status_code, pool.pool.tiers.active) == (409, "cores")
+
+
+# -- in the shadow -------------------------------------------------------------------------------------------------
+
+
+async def test_a_policy_in_the_shadow_is_asked_beside_and_where_it_differs_is_kept(tmp_path: Path) -> None:
+    path = "/api/admin/policies/shadow"
+    async with fleet(tmp_path) as (pool, machines):
+        before = tiers_of(pool, machines)
+        begun = (await pool.client.put(path, json={"policy": "cores", "file": CORES})).json()
+        assert (begun["policy"], begun["active"], begun["asked"], begun["failed"]) == ("cores", "threshold", 6, 0)
+        differs = {row["worker_id"]: (row["tier"], row["shadow_tier"]) for row in begun["workers"]}
+        assert differs == {m.id: (2, 3 if m is machines[1] else 1) for m in machines[1:]}
+        new = await pool.enrol(capabilities=capabilities(64))
+        assert new.answer["tier"] == 2
+        now = (await pool.client.get(path)).json()
+        assert now["asked"] == 7
+        assert (now["workers"][0]["worker_id"], now["workers"][0]["times"]) == (new.id, 1)
+        assert tiers_of(pool, machines) == before
+        assert (await standing(pool))["shadow"] == "cores"
+    async with running(tmp_path) as pool:
+        # It is asked again of all after a restart.
+        await until(lambda: pool.pool.tiers.shadow and pool.pool.tiers.shadow.asked >= 7)
+        ended = await pool.client.delete(path)
+        assert ended.json()["policy"] == "cores"
+        assert (await pool.client.get(path)).status_code == 404
+        assert (await pool.client.delete(path)).status_code == 404
+        assert {"policy_shadow", "policy_shadow_ended"} <= set(await told(pool))
+    async with running(tmp_path) as pool:
+        assert pool.pool.tiers.shadow is None
+
+
+async def test_a_policy_that_fails_in_the_shadow_costs_nobody_anything(tmp_path: Path) -> None:
+    async with fleet(tmp_path) as (pool, machines):
+        pool.pool.tiers._installed["failing"] = Known(Failing(8))
+        begun = (await pool.client.put("/api/admin/policies/shadow", json={"policy": "failing"})).json()
+        assert begun["failed"] == 2
+        assert any("no idea" in row["reason"] for row in begun["workers"])
+        pool.pool.decide_again(pool.pool.fleet.workers[machines[2].id])
+        assert pool.pool.fleet.workers[machines[2].id].record.tier == 2
+        assert pool.pool.tiers.failing == set()
+
+
+def test_what_is_kept_of_a_shadow_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shadow, "KEPT", 2)
+    found = shadow.Shadow(Failing(), since=1.0, wall=lambda: 2.0)
+    said = TierDecision(tier=7, reason="tier 7: everyone")
+    for worker_id in ("a", "b", "a", "c"):
+        found.compare(worker_id, 1, said, failed=False)
+    assert [(one.worker_id, one.times) for one in found.disagreements()] == [("c", 1), ("a", 2)]
 
 
 async def test_only_who_may_write_puts_a_policy_in_force(tmp_path: Path) -> None:

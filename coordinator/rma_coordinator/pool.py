@@ -161,6 +161,7 @@ class Pool:
         self._made_at = clock()
         self._started = False
         self._renewing = asyncio.Lock()
+        self._writing = asyncio.Lock()
         self._need = 0
 
     @property
@@ -280,20 +281,26 @@ class Pool:
 
     async def flush(self) -> None:
         """Write the records that changed; what cannot be written now is tried again the next time."""
-        changed, self.fleet.changed = self.fleet.changed, set()
         try:
-            while changed:
-                some = list(islice(changed, FLUSHED_AT_ONCE))
-                workers = [self.fleet.workers[one] for one in some if one in self.fleet.workers]
-                await self.store.commit([Put(worker.id, self._seen(worker)) for worker in workers])
-                changed.difference_update(some)
+            await self.write_workers()
             await self._write_models()
             await self._write_traffic()
-        except BaseException as error:
-            self.fleet.changed |= changed
-            if not isinstance(error, RMAError):
-                raise
+        except RMAError as error:
             logger.debug("%s; it is tried again", error)
+
+    async def write_workers(self) -> None:
+        """Write the workers' records that changed; all are on disk when it returns. Raises StoreFailed, OutOfSpace."""
+        async with self._writing:
+            changed, self.fleet.changed = self.fleet.changed, set()
+            try:
+                while changed:
+                    some = list(islice(changed, FLUSHED_AT_ONCE))
+                    workers = [self.fleet.workers[one] for one in some if one in self.fleet.workers]
+                    await self.store.commit([Put(worker.id, self._seen(worker)) for worker in workers])
+                    changed.difference_update(some)
+            except BaseException:
+                self.fleet.changed |= changed
+                raise
 
     async def _write_news(self) -> None:
         try:
@@ -402,7 +409,12 @@ class Pool:
     def decide(
         self, report: HardwareReport, *, labels: dict[str, str], worker_id: str, known: WorkerRecord | None = None
     ) -> TierDecision:
-        """Ask the policy in force for a machine's tier. Where it fails, a ``known`` worker stays where it was."""
+        """Ask the policy in force for a machine's tier.
+
+        A ``known`` worker stays where it was while it waits for its turn, and where the policy fails.
+        """
+        if known is not None and self.tiers.waits(worker_id):
+            return TierDecision(tier=known.tier, reason=known.tier_reason)
         decision = self.tiers.decide(PolicyInput(report=report, labels=labels, worker_id=worker_id))
         if known is None or not isinstance(decision, NoDecision):
             return decision

@@ -13,14 +13,15 @@ import msgspec
 from rma_coordinator.audit import ITSELF, Audit, AuditEntry
 from rma_coordinator.domain.fleet import iso
 from rma_coordinator.domain.rollout import Pulse, Rollout, Steps
-from rma_coordinator.store import Put
+from rma_coordinator.shadow import Shadow
+from rma_coordinator.store import Delete, Put
 from rma_coordinator.tiers import NoDecision, failed_for_many
 from rma_core.errors import Refused, RMAError
 from rma_core.interfaces import PolicyInput
 from rma_core.policy_file import read_policy
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable
+    from collections.abc import AsyncIterator, Iterable, Iterator
 
     from rma_coordinator.domain.fleet import Worker
     from rma_coordinator.pool import Pool
@@ -48,15 +49,28 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     at: float = 0.0
     by: str = ""
 
+    @property
+    def digest(self) -> str:
+        """A word for this policy and no other."""
+        return hashlib.sha256(f"{self.name}\0{self.text}".encode()).hexdigest()[:16]
+
+    def same(self, other: Choice) -> bool:
+        """Whether both are the same policy, whoever chose it."""
+        return (self.name, self.text) == (other.name, other.text)
+
 
 class PolicyRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What was put in force, oldest first; ``wanted`` is what the settings said then, ``steps`` while workers move."""
+    """What was put in force, oldest first, and a word for what the settings said then (``wanted``).
+
+    While workers move: ``steps``, how many change in all, and why they move no further.
+    """
 
     wanted: str
     choices: tuple[Choice, ...]
     steps: Steps | None = None
-    #: Why they move no further.
+    total: int = 0
     stopped: str = ""
+    shadow: Choice | None = None
 
 
 class Change(NamedTuple):
@@ -96,58 +110,99 @@ class Plan(NamedTuple):
         return hashlib.sha256(msgspec.json.encode(moves)).hexdigest()[:16]
 
 
+class Start(NamedTuple):
+    """What a start has found, for the first round: what is in force, how workers get there, and what is said of it."""
+
+    choices: tuple[Choice, ...]
+    steps: Steps
+    action: str
+    words: str
+    #: How many change in all, where it goes on; and why it was stopped.
+    total: int = 0
+    stopped: str = ""
+
+
 class Switching:
     """The policy in force, those before it, and workers on their way to it."""
 
     def __init__(self, pool: Pool) -> None:
         self._pool, self.tiers = pool, pool.tiers
         self.audit = Audit(pool.wall)
-        self.choices: tuple[Choice, ...] = ()
         self.rollout: Rollout | None = None
+        #: What the store holds, as far as is known; ``None`` while nothing was ever put in force.
+        self._record: PolicyRecord | None = None
+        #: The last choice, and its policy as it was read then.
+        self._in_force: tuple[Choice, TierPolicy] | None = None
+        #: A commit was given up and may be kept all the same.
+        self._unsure = False
+        self._start: Start | None = None
         self._one = asyncio.Lock()
         self._wake = asyncio.Event()
 
     # -- after a start -----------------------------------------------------------------------------------------
 
-    async def open(self) -> None:
-        """Go on where the last process was. What was put in force counts until the settings name another policy."""
-        pool = self._pool
-        self.audit.restore(await pool.store.load(AuditEntry))
-        found = await pool.store.get(PolicyRecord, KEY)
-        if found is None:
-            self.choices = (Choice(name=self.tiers.wanted),)
-            return
-        if found.wanted != self.tiers.wanted:
-            choice = Choice(name=self.tiers.wanted, at=pool.wall(), by=ITSELF)
-            words = f"the settings name {self.tiers.wanted!r} now, which is in force"
-            await self._begin((*found.choices, choice), Steps(), "policy_set", words, by=ITSELF)
-            return
-        choices, policy = self._usable(found.choices)
-        if len(choices) < len(found.choices):
-            lost, kept = found.choices[-1].name, choices[-1].name
-            words = f"{lost!r} is not there any more: {kept!r} is in force again"
-            await self._begin(choices, Steps(), "policy_lost", words, by=ITSELF)
-        elif found.steps is None:
-            self.choices = choices
-            self.tiers.use(policy)
-        elif found.steps.on_restart == "rollback" and len(choices) > 1:
-            words = f"the coordinator was restarted while workers moved to {choices[-1].name!r}: back to "
-            words += f"{choices[-2].name!r}, as was asked for"
-            await self._begin(choices[:-1], Steps(), "policy_rolled_back", words, by=ITSELF)
-        else:
-            words = f"the coordinator was restarted while workers moved to {choices[-1].name!r}: it goes on"
-            await self._begin(choices, found.steps, "policy_goes_on", words, by=ITSELF, stopped=found.stopped)
+    @property
+    def choices(self) -> tuple[Choice, ...]:
+        """What was put in force, oldest first; the last is in force."""
+        return self._record.choices if self._record else (self._own(),)
 
-    def _usable(self, choices: tuple[Choice, ...]) -> tuple[tuple[Choice, ...], TierPolicy]:
+    def _own(self) -> Choice:
+        """Return the settings' own policy as a choice."""
+        own = self.tiers.own
+        return Choice(name=self.tiers.wanted, text=own.text if own else "")
+
+    async def open(self) -> None:
+        """Go on where the last process was. What was put in force counts until the settings name another policy.
+
+        Workers keep their tiers until the first round has looked at them all.
+        """
+        self.audit.restore(await self._pool.store.load(AuditEntry))
+        self._record = await self._pool.store.get(PolicyRecord, KEY)
+        self._start = start = self._found(self._record)
+        policy = self._policy(start.choices[-1])
+        assert policy is not None  # noqa: S101 - `_usable` has looked
+        self.tiers.use(policy, waiting=self._pool.fleet.workers.keys())
+        self._in_force = start.choices[-1], policy
+        if self._record and self._record.shadow and (shadow := self._policy(self._record.shadow)):
+            self.tiers.shadow = Shadow(shadow, since=self._record.shadow.at, wall=self._pool.wall)
+        self._wake.set()
+
+    def _found(self, record: PolicyRecord | None) -> Start:
+        """Return what is in force now, as the store and the settings have it."""
+        own = self._own()
+        if record is None:
+            return Start((own,), Steps(), "policy_set", f"{own.name!r} is in force, as the settings say")
+        if record.wanted != own.digest and not record.choices[-1].same(own):
+            choice = msgspec.structs.replace(own, at=self._pool.wall(), by=ITSELF)
+            words = f"the settings have another policy now, {own.name!r}, which is in force"
+            return Start((*record.choices, choice), Steps(), "policy_set", words)
+        choices, lost = self._usable(record.choices), record.choices[-1].name
+        if not choices[-1].same(record.choices[-1]):
+            words = f"{lost!r} is not there any more: {choices[-1].name!r} is in force again"
+            return Start(choices, Steps(), "policy_lost", words)
+        if record.steps is None:
+            return Start(choices, Steps(), "policy_differs", f"{lost!r} says something else than it did")
+        words = f"the coordinator was restarted while workers moved to {lost!r}: "
+        if record.steps.on_restart == "rollback" and len(choices) > 1:
+            back = self._usable(choices[:-1])
+            return Start(back, Steps(), "policy_rolled_back", f"{words}back to {back[-1].name!r}, as was asked for")
+        words += f"it is still stopped ({record.stopped})" if record.stopped else "it goes on"
+        return Start(choices, record.steps, "policy_goes_on", words, record.total, record.stopped)
+
+    def _usable(self, choices: tuple[Choice, ...]) -> tuple[Choice, ...]:
         """Return the choices up to the last one whose policy is still there; else the settings' own."""
         for end in range(len(choices), 0, -1):
-            policy = self._policy(choices[end - 1])
-            if policy is not None:
-                return choices[:end], policy
-        wanted = Choice(name=self.tiers.wanted)
-        return (wanted,), self.tiers.known[wanted.name].policy
+            if self._policy(choices[end - 1]) is not None:
+                return choices[:end]
+        return (self._own(),)
 
     def _policy(self, choice: Choice) -> TierPolicy | None:
+        """Return the policy of a choice; ``None`` for one that is not there any more."""
+        own = self.tiers.own
+        if own and choice.same(self._own()):
+            return own.policy
+        if self._in_force and choice.same(self._in_force[0]):
+            return self._in_force[1]
         try:
             if choice.text:
                 return read_policy(choice.text, name=choice.name, subject=choice.name)
@@ -155,7 +210,35 @@ class Switching:
             logger.warning("the tier policy %s cannot be read any more: %s", choice.name, error)
             return None
         known = self.tiers.known.get(choice.name)
-        return known.policy if known else None
+        return known.policy if known and not known.text else None
+
+    async def _first(self, start: Start) -> None:
+        """Look at all workers once after a start, and let those move whose tier is another now."""
+        with self._noting():
+            policy = self.tiers.current or self.tiers.find().policy
+            plan = await self.plan(policy)
+            said = start.action != "policy_set" or self._record is not None
+            if start.action == "policy_differs" or not said:
+                # Nobody did anything: that is told only where it changes something.
+                said = bool(plan.moves)
+            if said:
+                moved = max(0, start.total - len(plan.moves))
+                await self._begin(
+                    start.choices, policy, start.steps, start.action, start.words, by=ITSELF, plan=plan,
+                    moved=moved, stopped=start.stopped,
+                )  # fmt: skip
+            else:
+                self._release()
+        self._start = None
+        if self.tiers.shadow is not None:
+            await self._ask_shadow(self.tiers.shadow)
+
+    def _release(self) -> None:
+        """Nobody waits any more; who told something new while all did is decided now."""
+        self.tiers.waiting = ()
+        for worker_id in sorted(self.tiers.asked_meanwhile or ()):
+            if worker_id in self._pool.fleet.workers:
+                self._pool.decide_again(self._pool.fleet.workers[worker_id])
 
     # -- what would change -------------------------------------------------------------------------------------
 
@@ -174,9 +257,17 @@ class Switching:
 
     def _change(self, policy: TierPolicy, worker: Worker) -> Change:
         record = worker.record
-        asked = PolicyInput(report=record.report, labels=record.labels, worker_id=worker.id)
-        decision = self.tiers.decide(asked, policy)
+        decision = self.tiers.decide(_asked(worker), policy)
         return Change(worker.id, record.tier, decision.tier, decision.reason, isinstance(decision, NoDecision))
+
+    @contextlib.contextmanager
+    def _noting(self) -> Iterator[None]:
+        """While a plan is made and written, note who is decided by the policy that was in force until then."""
+        self.tiers.asked_meanwhile = set()
+        try:
+            yield
+        finally:
+            self.tiers.asked_meanwhile = None
 
     # -- putting in force, and back ----------------------------------------------------------------------------
 
@@ -187,77 +278,134 @@ class Switching:
         while others still move, when the plan is another now, and for a policy that fails for many.
         """
         async with self._one:
-            if self.rollout is not None and not self.rollout.stopped:
+            moving = self._start is not None or (self.rollout is not None and not self.rollout.stopped)
+            if moving:
                 hints = ("wait for it, or `rma policies rollback` first",)
                 raise Refused(f"workers are still moving to {self.tiers.active!r}", hints=hints)
-            known = self.tiers.find(name) if not text else None
-            policy = known.policy if known else read_policy(text, name=name, subject="the policy")
-            plan = await self.plan(policy)
-            if seen and seen != plan.digest:
-                raise Refused("the fleet has changed since that preview", hints=("look at it once more",))
-            _refuse_failing(policy, plan)
-            kept = known.text if known else text
-            choice = Choice(name=policy.name, text=kept, at=self._pool.wall(), by=by)
-            words = f"{policy.name!r} is in force, {self.tiers.active!r} was; workers that change: {len(plan.moves)}"
-            await self._begin((*self.choices, choice), steps, "policy_activated", words, by=by, plan=plan)
+            policy, kept = await self._choose(name, text)
+            with self._noting():
+                plan = await self.plan(policy)
+                if seen and seen != plan.digest:
+                    raise Refused("the fleet has changed since that preview", hints=("look at it once more",))
+                _refuse_failing(policy, plan)
+                choice = Choice(name=policy.name, text=kept, at=self._pool.wall(), by=by)
+                words = f"{policy.name!r} is in force, {self.tiers.active!r} was; workers that change: "
+                await self._begin(
+                    (*self.choices, choice), policy, steps, "policy_activated", f"{words}{len(plan.moves)}", by=by,
+                    plan=plan,
+                )  # fmt: skip
             return plan
 
-    async def rollback(self, *, by: str, why: str = "") -> Plan:
-        """Put the policy in force again that was before, for all at once. Raises Refused where there is none."""
+    async def _choose(self, name: str, text: str) -> tuple[TierPolicy, str]:
+        """Return a policy and its text. Raises NotFound, ValidationProblem."""
+        if text:
+            # A long one takes its time.
+            return await asyncio.to_thread(read_policy, text, name=name, subject="the policy"), text
+        known = self.tiers.find(name)
+        return known.policy, known.text
+
+    async def rollback(self, *, by: str, active: str = "") -> Plan:
+        """Put the policy in force again that was before, for all at once.
+
+        ``active`` is the one that whoever asks believes in force. Raises Refused where that is another, and where none
+        was before it.
+        """
         async with self._one:
-            return await self._back(by=by, why=why)
+            if active and active != self.tiers.active:
+                hints = ("see `rma policies`",)
+                raise Refused(f"{self.tiers.active!r} is in force now, not {active!r}", hints=hints)
+            return await self._back(by=by)
 
     async def _back(self, *, by: str, why: str = "") -> Plan:
         if len(self.choices) < 2:  # noqa: PLR2004 - the one in force and one before
             raise Refused(f"{self.tiers.active!r} is in force, and nothing was before it")
-        choices, policy = self._usable(self.choices[:-1])
-        plan = await self.plan(policy)
-        words = f"back to {policy.name!r} from {self.tiers.active!r}; workers that change: {len(plan.moves)}"
-        words += f": {why}" if why else ""
-        await self._begin(choices, Steps(), "policy_rolled_back", words, by=by, plan=plan)
+        choices = self._usable(self.choices[:-1])
+        policy = self._policy(choices[-1])
+        assert policy is not None  # noqa: S101 - `_usable` has looked
+        with self._noting():
+            plan = await self.plan(policy)
+            words = f"back to {policy.name!r} from {self.tiers.active!r}; workers that change: {len(plan.moves)}"
+            words += f": {why}" if why else ""
+            await self._begin(choices, policy, Steps(), "policy_rolled_back", words, by=by, plan=plan)
+        self._start = None
         return plan
 
     async def _begin(
         self,
         choices: tuple[Choice, ...],
+        policy: TierPolicy,
         steps: Steps,
         action: str,
         words: str,
         *,
         by: str,
-        plan: Plan | None = None,
+        plan: Plan,
+        moved: int = 0,
         stopped: str = "",
     ) -> None:
         """Put the last of the choices in force and let workers move to it; on disk before anyone moves."""
-        choices = choices[-MOST_BACK:]
-        policy = self._policy(choices[-1])
-        assert policy is not None  # noqa: S101 - whoever chose it has looked
-        plan = plan or await self.plan(policy)
-        moves = dict.fromkeys(row.worker_id for row in plan.moves)
-        await self._commit(choices, steps, action, words, by=by, stopped=stopped)
-        # Who came meanwhile was decided by the policy before.
+        total = moved + len(plan.moves)
+        await self._commit(
+            action, words, by=by, choices=choices[-MOST_BACK:], steps=steps, total=total, stopped=stopped
+        )
+        # Who came or was asked meanwhile was decided by the policy before.
         late = self._pool.fleet.workers.keys() - {row.worker_id for row in plan.rows}
-        self.rollout = Rollout(steps, [*moves, *sorted(late)], now=self._pool.clock(), pulse=self._pulse())
+        late |= (self.tiers.asked_meanwhile or set()) & self._pool.fleet.workers.keys()
+        waiting = [*(row.worker_id for row in plan.moves), *sorted(late)]
+        self.rollout = Rollout(steps, waiting, now=self._pool.clock(), pulse=self._pulse(), moved=moved)
         self.rollout.stopped = stopped
-        self.tiers.use(policy, before=self.tiers.current, waiting=self.rollout.waiting)
+        self.tiers.use(policy, waiting=self.rollout.waiting)
+        self._in_force = choices[-1], policy
         self._wake.set()
 
-    async def _commit(
-        self,
-        choices: tuple[Choice, ...],
-        steps: Steps | None,
-        action: str,
-        words: str,
-        *,
-        by: str,
-        stopped: str = "",
-    ) -> None:
+    async def _commit(self, action: str, words: str, *, by: str, **changed: object) -> None:
+        """Write the record with what has changed in it, and what is said of that in the audit; then keep both."""
         entry = self.audit.entry(action, words, by=by)
-        record = PolicyRecord(wanted=self.tiers.wanted, choices=choices, steps=steps, stopped=stopped)
-        await self._pool.store.commit([Put(KEY, record), *self.audit.changes(entry)])
+        base = self._record or PolicyRecord(wanted=self._own().digest, choices=self.choices)
+        record = msgspec.structs.replace(base, wanted=self._own().digest, **changed)
+        try:
+            await self._pool.store.commit([Put(KEY, record), *self.audit.changes(entry)])
+        except BaseException:
+            # It may be kept all the same, and the next start would go by it.
+            self._unsure = True
+            raise
+        self._unsure = False
         self.audit.keep(entry)
-        self.choices = choices
+        self._record = record
         logger.info("tier policy: %s", words, extra={"action": action})
+
+    async def _make_sure(self) -> None:
+        """Write once more what counts here, after a commit of which nobody knows whether it is kept."""
+        change = Put(KEY, self._record) if self._record else Delete(PolicyRecord, KEY)
+        await self._pool.store.commit([change])
+        self._unsure = False
+
+    # -- in the shadow -----------------------------------------------------------------------------------------
+
+    async def shadow(self, name: str, text: str, *, by: str) -> None:
+        """Ask a policy beside the one in force from now on. Raises NotFound, ValidationProblem."""
+        async with self._one:
+            policy, kept = await self._choose(name, text)
+            choice = Choice(name=policy.name, text=kept, at=self._pool.wall(), by=by)
+            words = f"{policy.name!r} is asked in the shadow of {self.tiers.active!r}"
+            await self._commit("policy_shadow", words, by=by, shadow=choice)
+            self.tiers.shadow = shadow = Shadow(policy, since=choice.at, wall=self._pool.wall)
+            await self._ask_shadow(shadow)
+
+    async def end_shadow(self, *, by: str) -> None:
+        """Ask it no more. Raises Refused where there is none."""
+        async with self._one:
+            if self.tiers.shadow is None:
+                raise Refused("no policy is in the shadow")
+            words = f"{self.tiers.shadow.policy.name!r} is asked no more"
+            await self._commit("policy_shadow_ended", words, by=by, shadow=None)
+            self.tiers.shadow = None
+
+    async def _ask_shadow(self, shadow: Shadow) -> None:
+        """Ask it about every worker that there is."""
+        async for worker in self._workers():
+            decision = self.tiers.decide(_asked(worker), shadow.policy)
+            shadow.compare(worker.id, worker.brief.tier, decision, failed=isinstance(decision, NoDecision))
 
     # -- meanwhile ---------------------------------------------------------------------------------------------
 
@@ -280,14 +428,16 @@ class Switching:
 
     async def tick(self) -> None:
         """Do what is due now."""
+        if self._unsure:
+            await self._make_sure()
+        if self._start is not None:
+            await self._first(self._start)
         failing = self.tiers.failing & self._pool.fleet.workers.keys()
         if failed_for_many(len(failing), len(self._pool.fleet.workers)) and len(self.choices) > 1:
             some = ", ".join(sorted(failing)[:NAMED])
             await self._back(by=ITSELF, why=f"it fails for {len(failing)} workers ({some})")
         rollout = self.rollout
-        if rollout is None:
-            return
-        if rollout.stopped:
+        if rollout is None or rollout.stopped:
             return
         if rollout.waiting and (trouble := rollout.trouble(self._pulse())):
             await self._trouble(rollout, trouble)
@@ -301,7 +451,7 @@ class Switching:
             await self._back(by=ITSELF, why=trouble)
             return
         words = f"workers move no further to {self.tiers.active!r}: {trouble}"
-        await self._commit(self.choices, rollout.steps, "policy_stopped", words, by=ITSELF, stopped=trouble)
+        await self._commit("policy_stopped", words, by=ITSELF, stopped=trouble)
         rollout.stopped = trouble
 
     async def _move(self, rollout: Rollout, due: Iterable[str]) -> None:
@@ -315,10 +465,10 @@ class Switching:
 
     async def _finish(self, rollout: Rollout) -> None:
         # Tiers are on disk before that is: a process that starts in between would not look at them again.
-        await self._pool.flush()
+        await self._pool.write_workers()
         words = f"all workers have the tiers of {self.tiers.active!r}; changed: {rollout.moved}"
-        await self._commit(self.choices, None, "policy_done", words, by=ITSELF)
-        self.tiers.before, self.tiers.waiting = None, ()
+        await self._commit("policy_done", words, by=ITSELF, steps=None, total=0, stopped="")
+        self.tiers.waiting = ()
         self.rollout = None
 
     def _pulse(self) -> Pulse:
@@ -330,21 +480,23 @@ class Switching:
 
     def show(self) -> dict[str, Any]:
         """Return how it stands, as JSON data."""
-        chosen, rollout = self.choices[-1], self.rollout
-        moving = None
+        chosen, rollout, shadow = self.choices[-1], self.rollout, self.tiers.shadow
+        moving: dict[str, Any] | None = None
         if rollout is not None:
-            moving = {
-                "total": rollout.total,
-                "moved": rollout.moved,
-                "stopped": rollout.stopped,
-                **msgspec.to_builtins(rollout.steps),
-            }
+            moving = {"total": rollout.total, "moved": rollout.moved, "stopped": rollout.stopped}
+            moving |= msgspec.to_builtins(rollout.steps)
         return {
             "since": iso(chosen.at),
             "by": chosen.by,
             "previous": [choice.name for choice in reversed(self.choices[:-1])],
             "moving": moving,
+            "shadow": shadow.policy.name if shadow else None,
         }
+
+
+def _asked(worker: Worker) -> PolicyInput:
+    record = worker.record
+    return PolicyInput(report=record.report, labels=record.labels, worker_id=worker.id)
 
 
 def _refuse_failing(policy: TierPolicy, plan: Plan) -> None:

@@ -12,9 +12,10 @@ from rma_core.interfaces import TierDecision
 from rma_core.policy_file import SUFFIX, load, read_policy
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Container, Mapping
     from pathlib import Path
 
+    from rma_coordinator.shadow import Shadow
     from rma_core.interfaces import PolicyInput, TierPolicy
 
 logger = logging.getLogger(__name__)
@@ -41,15 +42,21 @@ class Tiers:
 
     def __init__(self, installed: Mapping[str, TierPolicy], *, wanted: str, folder: Path | None = None) -> None:
         """Keep what there is; ``wanted`` is the policy that the settings name. Raises what is wrong with its file."""
-        self._installed, self._folder = dict(installed), folder
+        self._installed = {name: Known(policy) for name, policy in installed.items()}
+        self._folder = folder
+        self._read: dict[Path, tuple[tuple[int, int], Known | None]] = {}
         self.wanted = wanted
         self.known = self._found(active=wanted)
-        #: The policy in force, and the one that still holds for workers which wait for their turn.
-        self.current: TierPolicy | None = self.known[wanted].policy if wanted in self.known else None
-        self.before: TierPolicy | None = None
-        self.waiting: Collection[str] = ()
+        #: The settings' own policy as it was at the start, whatever becomes of its file.
+        self.own = self.known.get(wanted)
+        #: The policy in force, and workers that wait for their turn to have it.
+        self.current: TierPolicy | None = self.own.policy if self.own else None
+        self.waiting: Container[str] = ()
+        self.shadow: Shadow | None = None
         #: Workers for which the policy in force failed when it was last asked.
         self.failing: set[str] = set()
+        #: While a plan is made: workers for which the policy in force was asked meanwhile.
+        self.asked_meanwhile: set[str] | None = None
 
     @property
     def active(self) -> str:
@@ -58,7 +65,7 @@ class Tiers:
 
     def check(self) -> None:
         """Raise SettingProblem where the policy that the settings name is not there."""
-        if self.wanted not in self.known:
+        if self.own is None:
             raise SettingProblem(
                 f"there is no tier policy {self.wanted!r}",
                 hints=(f"installed: {', '.join(sorted(self.known)) or 'none'}",),
@@ -70,8 +77,9 @@ class Tiers:
         return self.known
 
     def _found(self, *, active: str = "") -> dict[str, Known]:
-        installed = {name: Known(policy) for name, policy in self._installed.items()}
-        return with_files(installed, self._folder, active=active) if self._folder else installed
+        if self._folder is None:
+            return dict(self._installed)
+        return with_files(self._installed, self._folder, active=active, read=self._read)
 
     def find(self, name: str = "") -> Known:
         """Return a policy, the active one unless named. Raises NotFound."""
@@ -82,23 +90,38 @@ class Tiers:
             raise NotFound(f"there is no tier policy {name!r}", hints=(f"installed: {', '.join(sorted(self.known))}",))
         return found
 
-    def use(self, policy: TierPolicy, *, before: TierPolicy | None = None, waiting: Collection[str] = ()) -> None:
-        """Put a policy in force for all but those who wait, for whom the one before still holds."""
-        self.current, self.before, self.waiting = policy, before, waiting
+    def use(self, policy: TierPolicy, *, waiting: Container[str] = ()) -> None:
+        """Put a policy in force for all but those who wait, who keep what they have."""
+        self.current, self.waiting = policy, waiting
         self.failing.clear()
 
     def decide(self, asked: PolicyInput, policy: TierPolicy | None = None) -> TierDecision:
         """Ask a policy (the one in force unless given) for a tier. One that fails gives none, and says so."""
         if policy is not None:
             return _decided(policy, asked)
-        waits = self.before is not None and asked.worker_id in self.waiting
-        chosen = (self.before if waits else self.current) or self.find().policy
-        decision = _decided(chosen, asked)
-        if isinstance(decision, NoDecision) and asked.worker_id:
+        decision = _decided(self.current or self.find().policy, asked)
+        if asked.worker_id:
+            self._note(asked, decision)
+        return decision
+
+    def waits(self, worker_id: str) -> bool:
+        """Whether a known worker waits for its turn, and keeps what it has until then."""
+        waiting = worker_id in self.waiting
+        if waiting and self.asked_meanwhile is not None:
+            self.asked_meanwhile.add(worker_id)
+        return waiting
+
+    def _note(self, asked: PolicyInput, decision: TierDecision) -> None:
+        """Keep what else a decision for a worker tells."""
+        if isinstance(decision, NoDecision):
             self.failing.add(asked.worker_id)
         else:
             self.failing.discard(asked.worker_id)
-        return decision
+        if self.asked_meanwhile is not None:
+            self.asked_meanwhile.add(asked.worker_id)
+        if self.shadow is not None:
+            other = _decided(self.shadow.policy, asked)
+            self.shadow.compare(asked.worker_id, decision.tier, other, failed=isinstance(other, NoDecision))
 
 
 def failed_for_many(failed: int, workers: int) -> bool:
@@ -116,23 +139,50 @@ def _decided(policy: TierPolicy, asked: PolicyInput) -> TierDecision:
         return NoDecision(tier=None, reason=f"the tier policy {policy.name!r} failed: {type(error).__name__}: {error}")
 
 
-def with_files(installed: Mapping[str, Known], folder: Path, *, active: str = "") -> dict[str, Known]:
+def with_files(
+    installed: Mapping[str, Known],
+    folder: Path,
+    *,
+    active: str = "",
+    read: dict[Path, tuple[tuple[int, int], Known | None]] | None = None,
+) -> dict[str, Known]:
     """Return the installed policies and those in the files of a folder.
 
     A file that cannot be used is left out, with a warning. Raises what is wrong with it when it is the ``active`` one:
-    SettingProblem or ValidationProblem, naming every line.
+    SettingProblem or ValidationProblem, naming every line. ``read`` keeps what was read: a file is read once.
     """
-    found = dict(installed)
-    for path in sorted(folder.glob(f"*{SUFFIX}")):
+    found, read = dict(installed), {} if read is None else read
+    files = sorted(folder.glob(f"*{SUFFIX}"))
+    for gone in read.keys() - set(files):
+        del read[gone]
+    for path in files:
         name = path.name.removesuffix(SUFFIX)
-        try:
-            if name in installed:
-                hints = ("give the file another name",)
-                raise SettingProblem(f"{path} is called like the installed policy {name!r}", hints=hints)
-            name, text = load(path)
-            found[name] = Known(read_policy(text, name=name, subject=path.name), text)
-        except RMAError as error:
-            if name == active:
-                raise
-            logger.warning("the tier policy in %s cannot be used: %s", path, error, extra={"action": "policy"})
+        stamp = _stamp(path)
+        if path not in read or read[path][0] != stamp:
+            read[path] = stamp, _read(path, name, taken=name in installed, active=name == active)
+        known = read[path][1]
+        if known is not None:
+            found[name] = known
     return found
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        about = path.stat()
+    except OSError:
+        return 0, 0
+    return about.st_mtime_ns, about.st_size
+
+
+def _read(path: Path, name: str, *, taken: bool, active: bool) -> Known | None:
+    try:
+        if taken:
+            hints = ("give the file another name",)
+            raise SettingProblem(f"{path} is called like the installed policy {name!r}", hints=hints)
+        name, text = load(path)
+        return Known(read_policy(text, name=name, subject=path.name), text)
+    except RMAError as error:
+        if active:
+            raise
+        logger.warning("the tier policy in %s cannot be used: %s", path, error, extra={"action": "policy"})
+        return None

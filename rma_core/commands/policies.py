@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rma_core.commands import common
-from rma_core.errors import Problem, UsageProblem, ValidationProblem
+from rma_core.errors import Problem, Refused, UsageProblem, ValidationProblem
 from rma_core.models.sizes import human
 from rma_core.settings import AgentSettings, CoordinatorSettings, load_settings
 
@@ -182,13 +183,53 @@ def policies_rollback(yes: bool, as_json: bool, **options: Any) -> None:
     found = common.call(options, "GET", "/api/admin/policies")
     if found["previous"] and not yes:
         _ask(f"Go back from {found['active']} to {found['previous'][0]}?")
-    done = common.call(options, "POST", "/api/admin/policies/rollback")
+    # Whatever happened while you were asked: it goes back from this one and no other.
+    done = common.call(options, "POST", "/api/admin/policies/rollback", body={"active": found["active"]})
     _told(options, done, as_json=as_json, wait=True)
+
+
+@policies.command("shadow")
+@click.argument("name", required=False)
+@click.option("--off", is_flag=True, help="Ask it no more.")
+@common.json_option
+@common.pool_options
+def policies_shadow(name: str | None, off: bool, as_json: bool, **options: Any) -> None:
+    """Ask a policy beside the one in force, whenever that is asked, and show where it says something else.
+
+    NAME is a policy of `rma policies`, or a file (NAME.toml). Without it: what the one in the shadow has said so far.
+    """
+    options = common.outer(options)
+    if off and name:
+        raise UsageProblem("give a policy or --off, not both")
+    if off:
+        found = common.call(options, "DELETE", "/api/admin/policies/shadow")
+    elif name:
+        asked = _policy_text(Path(name)) if name.endswith(POLICY_FILES) else {"policy": name}
+        found = common.call(options, "PUT", "/api/admin/policies/shadow", body=asked)
+    else:
+        found = common.call(options, "GET", "/api/admin/policies/shadow")
+    common.show(found, as_json, lambda out: _print_shadow(out, found))
+
+
+def _print_shadow(out: Console, found: dict[str, Any]) -> None:
+    rows = [
+        (w["worker_id"], w["tier"] or "-", w["shadow_tier"] or "-", w["reason"], w["times"]) for w in found["workers"]
+    ]
+    columns = ("worker", found["active"], found["policy"], "why", "times")
+    empty = f"{found['policy']} has said the same as {found['active']}."
+    common.table(columns, rows, empty=empty)(out)
+    failed = f"; it failed {found['failed']} times" if found["failed"] else ""
+    out.print(common.safe(f"{found['policy']} was asked {found['asked']} times since {found['since']}{failed}."))
 
 
 def _steps(given: dict[str, Any]) -> dict[str, Any]:
     """Return the steps as the pool takes them: what was not said is left to it."""
     steps = {STEPS[name]: value for name, value in given.items() if value is not None}
+    endless = [name for name, value in steps.items() if isinstance(value, float) and not math.isfinite(value)]
+    if endless:
+        raise UsageProblem(f"--{endless[0].replace('_', '-').removesuffix('-s')} is no number")
+    if "hold_s" in steps and "canary" not in steps:
+        raise UsageProblem("--hold is the wait after a canary", hints=("give --canary too",))
     shares = ("canary", "most_failures", "least_free")
     return {name: value / 100 if name in shares else value for name, value in steps.items()}
 
@@ -204,27 +245,31 @@ def _ask(question: str) -> None:
 def _told(options: dict[str, Any], done: dict[str, Any], *, as_json: bool, wait: bool) -> None:
     """Say what is in force now, once all workers have moved where that is to be waited for."""
     if wait and done["changes"]:
-        _wait(options, quiet=as_json)
+        now = _wait(options, quiet=as_json)
+        if now["active"] != done["policy"]:
+            raise Refused(f"{now['active']} is in force again", hints=("`GET /api/admin/audit` says why",))
     common.show(done, as_json, lambda out: out.print(common.safe(f"{done['policy']} is in force; {done['was']} was.")))
     if not wait and not as_json:
         common.say("Workers move in steps: `rma policies` shows how far, `rma policies rollback` goes back.")
 
 
-def _wait(options: dict[str, Any], *, quiet: bool) -> None:
-    """Show how far workers are, for a while: they move whether anyone waits or not."""
+def _wait(options: dict[str, Any], *, quiet: bool) -> dict[str, Any]:
+    """Show how far workers are, for a while, and return how it stands: they move whether anyone waits or not."""
     from rich.progress import Progress
 
     end = time.monotonic() + WAITED_S
     with Progress(console=common.console(err=True), disable=quiet, transient=True) as bar:
         task = bar.add_task("moving workers", total=None)
-        while time.monotonic() < end:
-            moving = common.call(options, "GET", "/api/admin/policies")["moving"]
-            if moving is None or moving["stopped"]:
-                return
+        while True:
+            now: dict[str, Any] = common.call(options, "GET", "/api/admin/policies")
+            moving = now["moving"]
+            if moving is None or moving["stopped"] or time.monotonic() > end:
+                break
             bar.update(task, total=moving["total"], completed=moving["moved"])
             time.sleep(LOOK_AGAIN_S)
-    if not quiet:
-        common.say("Workers are still moving: `rma policies` shows how far.")
+    if moving is not None and not quiet:
+        common.say(_moving(now))
+    return now
 
 
 def _policy_text(path: Path) -> dict[str, str]:

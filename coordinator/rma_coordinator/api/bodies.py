@@ -87,6 +87,19 @@ class PolicyActivation(msgspec.Struct, frozen=True, kw_only=True):
     steps: Steps = msgspec.field(default_factory=Steps)
 
 
+class PolicyRollback(msgspec.Struct, frozen=True, kw_only=True):
+    """Which policy whoever asks believes in force; where it is another, nothing is done."""
+
+    active: Label = ""
+
+
+class PolicyShadow(msgspec.Struct, frozen=True, kw_only=True):
+    """A policy to be asked beside the one in force: an installed one, or a ``file`` in TOML, of that name."""
+
+    policy: Annotated[str, Meta(min_length=1, max_length=100)]
+    file: PolicyText = ""
+
+
 # -- OpenAI's requests: what is looked at; everything else goes on as it came -------------------------------------
 
 AskedModel = Annotated[str, Meta(min_length=1, max_length=200)]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from rma_coordinator.api.bodies import PolicyActivation, PolicyPreview
+from rma_coordinator.api.bodies import PolicyActivation, PolicyPreview, PolicyRollback, PolicyShadow
 from rma_coordinator.api.problems import HTTPProblem
 from rma_coordinator.domain.fleet import iso
 from rma_coordinator.effects import effects
 from rma_coordinator.tiers import Known
+from rma_core.errors import NotFound
 from rma_core.interfaces import PolicyInput
 from rma_core.models.hardware import read_reports
 from rma_core.models.strict import convert, decode, parse
@@ -46,7 +48,10 @@ async def preview_policy(pool: Pool, web: Web) -> object:
     # Its reports may hold anything: what is in them is looked through before it is used.
     asked = convert(parse(await web.body(), subject="policy preview"), PolicyPreview, subject="policy preview")
     if asked.file:
-        policy: TierPolicy = read_policy(asked.file, name=asked.policy or "file", subject="the policy")
+        # A long one takes its time.
+        policy: TierPolicy = await asyncio.to_thread(
+            read_policy, asked.file, name=asked.policy or "file", subject="the policy"
+        )
     else:
         policy = pool.tiers.find(asked.policy).policy
     if asked.reports is not None:
@@ -108,8 +113,44 @@ async def rollback_policy(pool: Pool, web: Web) -> object:
     """Put the policy in force again that was before this one; workers move in the background, all at once."""
     by = pool.keyring.principal(web.bearer).id
     before = pool.tiers.active
-    plan = await pool.switching.rollback(by=by)
+    asked = decode(await web.body(), PolicyRollback, subject="policy rollback")
+    plan = await pool.switching.rollback(by=by, active=asked.active)
     return {"policy": pool.tiers.active, "was": before, **_plan(plan)}
+
+
+async def shadow_policy(pool: Pool, web: Web) -> object:
+    """Ask a policy beside the one in force from now on."""
+    by = pool.keyring.principal(web.bearer).id
+    asked = decode(await web.body(), PolicyShadow, subject="policy in the shadow")
+    await pool.switching.shadow(asked.policy, asked.file, by=by)
+    return _shadow(pool)
+
+
+async def show_shadow(pool: Pool, web: Web) -> object:  # noqa: ARG001 - every handler has the same form
+    """Where the policy in the shadow differs from the one in force."""
+    return _shadow(pool)
+
+
+async def end_shadow(pool: Pool, web: Web) -> object:
+    """Ask the policy in the shadow no more."""
+    before = _shadow(pool)
+    await pool.switching.end_shadow(by=pool.keyring.principal(web.bearer).id)
+    return before
+
+
+def _shadow(pool: Pool) -> dict[str, Any]:
+    shadow = pool.tiers.shadow
+    if shadow is None:
+        raise NotFound("no policy is in the shadow", hints=("`rma policies shadow NAME` begins one",))
+    rows = [{**one._asdict(), "at": iso(one.at)} for one in shadow.disagreements()]
+    return {
+        "policy": shadow.policy.name,
+        "active": pool.tiers.active,
+        "since": iso(shadow.since),
+        "asked": shadow.asked,
+        "failed": shadow.failed,
+        "workers": rows,
+    }
 
 
 async def audit(pool: Pool, web: Web) -> object:

@@ -50,14 +50,14 @@ class Pulse(NamedTuple):
 class Rollout:
     """Workers that wait for their turn, in order, and those that have had it."""
 
-    def __init__(self, steps: Steps, waiting: Iterable[str], *, now: float, pulse: Pulse) -> None:
-        """Begin ``now`` (monotonic seconds), with the pool as it is."""
+    def __init__(self, steps: Steps, waiting: Iterable[str], *, now: float, pulse: Pulse, moved: int = 0) -> None:
+        """Begin ``now`` (monotonic seconds), with the pool as it is; ``moved`` have had their turn before."""
         self.steps = steps
         self.waiting = dict.fromkeys(waiting)
-        self.moved = 0
+        self.moved = moved
         #: Why it goes no further, where it does not.
         self.stopped = ""
-        self._began, self._pulse = now, pulse
+        self._began, self._pulse, self._before = now, pulse, moved
 
     @property
     def total(self) -> int:
@@ -74,7 +74,8 @@ class Rollout:
     def _until(self, elapsed_s: float) -> int:
         """Return how many may have moved after some seconds."""
         steps = self.steps
-        first = math.ceil(steps.canary * self.total)
+        # One that goes on after a restart waits once more, but sends no second canary.
+        first = max(math.ceil(steps.canary * self.total), self._before)
         if steps.canary:
             elapsed_s -= steps.hold_s
         if elapsed_s < 0:
@@ -91,6 +92,10 @@ class Rollout:
 
     def trouble(self, pulse: Pulse) -> str:
         """Say why it must not go on, or nothing."""
+        if self.moved == self._before:
+            # Nobody has moved, so whatever the pool is like is not because of this.
+            self._pulse = pulse
+            return ""
         failed = pulse.failed - self._pulse.failed
         ended = failed + pulse.succeeded - self._pulse.succeeded
         most, least = self.steps.most_failures, self.steps.least_free
