@@ -24,8 +24,8 @@ ORPHAN_S = 2.0
 WHERE_SHARE = 0.9
 
 
-def main(use: Use) -> NoReturn:
-    """Read the request (where to look for modules, then JSON), ``use`` the plugin, answer, end."""
+def main() -> NoReturn:
+    """Read the request (where to look for modules, then JSON), use the plugin, answer, end."""
     path, _, asked = sys.stdin.buffer.read().partition(b"\n")
     answer_to = _move_stdio()
     sys.path[:] = map(os.fsdecode, path.split(b"\0"))
@@ -33,7 +33,7 @@ def main(use: Use) -> NoReturn:
 
     request: dict[str, Any] = msgspec.json.decode(asked)
     _restrain(request["deadline_s"])
-    answer = answer_of(use, request)
+    answer = answer_of(request)
     with contextlib.suppress(OSError):
         _write(answer_to, answer + b"\n")
     for stream in (sys.stdout, sys.stderr):
@@ -69,15 +69,16 @@ def _restrain(deadline_s: float) -> None:
         signal.setitimer(signal.ITIMER_REAL, deadline_s + ORPHAN_S)
 
 
-def answer_of(use: Use, request: dict[str, Any]) -> bytes:
-    """Use the plugin and return its answer, whatever happens."""
+def answer_of(request: dict[str, Any]) -> bytes:
+    """Use the plugin, as a detector or as the request says, and return its answer, whatever happens."""
     import msgspec
 
     from rma_core.errors import DetectionError, PluginInvalid
-    from rma_core.host import describe
+    from rma_core.host import describe, load
 
     answer: dict[str, Any] = {"outcome": "failed", "import_seconds": 0.0}
     try:
+        use: Use = load(request["use"]) if "use" in request else detect  # type: ignore[assignment]  # ours
         use(request, answer)
         return msgspec.json.encode(answer)
     except PluginInvalid as error:
@@ -90,7 +91,8 @@ def answer_of(use: Use, request: dict[str, Any]) -> bytes:
         traceback.print_exc()
         with contextlib.suppress(Exception):
             answer["reason"] = describe(error)
-    answer["detection"] = None
+    # Whatever cannot be written is in what the plugin gave.
+    answer |= {"detection": None, "given": []}
     reason = str(answer.get("reason", "an exception that cannot be shown"))[:2000]
     answer["reason"] = reason.encode(errors="replace").decode()
     return msgspec.json.encode(answer)
@@ -146,4 +148,4 @@ def _write(descriptor: int, data: bytes) -> None:
 
 
 if __name__ == "__main__":
-    main(detect)
+    main()

@@ -51,7 +51,8 @@ QUOTE_CHARACTERS = 400
 PluginState = Literal["active", "failed", "invalid", "quarantined"]
 Seconds = Annotated[float, Meta(ge=0, le=86_400)]
 
-_CHILD = str(Path(__file__).with_name("child.py"))
+#: The program that plugins run in.
+CHILD = str(Path(__file__).with_name("child.py"))
 _PLACE = re.compile(r'^(?:Current thread|Thread) .*\n  File "(.+)", line (\d+) in (\S+)', re.MULTILINE)
 
 
@@ -186,11 +187,10 @@ async def _observe(
     held = quarantine.reason(detector.name) if quarantine else ""
     if held:
         return _failure(detector, f"left alone: it {held}", plugin_state="quarantined")
-    given = table.get("deadline_s", deadline_s)
-    if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 < given <= MAX_DEADLINE_S:
-        words = f"deadline_s in [plugins.{detector.name}] is {given!r}: give seconds, up to {MAX_DEADLINE_S:.0f}"
+    given, words = deadline_of(detector.name, table, deadline_s)
+    if words:
         return _failure(detector, words)
-    seen = await _run(detector, table, float(given))
+    seen = await _run(detector, table, given)
     if quarantine and seen.crashed:
         quarantine.failed(detector.name, seen.detection.reason)
     elif quarantine:
@@ -198,10 +198,18 @@ async def _observe(
     return seen
 
 
+def deadline_of(name: str, table: Mapping[str, object], deadline_s: float) -> tuple[float, str]:
+    """Return how long a plugin may take: as its own table says, else ``deadline_s``; and what is wrong with that."""
+    given = table.get("deadline_s", deadline_s)
+    if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 < given <= MAX_DEADLINE_S:
+        return deadline_s, f"deadline_s in [plugins.{name}] is {given!r}: give seconds, up to {MAX_DEADLINE_S:.0f}"
+    return float(given), ""
+
+
 async def _run(detector: DetectorPlugin, table: Mapping[str, object], deadline_s: float) -> Observation:
     try:
         ended = await isolation.run(
-            [sys.executable, "-I", "-X", "utf8", _CHILD],
+            [sys.executable, "-I", "-X", "utf8", CHILD],
             request=request_for(detector.value, table, deadline_s),
             deadline_s=deadline_s,
             max_answer_bytes=MAX_REPORT_BYTES,
@@ -211,7 +219,7 @@ async def _run(detector: DetectorPlugin, table: Mapping[str, object], deadline_s
     if ended.output:
         logger.debug("detector %s printed, at the end: %s", detector.name, ended.output)
     if ended.answer is None:
-        return _failure(detector, _died(ended, deadline_s), seconds=ended.seconds, crashed=True)
+        return _failure(detector, died(ended, deadline_s), seconds=ended.seconds, crashed=True)
     try:
         answer = decode(ended.answer, Answer, subject="its answer does not fit")
     except ValidationProblem as error:
@@ -219,10 +227,19 @@ async def _run(detector: DetectorPlugin, table: Mapping[str, object], deadline_s
     return _answered(detector, answer, ended.seconds)
 
 
-def request_for(value: str, table: Mapping[str, object], deadline_s: float, **more: object) -> bytes:
-    """Return what a child is asked; it looks for modules where this process does, but never in its own folder."""
+def request_for(
+    value: str, table: Mapping[str, object], deadline_s: float, *, folder: str = "", **more: object
+) -> bytes:
+    """Return what a child is asked; it looks for modules where this process does, but never in its own folder.
+
+    A ``folder`` comes where an installed plugin would be: after Python's own modules.
+    """
     path = [os.fsencode(os.path.abspath(entry)) for entry in sys.path if entry]  # noqa: PTH100 - strings, not files
-    asked = msgspec.json.encode({"value": value, "config": dict(table), "deadline_s": deadline_s, **more}, enc_hook=str)
+    if folder:
+        site = (index for index, entry in enumerate(path) if entry.endswith((b"site-packages", b"dist-packages")))
+        path.insert(next(site, len(path)), os.fsencode(folder))
+    request = {"value": value, "config": dict(table), "deadline_s": deadline_s, **more}
+    asked = msgspec.json.encode(request, enc_hook=str)
     return b"\0".join(path) + b"\n" + asked
 
 
@@ -283,11 +300,11 @@ def plausible(detection: Detection) -> Detection:
     return Detection(state=state, reason=reason, devices=devices)
 
 
-def _died(ended: Ended, deadline_s: float) -> str:
+def died(ended: Ended, deadline_s: float, *, most_bytes: int = MAX_REPORT_BYTES) -> str:
     """Say what became of a child that gave no answer, and quote its last words."""
     printed, _, dump = ended.output.partition("Timeout (0:")
     if ended.too_long:
-        return f"gave an answer of more than {MAX_REPORT_BYTES // 1024} KiB: a bug in the plugin"
+        return f"gave an answer of more than {most_bytes // 1024} KiB: a bug in the plugin"
     if ended.too_late:
         places = _PLACE.findall(dump)
         where = f"; it was in {places[-1][2]} ({Path(places[-1][0]).name}:{places[-1][1]})" if places else ""

@@ -332,13 +332,18 @@ def _installed(kinds: Collection[Kind]) -> Iterator[_Plugin]:
         except Exception as error:  # noqa: BLE001 - isolation boundary: metadata of strangers
             logger.warning("plugins of %s cannot be listed: %s", distribution, describe(error))
             continue
-        normal = re.sub(r"[-_.]+", "-", name).lower()
+        normal = normalized(name)
         if points and normal not in seen:
             seen.add(normal)
             yield from (
                 _Plugin(name=p.name, kind=groups[p.group], value=p.value, distribution=normal, version=version or "")
                 for p in points
             )
+
+
+def normalized(name: str) -> str:
+    """Return a distribution's name as package indexes compare them."""
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def _decide(

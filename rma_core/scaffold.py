@@ -121,7 +121,7 @@ from rma_core import TierDecision, hookimpl
 CORES = 4
 
 
-class $klass:
+class ${klass}Policy:
     """Sorts machines by their GPU, then by their cores."""
 
     name = "$name"
@@ -139,7 +139,7 @@ class $klass:
 @hookimpl
 def rma_tier_policies(config):
     """Return the policy."""
-    return [$klass()]
+    return [${klass}Policy()]
 '''
 
 POLICY_TEST = '''\
@@ -160,7 +160,7 @@ def test_it_does_what_every_policy_must(rma_check):
 @pytest.mark.parametrize(("cores", "tier"), [(plugin.CORES, 2), (plugin.CORES - 1, 3)])
 def test_cores_decide_where_there_is_no_gpu(cores, tier):
     machine = HardwareReport(capabilities=Capabilities(cpu_cores=cores, ram="16GB"))
-    assert plugin.$klass().decide(PolicyInput(report=machine)).tier == tier
+    assert plugin.${klass}Policy().decide(PolicyInput(report=machine)).tier == tier
 '''
 
 RUNTIME = '''\
@@ -175,7 +175,7 @@ from rma_core.container_engine import Address, EngineRuntime, Product
 SOCKET = "unix:///run/$name/$name.sock"
 
 
-class $klass(Product):
+class ${klass}Engine(Product):
     """What is particular about $title, beside what Docker does."""
 
     name = "$name"
@@ -195,8 +195,8 @@ class $klass(Product):
 class ${klass}Runtime(EngineRuntime):
     """Runs services in containers of $title."""
 
-    name = $klass.name
-    product = $klass()
+    name = ${klass}Engine.name
+    product = ${klass}Engine()
 
     def __init__(self, config):
         """Keep the settings; the engine is looked for at the first call."""
@@ -269,7 +269,8 @@ def named(text: str, kind: Kind | None) -> tuple[str, Kind]:
                 raise UsageProblem(f"{text!r} is a {found} by its name, and a {kind} by --kind")
             words, kind = words.removeprefix(f"{prefix}_"), found
             break
-    if not _NAME.fullmatch(words) or len(words) > MOST_CHARACTERS:
+    # Pytest takes files called so for tests.
+    if not _NAME.fullmatch(words) or len(words) > MOST_CHARACTERS or words.endswith(("_test", "test")):
         hints = (f"letters, digits and _, at most {MOST_CHARACTERS}; for example `rma plugins new detect_foo`",)
         raise UsageProblem(f"a plugin cannot be called {text!r}", hints=hints)
     return words, kind or "detector"

@@ -345,7 +345,7 @@ def test_hiding_names_never_makes_a_text_too_long_for_its_field() -> None:
 def test_a_child_whose_parent_has_died_ends_by_itself(install: Callable[..., Plugins]) -> None:
     (detector,) = install("hangs_in_native_code").detectors()
     request = module.request_for(detector.value, {}, 0.5)
-    program = [sys.executable, "-I", module._CHILD]
+    program = [sys.executable, "-I", module.CHILD]
     ran = subprocess.run(program, input=request, capture_output=True, timeout=60, check=False)
     assert (ran.returncode, ran.stdout) == (-14, b""), "SIGALRM"
 

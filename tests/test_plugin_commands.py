@@ -61,6 +61,14 @@ def test_what_is_new_leaves_nothing_for_a_linter(kind: Kind, tmp_path: Path) -> 
     assert not any("TODO" in path.read_text() for path in made.folder.iterdir())
 
 
+@pytest.mark.parametrize("kind", ["policy", "runtime"])
+@pytest.mark.parametrize("name", ["none", "true", "tier_decision", "path", "address", "runtime_absent", "engine"])
+def test_no_name_gets_in_the_way_of_what_a_plugin_imports(kind: Kind, name: str, tmp_path: Path) -> None:
+    made = scaffold.create(f"{kind}_{name}", kind, tmp_path)
+    checked = rma("plugins", "check", str(made.folder), folder=tmp_path)
+    assert checked.returncode == 0, checked.stdout
+
+
 def test_six_lines_make_a_detector_for_a_card_that_is_there(tmp_path: Path) -> None:
     made = scaffold.create("detect_coral", None, tmp_path)
     module = made.folder / "rma_detect_coral.py"
@@ -123,7 +131,9 @@ def test_a_name_tells_its_kind(text: str, kind: Kind | None, made: tuple[str, Ki
     assert scaffold.named(text, kind) == made
 
 
-@pytest.mark.parametrize("text", ["", "_", "detect_", "3d", "../foo", "foo/bar", "föö", "x" * 41, "foo__bar", "a\nb"])
+@pytest.mark.parametrize(
+    "text", ["", "_", "detect_", "3d", "../foo", "foo/bar", "föö", "x" * 41, "foo__bar", "a\nb", "test", "my_test"]
+)
 def test_a_name_that_cannot_be_one_is_refused(text: str) -> None:
     with pytest.raises(UsageProblem, match="cannot be called"):
         scaffold.named(text, None)

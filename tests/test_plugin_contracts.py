@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import pytest
 
 from rma_core.errors import NotFound, UsageProblem, ValidationProblem
@@ -146,6 +148,9 @@ DETECTORS = {
         """,
         {"it uses no network": "127.0.0.1"},
     ),
+    "piping": detector("read, write = os.pipe(); os.fdopen(write, 'w').write('x'); os.close(read); return board()", {}),
+    "searching": detector("import ctypes.util; ctypes.util.find_library('nobody-has-it'); return board()", {}),
+    "japanese": detector("return Detection.undetected('このマシンにはありません')", {}),
     "leaving": detector(
         "if not config.get('x'): subprocess.Popen(['sleep', '60'], start_new_session=True)\nreturn board()",
         {"it leaves nothing running": "sleep", "it answers where nothing is": "it raised"},
@@ -168,7 +173,6 @@ DETECTORS = {
         return board()
         """,
         {
-            "it writes nothing": "lock",
             "it can be stopped while its driver hangs": "after it was stopped",
             "it can be killed": "after it was killed",
         },
@@ -181,11 +185,27 @@ POLICIES = {
     "raising": policy("return 1 / asked.report.cpu_cores", {DECIDED: "0 cores, 0.0GB: raised ZeroDivisionError"}),
     "tuple": policy("return (1, 'why')", {DECIDED: "returned a tuple"}),
     "zeroth": policy("return TierDecision(tier=0, reason='why not')", {DECIDED: "its tier is 0"}),
-    "true": policy("return TierDecision(tier=True, reason='why not')", {DECIDED: "its tier is True"}),
+    "true": policy("return TierDecision(tier=True, reason='why not')", {DECIDED: "its tier is a bool, True"}),
     "silent": policy("return TierDecision(tier=1, reason='')", {DECIDED: "its reason is ''"}),
     "fickle": policy("return TierDecision(tier=1, reason=f'{random.random()}')", {SAME: "and then tier 1"}),
     "grasping": policy(
         "asked.labels['mine'] = 'yes'; return TierDecision(tier=1, reason='why not')", {DECIDED: "changed the labels"}
+    ),
+    "fractional": policy("return TierDecision(tier=float('nan'), reason='why not')", {DECIDED: "its tier is a float"}),
+    "huge": policy("return TierDecision(tier=10**4000, reason='why not')", {DECIDED: "its tier is 1000"}),
+    "binary": policy("return TierDecision(tier=1, reason=b'why not')", {DECIDED: "its reason is a bytes"}),
+    "half_a_character": policy("return TierDecision(tier=1, reason='why \\ud800 not')", {}),
+    "twins": Case(
+        POLICY
+        + "        return TierDecision(tier=1, reason='why not')\n"
+        + POLICY_END.replace("[Policy()]", "[Policy(), Policy()]"),
+        {"it gives a policy": "gives two called 'odd'"},
+    ),
+    "ours": Case(
+        (POLICY + "        return TierDecision(tier=1, reason='why not')\n" + POLICY_END).replace(
+            '"odd"', '"threshold"'
+        ),
+        {"it gives a policy": "'threshold' is RMA's own"},
     ),
     "slow": policy("time.sleep(0.1); return TierDecision(tier=1, reason='why not')", {QUICK: "at most 50"}),
     "curious": policy(
@@ -219,6 +239,13 @@ RUNTIMES = {
         RUNTIME_END.replace("[Odd()]", "[]"),
     ),
     "haunted": runtime("async def inspect(self, handle): return ContainerState(state='running')", {UNKNOWN: "missing"}),
+    "vague": runtime("async def inspect(self, handle): return None", {UNKNOWN: "inspect says None"}),
+    "hanging": runtime(
+        "async def probe(self):\n    import asyncio; await asyncio.sleep(60)", {PROBED: "probe raised TimeoutError"}
+    ),
+    "twins": runtime(
+        "pass", {"it gives a runtime": "gives two called 'odd'"}, RUNTIME_END.replace("()]", "(), Odd()]")
+    ),
     "eager": runtime(
         "pass",
         {"it contacts nothing yet": "leave that to probe()"},
@@ -267,8 +294,8 @@ def test_every_check_is_broken_by_some_plugin_here() -> None:
         ("segfaults", "it crashed in native code (SIGSEGV)"),
         ("exits_three", "it ended with exit code 3"),
         ("hangs", "it did not answer within 2 s"),
-        ("returns_too_much", "it answered more than"),
-        ("closes_its_pipe", "it closed its pipe"),
+        ("returns_too_much", "it gave an answer of more than"),
+        ("closes_its_pipe", "it closed the pipe for its answer"),
     ],
 )
 async def test_without_an_answer_nothing_else_can_be_told(name: str, words: str) -> None:
@@ -276,7 +303,51 @@ async def test_without_an_answer_nothing_else_can_be_told(name: str, words: str)
     broken = [result for result in done if result.state == "broken"]
     assert [result.check for result in broken] == ["it answers"]
     assert words in broken[0].message
-    assert [result.state for result in done].count("open") == len(done) - 2
+    # Whether its hook fits can be told of those that were called.
+    assert {result.check for result in done if result.state == "kept"} <= {"its hook fits"}
+
+
+async def test_where_it_raised_is_said(tmp_path: Path) -> None:
+    source = DETECTOR + "    return deeper()\n\ndef deeper():\n    return 1 / 0\n"
+    (tmp_path / "odd_plugin.py").write_text(source)
+    found = failed(await checked(Target("odd", "detector", "odd_plugin", str(tmp_path))))
+    assert re.search(r"ZeroDivisionError: division by zero \(odd_plugin.py:\d+, in deeper\)", found["it answers"])
+
+
+async def test_what_is_left_running_is_ended_with_the_check(tmp_path: Path) -> None:
+    source = DETECTOR + "    subprocess.Popen(['sleep', '61.5'], start_new_session=True)\n    return board()\n"
+    (tmp_path / "odd_plugin.py").write_text(source)
+    seen = await Target("odd", "detector", "odd_plugin", str(tmp_path)).case({}).run()
+    assert seen.left == ("sleep",)
+    assert not [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "61.5"]]
+
+
+async def test_modules_beside_it_are_its_own(tmp_path: Path) -> None:
+    (tmp_path / "odd_helper.py").touch()
+    (tmp_path / "resource.py").write_text("raise RuntimeError('not the one of Python')\n")
+    (tmp_path / "odd_plugin.py").write_text("import odd_helper\n" + DETECTOR + "    return board()\n")
+    assert failed(await checked(Target("odd", "detector", "odd_plugin", str(tmp_path)))) == {}
+
+
+@pytest.mark.parametrize("deadline", [float("inf"), True, "5", 0, -1, 301])
+def test_a_deadline_that_is_none_is_refused(deadline: object) -> None:
+    with pytest.raises(UsageProblem, match="deadline_s in"):
+        Target("odd", "detector", "odd").case({"odd": {"deadline_s": deadline}})
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("statistics", "a module of Python's own"),
+        ("", "names no module"),
+        ("pa.py", "there is no"),
+        ("pa", "there is no"),
+    ],
+)
+def test_an_entry_point_that_leads_nowhere_is_said(value: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text(f'[project.entry-points."rma.detectors"]\none = "{value}"\n')
+    with pytest.raises(UsageProblem, match=words):
+        targets(str(tmp_path))
 
 
 @pytest.mark.parametrize(

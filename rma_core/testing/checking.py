@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import msgspec
 
+from rma_core.detection import DEADLINE_S, deadline_of
 from rma_core.errors import NotFound, Problem, UsageProblem, ValidationProblem
-from rma_core.host import KINDS, installed
+from rma_core.host import KINDS, describe, installed, normalized
 from rma_core.testing.detectors import DetectorCase, detector_contract
 from rma_core.testing.policies import PolicyCase, policy_contract
 from rma_core.testing.runtime_offers import OfferCase, offer_contract
@@ -17,7 +20,7 @@ from rma_core.testing.watching import NotReached
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
-    from rma_core.host import Kind
+    from rma_core.host import InstalledPlugin, Kind
     from rma_core.testing.watching import PluginCase
 
 #: What each kind of plugin is checked with.
@@ -26,24 +29,33 @@ CONTRACTS: dict[Kind, tuple[type[PluginCase], tuple[Callable[[Any], Awaitable[No
     "policy": (PolicyCase, policy_contract),
     "runtime": (OfferCase, offer_contract),
 }
+#: A sentence of a check is cut here.
+MOST_CHARACTERS = 500
 #: Folders below a project's own in which its modules may lie.
 SOURCE_FOLDERS = (".", "src")
 
 
 class Target(NamedTuple):
-    """A plugin to check: ``value`` is what its entry point names, ``folder`` where that lies if it is not installed."""
+    """A plugin to check: ``value`` is what its entry point names, ``folder`` where that lies if it is not installed.
+
+    ``own`` are the packages that its distribution has installed.
+    """
 
     name: str
     kind: Kind
     value: str
     folder: str = ""
+    own: tuple[str, ...] = ()
 
     def case(self, tables: Mapping[str, dict[str, object]]) -> PluginCase:
-        """Return its case, with its own table of the ``[plugins]`` table."""
+        """Return its case, with its own table of the ``[plugins]`` table. Raises UsageProblem for a wrong deadline."""
         table = tables.get(self.name, {})
-        given = table.get("deadline_s")
-        more = {"deadline_s": float(given)} if isinstance(given, (int, float)) and given > 0 else {}
-        return CONTRACTS[self.kind][0](self.value, folder=self.folder, config=dict(table), **more)
+        deadline_s, words = deadline_of(self.name, table, DEADLINE_S)
+        if words:
+            raise UsageProblem(words)
+        return CONTRACTS[self.kind][0](
+            self.value, folder=self.folder, config=dict(table), deadline_s=deadline_s, own=self.own
+        )
 
 
 class _Project(msgspec.Struct, rename="kebab"):
@@ -72,7 +84,7 @@ def targets(named: str) -> list[Target]:
     path = Path(named)
     if path.is_dir():
         return _of_folder(path)
-    found = [Target(p.name, p.kind, p.value) for p in installed() if p.name == named]
+    found = [Target(p.name, p.kind, p.value, own=_packages(p)) for p in installed() if p.name == named]
     if not found:
         there = ", ".join(sorted({plugin.name for plugin in installed()}))
         message = f"no plugin called {named!r} is installed, and there is no such folder"
@@ -103,11 +115,29 @@ def _of_folder(folder: Path) -> list[Target]:
 
 
 def _place(folder: Path, value: str) -> str:
-    """Return the folder below which the module lies, the project's own where it lies nowhere."""
-    module = value.partition(":")[0].strip().replace(".", "/")
+    """Return the folder below which the module lies. Raises UsageProblem where it lies in none."""
+    module = value.partition(":")[0].strip()
+    path = module.replace(".", "/")
+    if not module or module.partition(".")[0] in sys.stdlib_module_names:
+        why = f"{module!r} is a module of Python's own" if module else "an entry point names no module"
+        raise UsageProblem(f"{folder / 'pyproject.toml'}: {why}", hints=("rename it, in its entry point too",))
     places = [folder / name for name in SOURCE_FOLDERS]
-    there = (p for p in places if (p / f"{module}.py").exists() or (p / module / "__init__.py").exists())
-    return str(next(there, folder).resolve())
+    for place in places:
+        if (place / f"{path}.py").exists() or (place / path).is_dir():
+            return str(place.resolve())
+    looked = " or ".join(str(place / f"{path}.py") for place in places)
+    raise UsageProblem(f"the entry point names {value!r}, and there is no {looked}")
+
+
+def _packages(plugin: InstalledPlugin) -> tuple[str, ...]:
+    """Return the packages that a plugin's distribution has installed."""
+    name = plugin.shipped_by.partition(" ")[0]
+    there = metadata.packages_distributions().items()
+    return tuple(package for package, names in there if any(normalized(one) == name for one in names))
+
+
+def _short(words: str) -> str:
+    return words if len(words) <= MOST_CHARACTERS else f"{words[:MOST_CHARACTERS]}…"
 
 
 async def results(case: PluginCase) -> AsyncIterator[Result]:
@@ -124,5 +154,7 @@ async def result_of(check: Callable[[Any], Awaitable[None]], case: PluginCase) -
     except NotReached as why:
         return Result(name, "open", str(why))
     except AssertionError as error:
-        return Result(name, "broken", str(error))
+        return Result(name, "broken", _short(str(error)))
+    except Exception as error:  # noqa: BLE001 - isolation boundary: what a plugin gave may be anything
+        return Result(name, "broken", _short(f"its answer cannot be used ({describe(error)})"))
     return Result(name, "kept")

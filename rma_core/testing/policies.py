@@ -10,7 +10,7 @@ import msgspec
 from rma_core.models.hardware import Capabilities
 from rma_core.record import from_capabilities
 from rma_core.testing import watching
-from rma_core.testing.watching import NotReached, PluginCase
+from rma_core.testing.watching import NotReached, PluginCase, check_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -72,6 +72,7 @@ async def it_gives_a_policy(case: PolicyCase) -> None:
     """There is at least one policy, with a summary."""
     seen = await case.used()
     assert seen.given, "it gives no policy: return a list with at least one"
+    check_names([policy["name"] for policy in seen.given], case, taken="threshold")
     without = [policy["name"] for policy in seen.given if not policy["summary"].strip()]
     assert not without, f"{', '.join(without)} has an empty summary: `rma policies list` shows it"
 

@@ -7,7 +7,8 @@ In a test module beside the plugin's pyproject.toml, or below it::
     def test_it_does_what_every_detector_must(rma_check):
         rma_check()
 
-``RMA_PLUGIN = "foo"`` in that module means the installed plugin of that name instead.
+``RMA_PLUGIN = "foo"`` in that module means the installed plugin of that name instead; ``RMA_CONFIG = {…}`` is its
+table.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from rma_core.errors import RMAError
 from rma_core.testing.checking import CONTRACTS, result_of, targets
 
 if TYPE_CHECKING:
@@ -31,8 +33,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "rma_check" not in metafunc.fixturenames:
         return
     named = getattr(metafunc.module, "RMA_PLUGIN", None) or _project(Path(str(metafunc.module.__file__)))
-    # All checks of a plugin share its case, and so its first run.
-    cases = [(target, target.case({})) for target in targets(named)]
+    config = getattr(metafunc.module, "RMA_CONFIG", {})
+    try:
+        # All checks of a plugin share its case, and so its first run.
+        cases = [(target, target.case({target.name: config})) for target in targets(named)]
+    except RMAError as error:
+        raise pytest.UsageError(str(error)) from None
     checks = [
         pytest.param(_test(check, case), id=f"{target.name}-{check.__name__}")
         for target, case in cases
@@ -52,6 +58,7 @@ def _test(check: Callable[[Any], Awaitable[None]], case: PluginCase) -> Callable
         result = asyncio.run(result_of(check, case))
         if result.state == "open":
             pytest.skip(result.message)
-        assert result.state == "kept", result.message
+        if result.state == "broken":
+            pytest.fail(result.message, pytrace=False)
 
     return run

@@ -6,10 +6,14 @@ The rest is `rma_core.testing.runtimes`, for which its author makes a `RuntimeCa
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rma_core.testing import watching
-from rma_core.testing.watching import NotReached, PluginCase
+from rma_core.testing.watched import CALLS
+from rma_core.testing.watching import NotReached, PluginCase, check_names
+
+if TYPE_CHECKING:
+    from rma_core.testing.watching import Machine, Seen
 
 #: What a runtime may raise when its engine is not there, by the name of its class or of one it is derived from.
 EXPECTED = "RuntimeFailure"
@@ -19,6 +23,10 @@ class OfferCase(PluginCase):
     """One plugin with container runtimes to check."""
 
     kind = "runtime"
+
+    async def run(self, machine: Machine = "real", *, deadline_s: float | None = None) -> Seen:
+        """Ask every runtime once; each call may take as long as a detector."""
+        return await super().run(machine, deadline_s=(deadline_s or self.deadline_s) * CALLS)
 
     async def runtimes(self) -> tuple[dict[str, Any], ...]:
         """Return what each runtime answered. Raises NotReached without any."""
@@ -36,6 +44,7 @@ async def it_gives_a_runtime(case: OfferCase) -> None:
     """There is at least one runtime."""
     seen = await case.used()
     assert seen.given, "it gives no runtime: return a list with at least one"
+    check_names([said["name"] for said in seen.given], case, taken="process")
 
 
 async def it_contacts_nothing_yet(case: OfferCase) -> None:
@@ -65,7 +74,9 @@ async def what_is_unknown_is_missing(case: OfferCase) -> None:
             raised = said.get(f"{call}_raised")
             assert not raised or EXPECTED in raised, f"{said['name']}: {call} raised {raised[0]} ({raised[-1]})"
         if "inspect" in said:
-            assert said["inspect"]["state"] == "missing", f"{said['name']}: a container that never was is not missing"
+            state = said["inspect"].get("state") if isinstance(said["inspect"], dict) else said["inspect"]
+            words = f"{said['name']}: inspect says {state!r} of a container that never was: return `missing`"
+            assert state == "missing", words
         assert not said.get("list_owned"), f"{said['name']}: it lists containers of a worker that has none"
 
 

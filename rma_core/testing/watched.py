@@ -1,4 +1,4 @@
-"""`rma_core.child` for conformance runs: one plugin, used once and watched, on this machine or on a broken one.
+"""What `rma_core.child` does in conformance runs: uses one plugin once, watched, on this machine or on a broken one.
 
 Python's audit events tell what the plugin opens, connects to, loads and starts; what native code does by itself they do
 not show. ``machine`` in the request says what a look at hardware (below /dev and /sys, a native library, a program)
@@ -13,7 +13,10 @@ import errno
 import os
 import signal
 import sys
+import tempfile
+import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rma_core import child
@@ -23,13 +26,10 @@ if TYPE_CHECKING:
 
 #: So many events are kept of each kind, and so much of each.
 MOST_EVENTS, MOST_CHARACTERS = 50, 200
-#: Where hardware shows as files.
+#: Where hardware shows as files, files there that are none, and folders there that hold none.
 HARDWARE = ("/dev/", "/sys/", "/proc/driver/")
-#: Files there that are no hardware.
-NO_HARDWARE = (
-    "/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty", "/dev/fd",
-    "/dev/shm",  # noqa: S108 - named, not used
-)  # fmt: skip
+NO_HARDWARE = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty")
+PLAIN_FOLDERS = ("/dev/fd/", "/dev/shm/")  # noqa: S108 - named, not used
 #: Flags with which a file is opened to be changed.
 CHANGES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 #: Audit events that change a file system; the first argument is the path.
@@ -47,8 +47,10 @@ PR_SET_CHILD_SUBREAPER = 36
 NOBODY = "rma-check-nobody"
 #: A program that was told to end may take this long to be gone.
 ENDING_S = 0.5
-#: How long one call of a runtime may take.
-CALL_S = 10.0
+#: Calls of a runtime, and the rest, share its time.
+CALLS = 5
+#: A helper of multiprocessing that ends with the process it helps.
+TRACKER = "multiprocessing.resource_tracker"
 
 
 class Watch:
@@ -57,15 +59,17 @@ class Watch:
     def __init__(self, machine: str) -> None:
         self.machine = machine
         self.on = False
+        #: Whether this thread is in here already: what it does then is ours.
+        self._inside = threading.local()
         #: Whether the plugin's hook has been called, and is now being asked through what it gave.
         self.stage = "hook"
         self.events: list[tuple[str, str, str]] = []
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
         """Take one audit event; this may be called at any moment, by anything."""
-        if not self.on:
+        if not self.on or getattr(self._inside, "now", False):
             return
-        self.on = False
+        self._inside.now = True
         try:
             kind, what = meaning(event, arguments)
             if kind:
@@ -73,7 +77,7 @@ class Watch:
                 if kind in ("hardware", "program"):
                     self._break(event, what)
         finally:
-            self.on = True
+            self._inside.now = False
 
     def _keep(self, kind: str, what: str) -> None:
         entry = (self.stage, kind, what[:MOST_CHARACTERS])
@@ -98,13 +102,10 @@ def meaning(event: str, arguments: tuple[Any, ...]) -> tuple[str, str]:  # noqa:
     """Return what kind of thing an event is (nothing: of no interest), and what it is about."""
     first = arguments[0] if arguments else ""
     if event == "open":
-        path, flags = _text(first), arguments[2] if isinstance(arguments[2], int) else 0
-        if path.startswith(HARDWARE):
-            return ("", "") if path.startswith(NO_HARDWARE) else ("hardware", path)
-        return ("write", path) if flags & CHANGES and path != os.devnull else ("", "")
+        return _opened(first, arguments[2])
     if event in LISTING:
-        path = os.path.join(_text(first), "")  # noqa: PTH118 - strings, not files
-        return ("hardware", path) if path.startswith(HARDWARE) and not path.startswith(NO_HARDWARE) else ("", "")
+        path = os.path.join(_absolute(first), "")  # noqa: PTH118 - strings, not files
+        return ("hardware", path) if _is_hardware(path) else ("", "")
     if event == "ctypes.dlopen":
         return ("hardware", _text(first)) if first else ("", "")
     if event in CHANGING:
@@ -118,16 +119,40 @@ def meaning(event: str, arguments: tuple[Any, ...]) -> tuple[str, str]:  # noqa:
     return "", ""
 
 
+def _opened(path: Any, flags: Any) -> tuple[str, str]:  # noqa: ANN401 - as the event has them
+    """Return what opening a file means. What has a number was opened before: a pipe, or a file by its path."""
+    if isinstance(path, int):
+        return "", ""
+    name, changes = _absolute(path), isinstance(flags, int) and bool(flags & CHANGES)
+    if name in NO_HARDWARE:
+        return "", ""
+    # A device is opened to be asked, which may take writing; what lies below /sys is changed by that.
+    if changes and not (name.startswith("/dev/") and _is_hardware(name)):
+        return "write", name
+    return ("hardware", name) if _is_hardware(name) else ("", "")
+
+
+def _is_hardware(path: str) -> bool:
+    return path.startswith(HARDWARE) and path not in NO_HARDWARE and not path.startswith(PLAIN_FOLDERS)
+
+
+def _absolute(path: Any) -> str:  # noqa: ANN401 - as the event has it
+    return os.path.abspath(_text(path)) if isinstance(path, (str, bytes, os.PathLike)) else ""  # noqa: PTH100 - strings
+
+
 def _asked(event: str, arguments: tuple[Any, ...]) -> tuple[str, str]:
     """Return whom a socket was to reach; a Unix socket is no network."""
     address = arguments[1] if len(arguments) > 1 else ""
     if not isinstance(address, tuple):
         return "socket", _text(address)
+    if sys.platform == "win32" and str(address[0]) in ("127.0.0.1", "::1"):
+        # What other systems have pairs of sockets for.
+        return "", ""
     return "network", f"{event.removeprefix('socket.')} {':'.join(map(str, address[:2]))}"
 
 
 def _text(value: object) -> str:
-    return os.fsdecode(value) if isinstance(value, bytes) else str(value)
+    return os.fsdecode(value) if isinstance(value, (bytes, os.PathLike)) else str(value)
 
 
 def watched(request: dict[str, Any], answer: dict[str, Any]) -> None:
@@ -141,7 +166,7 @@ def watched(request: dict[str, Any], answer: dict[str, Any]) -> None:
     watch.on = True
     try:
         hook = child.imported(request, answer, group)
-        answer["modules"] = sorted({name.partition(".")[0] for name in set(sys.modules) - before})
+        answer["modules"] = _strangers(set(sys.modules) - before, request["own_folder"])
         use(hook, request, answer, watch)
     finally:
         watch.on = False
@@ -149,8 +174,23 @@ def watched(request: dict[str, Any], answer: dict[str, Any]) -> None:
             # Before the answer: once that is read, nobody waits for what is still to be printed.
             with contextlib.suppress(Exception):
                 stream.flush()
-        answer["events"] = watch.events
+        answer["events"] = [event for event in watch.events if not _came_and_went(event)]
         answer["left"] = _left_running()
+
+
+def _strangers(names: set[str], folder: str) -> list[str]:
+    """Return the packages of those modules that do not lie in the plugin's own folder."""
+    packages = {name.partition(".")[0] for name in names}
+    files = {name: Path(getattr(sys.modules.get(name), "__file__", None) or os.sep) for name in packages}
+    return sorted(name for name, file in files.items() if not folder or Path(folder) not in file.parents)
+
+
+def _came_and_went(event: tuple[str, str, str]) -> bool:
+    """Whether a file was made for a moment where such files belong (the standard library does, to find a library)."""
+    _, kind, what = event
+    place = Path(tempfile.gettempdir())
+    there = Path(what)
+    return kind == "write" and (there == place or (place in there.parents and not there.exists()))
 
 
 def _detector(hook: Any, request: dict[str, Any], answer: dict[str, Any], watch: Watch) -> None:  # noqa: ANN401
@@ -190,11 +230,17 @@ def _decided(policy: TierPolicy, machine: dict[str, Any]) -> dict[str, Any]:
         decided = policy.decide(asked)
     except Exception as error:  # noqa: BLE001 - isolation boundary: a policy may raise anything
         return {"problem": f"raised {describe(error)}"}
+    seconds = time.perf_counter() - started
     if type(decided) is not TierDecision:
         return {"problem": f"returned a {type(decided).__name__}: return TierDecision(tier=…, reason=…)"}
-    problem = "" if asked.labels == machine["labels"] else "changed the labels it was given"
-    seconds = time.perf_counter() - started
-    return {"problem": problem, "tier": decided.tier, "reason": decided.reason, "seconds": seconds}
+    tier, reason = decided.tier, decided.reason
+    if tier is not None and type(tier) is not int:
+        return {"problem": f"its tier is a {type(tier).__name__}, {tier!r}: give a whole number, or None"}
+    if type(reason) is not str:
+        return {"problem": f"its reason is a {type(reason).__name__}: write a sentence"}
+    if asked.labels != machine["labels"]:
+        return {"problem": "changed the labels it was given"}
+    return {"problem": "", "tier": tier, "reason": reason.encode(errors="replace").decode(), "seconds": seconds}
 
 
 def _runtime(hook: Any, request: dict[str, Any], answer: dict[str, Any], watch: Watch) -> None:  # noqa: ANN401
@@ -203,11 +249,12 @@ def _runtime(hook: Any, request: dict[str, Any], answer: dict[str, Any], watch: 
 
     runtimes: list[ContainerRuntime] = offers(hook(request["config"]), "rma_container_runtimes")
     watch.stage = "use"
-    answer["given"] = [asyncio.run(_asked_of(runtime)) for runtime in runtimes]
+    call_s = request["deadline_s"] / CALLS
+    answer["given"] = [asyncio.run(_asked_of(runtime, call_s)) for runtime in runtimes]
     answer["outcome"] = "answered"
 
 
-async def _asked_of(runtime: ContainerRuntime) -> dict[str, Any]:
+async def _asked_of(runtime: ContainerRuntime, call_s: float) -> dict[str, Any]:
     import msgspec
 
     from rma_core.interfaces import ContainerHandle
@@ -221,7 +268,7 @@ async def _asked_of(runtime: ContainerRuntime) -> dict[str, Any]:
         ("list_owned", lambda: runtime.list_owned("worker-00000000")),
     ):
         try:
-            async with asyncio.timeout(CALL_S):
+            async with asyncio.timeout(call_s):
                 said[name] = msgspec.to_builtins(await call(), enc_hook=str)
         except Exception as error:  # noqa: BLE001 - isolation boundary: a runtime may raise anything
             said[f"{name}_raised"] = [cls.__name__ for cls in type(error).__mro__] + [str(error)]
@@ -246,8 +293,9 @@ def _left_running() -> list[str]:
     left = []
     for process in alive:
         with contextlib.suppress(psutil.Error):
-            if process.status() != psutil.STATUS_ZOMBIE:
+            if process.status() != psutil.STATUS_ZOMBIE and TRACKER not in " ".join(process.cmdline()):
                 left.append(process.name()[:MOST_CHARACTERS])
+            process.kill()
     return left[:MOST_EVENTS]
 
 
@@ -257,6 +305,3 @@ USES = {
     "policy": (_policy, "rma.policies"),
     "runtime": (_runtime, "rma.runtimes"),
 }
-
-if __name__ == "__main__":
-    child.main(watched)

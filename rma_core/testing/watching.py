@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,19 +10,20 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from rma_core import isolation
-from rma_core.detection import DEADLINE_S, MAX_REPORT_BYTES, request_for
+from rma_core.detection import CHILD, DEADLINE_S, MAX_REPORT_BYTES, died, request_for
 from rma_core.models.hardware import Detection
-from rma_core.platforms import exit_words
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from rma_core.host import Kind
     from rma_core.isolation import Ended
 
 Machine = Literal["real", "bare", "hung", "deadly"]
 
-_CHILD = str(Path(__file__).with_name("watched.py"))
+#: A line of a traceback: file, number and, but for a SyntaxError, function.
+_PLACE = re.compile(r'^ *File "(.+)", line (\d+)(, in \S+)?', re.MULTILINE)
+_USE = "rma_core.testing.watched:watched"
 #: What every plugin may load when it is imported: rma_core, and what that cannot be without.
 ALWAYS_THERE = frozenset({"rma_core", "msgspec", "pluggy", "psutil"})
 #: An answer with all that was seen is at most this large.
@@ -65,15 +66,22 @@ class PluginCase:
     """One plugin to check.
 
     ``value`` is what its entry point names (``module`` or ``module:attribute``), looked for in ``folder`` first;
-    ``config`` is its table, ``deadline_s`` how long one run may take.
+    ``config`` is its table, ``deadline_s`` how long one run may take; ``own`` are other packages of its distribution.
     """
 
     kind: Kind
 
     def __init__(
-        self, value: str, *, folder: str = "", config: dict[str, object] | None = None, deadline_s: float = DEADLINE_S
+        self,
+        value: str,
+        *,
+        folder: str = "",
+        config: dict[str, object] | None = None,
+        deadline_s: float = DEADLINE_S,
+        own: Collection[str] = (),
     ) -> None:
         self.value, self.folder, self.config, self.deadline_s = value, folder, config or {}, deadline_s
+        self.own = own
         self._first: Seen | None = None
 
     async def seen(self) -> Seen:
@@ -93,11 +101,12 @@ class PluginCase:
         """Use the plugin once. Raises OSError when no child can be started."""
         deadline_s = deadline_s or self.deadline_s
         request = request_for(
-            self.value, self.config, deadline_s, kind=self.kind, machine=machine, machines=self.machines()
-        )
+            self.value, self.config, deadline_s, folder=self.folder, use=_USE, kind=self.kind, machine=machine,
+            machines=self.machines(), own_folder=self.folder,
+        )  # fmt: skip
         ended = await isolation.run(
-            [sys.executable, "-I", "-X", "utf8", _CHILD],
-            request=os.fsencode(self.folder) + b"\0" + request if self.folder else request,
+            [sys.executable, "-I", "-X", "utf8", CHILD],
+            request=request,
             deadline_s=deadline_s,
             max_answer_bytes=MAX_ANSWER_BYTES,
         )
@@ -117,11 +126,8 @@ def _read(answer: bytes) -> Seen:
 
 
 def _without_answer(ended: Ended, deadline_s: float) -> Seen:
-    if ended.too_late:
-        return Seen(outcome="late", reason=f"did not answer within {deadline_s:g} s")
-    if ended.too_long:
-        return Seen(outcome="died", reason=f"answered more than {MAX_ANSWER_BYTES // 1024} KiB")
-    return Seen(outcome="died", reason=exit_words(ended.code) if ended.code is not None else "closed its pipe")
+    words = died(ended, deadline_s, most_bytes=MAX_ANSWER_BYTES)
+    return Seen(outcome="late" if ended.too_late else "died", reason=words)
 
 
 #: How each outcome that is no answer is told.
@@ -137,21 +143,37 @@ WORDS = {
 ANSWERS = ("answered", "declined")
 
 
+def check_names(names: Sequence[str], case: PluginCase, *, taken: str) -> None:
+    """Assert that the host would take objects of these names: each once, and none that RMA's own plugin gives."""
+    twice = [name for name in names if names.count(name) > 1]
+    assert not twice, f"it gives two called {twice[0]!r}: neither would be used"
+    ours = case.value.startswith("rma_core.")
+    assert ours or taken not in names, f"{taken!r} is RMA's own: neither would be used, so give yours another name"
+
+
+def place_of(printed: str) -> str:
+    """Return where the traceback in what was printed ends, in brackets, or nothing."""
+    places = _PLACE.findall(printed)
+    return f" ({Path(places[-1][0]).name}:{places[-1][1]}{places[-1][2]})" if places else ""
+
+
 # What every plugin must do
 
 
 async def its_hook_fits(case: PluginCase) -> None:
     """It can be imported, and has the hook of its kind with the right arguments."""
     seen = await case.seen()
-    assert seen.outcome != "failed", f"it cannot be imported: {seen.reason}"
+    if seen.outcome in ("died", "late"):
+        raise NotReached("it gave no answer")
+    assert seen.outcome != "failed", f"it cannot be imported: {seen.reason}{place_of(seen.printed)}"
     assert seen.outcome != "invalid", seen.reason
 
 
 async def its_import_is_light(case: PluginCase) -> None:
     """Importing it loads nothing but the standard library, rma_core and itself."""
     seen = await case.used()
-    own = case.value.partition(":")[0].partition(".")[0]
-    strange = sorted(set(seen.modules) - {own, *ALWAYS_THERE} - sys.stdlib_module_names)
+    own = {case.value.partition(":")[0].partition(".")[0], *case.own}
+    strange = sorted(set(seen.modules) - own - ALWAYS_THERE - sys.stdlib_module_names)
     assert not strange, (
         f"importing it loads {', '.join(strange)}: import that inside the function which needs it, so that where it is "
         "missing or broken the plugin can say so"
@@ -163,7 +185,8 @@ async def it_answers(case: PluginCase) -> None:
     seen = await case.seen()
     if seen.outcome in ("failed", "invalid"):
         raise NotReached("its hook does not fit")
-    assert seen.outcome in ANSWERS, f"{WORDS[seen.outcome]} {seen.reason}"
+    where = place_of(seen.printed) if seen.outcome == "raised" else ""
+    assert seen.outcome in ANSWERS, f"{WORDS[seen.outcome]} {seen.reason}{where}"
 
 
 async def it_prints_nothing(case: PluginCase) -> None:
