@@ -1,7 +1,7 @@
 """The agent at rest: what it holds and the CPU it uses while its service runs and nobody asks for anything.
 
 A real agent, joined to a real coordinator, with one service healthy: in Docker where one answers (``DOCKER_HOST``; a
-private one: ``python tests/engines.py up``), else as a process, and then it is said. Memory is PSS of the agent's own
+private one: ``python -m tests.engines up``), else as a process, and then it is said. Memory is PSS of the agent's own
 process: shared pages count by their share. CPU is what the kernel counted for its threads over three times
 ``--seconds``, which holds a heartbeat or more, as a part of one core. ``--workers`` has no meaning here.
 """

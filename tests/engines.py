@@ -1,4 +1,4 @@
-"""A real Docker engine and a real registry for the tests: ``python tests/engines.py up|down|status``.
+"""A real Docker engine and a real registry for the tests: ``python -m tests.engines up|down|status``.
 
 Both are private: own folder, own socket, own bridge, a free port on loopback. They touch neither the Docker that may
 already run on this machine nor its firewall, several of them can run at once, and ``down`` leaves nothing. They need

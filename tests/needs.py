@@ -92,7 +92,7 @@ def _advised(reason: str | None, advice: str) -> str | None:
 
 def _docker() -> str | None:
     reason = _run("docker", "version", "--format", "{{.Server.Version}}")
-    return _advised(reason, "start Docker, or as root: apt-get install docker.io, python tests/engines.py up")
+    return _advised(reason, "start Docker, or as root: apt-get install docker.io, python -m tests.engines up")
 
 
 def _own_engine() -> str | None:
@@ -108,12 +108,12 @@ def _debootstrap() -> str | None:
 def _registry() -> str | None:
     address = os.environ.get("RMA_TEST_REGISTRY")
     if not address:
-        return "RMA_TEST_REGISTRY is not set; as root: apt-get install docker-registry, python tests/engines.py up"
+        return "RMA_TEST_REGISTRY is not set; as root: apt-get install docker-registry, python -m tests.engines up"
     try:
         with urllib.request.urlopen(f"http://{address}/v2/", timeout=LOOK_S):
             return None
     except (OSError, urllib.error.URLError) as error:
-        return f"no registry answers at {address} ({error}); python tests/engines.py up starts one"
+        return f"no registry answers at {address} ({error}); python -m tests.engines up starts one"
 
 
 def _netns() -> str | None:

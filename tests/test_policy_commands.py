@@ -50,6 +50,12 @@ async def test_a_policy_is_shown_put_in_force_shadowed_and_rolled_back(tmp_path:
         assert "nobody can be asked here, and nothing was changed" in refused.stderr
         assert policies("activate", str(file), "--yes") == "every is in force; threshold was.\n"
         assert "every is in force since" in policies("list")
+        shown_now = policies("show", "every")
+        assert 'name = "everyone"' in shown_now
+        assert "'every' is in force, 'threshold' was" in shown_now
+        assert "GPU memory" in policies("show", "threshold")
+        missing = run(rma("policies", "show", "nobody-has-this"), env)
+        assert missing.returncode == 6
         done = json.loads(policies("rollback", "--yes", "--json"))
         assert (done["policy"], done["was"]) == ("threshold", "every")
         nothing = run(rma("policies", "rollback", "--yes", "--json"), env)

@@ -80,6 +80,27 @@ def _moving(found: dict[str, Any]) -> str:
     return f"{words}; it has stopped: {moving['stopped']}" if moving["stopped"] else f"{words}."
 
 
+@policies.command("show")
+@click.argument("name")
+@common.json_option
+@common.pool_options
+def policies_show(name: str, as_json: bool, **options: Any) -> None:
+    """Show a tier policy: its text, where it is a file's, and what was done with policies lately."""
+    found = common.call(common.outer(options), "GET", f"/api/admin/policies/{common.part(name)}")
+    common.show(found, as_json, lambda out: _print_policy(out, found))
+
+
+def _print_policy(out: Console, found: dict[str, Any]) -> None:
+    state = " (in force)" if found["active"] else ""
+    out.print(common.safe(f"{found['name']}{state}: {found['summary']}"))
+    if found["text"]:
+        out.print()
+        out.print(common.safe(found["text"].rstrip()))
+    rows = [(entry["at"], entry["by"], entry["message"]) for entry in found["entries"]]
+    if rows:
+        common.table(("when", "by", "what was done with policies"), rows, empty="")(out)
+
+
 @policies.command("preview")
 @click.argument("name", required=False, default="threshold")
 @click.option(

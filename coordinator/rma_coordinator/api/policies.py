@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 #: Entries of the audit that are shown unless more are asked for, and at most.
 SHOWN, MOST_SHOWN = 100, 1000
+#: Entries that stand beside a policy.
+LATELY = 20
 
 
 async def policies(pool: Pool, web: Web) -> object:  # noqa: ARG001 - every handler has the same form
@@ -41,6 +43,23 @@ async def policies(pool: Pool, web: Web) -> object:  # noqa: ARG001 - every hand
         {"name": name, "summary": one.policy.summary, "active": name == active} for name, one in sorted(known.items())
     ]
     return {"active": active, "policies": rows, **pool.switching.show()}
+
+
+async def show_policy(pool: Pool, web: Web) -> object:
+    """One policy: its text, where it is a file's, and what was done with policies lately."""
+    name = web.parts["name"]
+    chosen = pool.switching.choices[-1]
+    if name == chosen.name and pool.tiers.current is not None:
+        known = Known(pool.tiers.current, chosen.text)
+    else:
+        known = pool.tiers.find(name)
+    return {
+        "name": name,
+        "summary": known.policy.summary,
+        "active": name == pool.tiers.active,
+        "text": known.text,
+        "entries": [_entry(one) for one in pool.switching.audit.latest(LATELY, prefix="policy_")],
+    }
 
 
 async def preview_policy(pool: Pool, web: Web) -> object:

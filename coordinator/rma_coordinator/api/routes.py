@@ -347,6 +347,15 @@ ROUTES: tuple[Route, ...] = (
     ),
     Route(
         "GET",
+        "/api/admin/policies/{name}",
+        "show_policy",
+        "admin:read",
+        "One tier policy: its text, where it is a file's, and what was done with policies lately.",
+        gives="object",
+        fails=(404,),
+    ),
+    Route(
+        "GET",
         "/api/admin/policies/shadow",
         "show_shadow",
         "admin:read",
