@@ -18,6 +18,7 @@ import msgspec
 from msgspec import Meta
 
 from rma_core import isolation
+from rma_core.detector_files import PATH
 from rma_core.errors import PluginError, ValidationProblem
 from rma_core.host import MAX_REASON, State
 from rma_core.models.hardware import MAX_DEVICES, Detection, HardwareReport, Name, ProbeReport, summarize
@@ -210,7 +211,7 @@ async def _run(detector: DetectorPlugin, table: Mapping[str, object], deadline_s
     try:
         ended = await isolation.run(
             [sys.executable, "-I", "-X", "utf8", CHILD],
-            request=request_for(detector.value, table, deadline_s),
+            request=request_for(detector.value, {**table, PATH: detector.path} if detector.path else table, deadline_s),
             deadline_s=deadline_s,
             max_answer_bytes=MAX_REPORT_BYTES,
         )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import pluggy
 
-from rma_core import hookspecs, signatures
+from rma_core import detector_files, hookspecs, signatures
 from rma_core.errors import PluginConflict, PluginError, PluginInvalid, RMAError
 from rma_core.hookspecs import GROUPS, PROJECT
 
@@ -57,6 +57,8 @@ class DetectorPlugin(NamedTuple):
     value: str
     distribution: str
     version: str
+    #: The file that it runs or reads, where it is one.
+    path: str = ""
 
 
 class InstalledPlugin(NamedTuple):
@@ -74,6 +76,7 @@ class _Plugin:
     def __init__(self, *, name: str, kind: Kind, value: str, distribution: str, version: str) -> None:
         self.name, self.kind, self.value = name, kind, value
         self.distribution, self.version = distribution, version
+        self.path = ""
         self.state: State = "active"
         self.reason = ""
         self.import_seconds: float | None = None
@@ -105,16 +108,20 @@ class Plugins:
         approval_required: bool = False,
         strict: bool = False,
         trace: bool = False,
+        files: str = "",
     ) -> Plugins:
         """Find the installed plugins of ``kinds``, decide by name, and import those that may be.
 
         ``only`` (``None``: all) and ``blocked`` name entry points. With ``approval_required`` a plugin that is not
-        built in needs its name, or ``*``, in ``approved``. Nothing raises unless ``strict``.
+        built in needs its name, or ``*``, in ``approved``. ``files`` is a folder of detectors that are files. Nothing
+        raises unless ``strict``, but SettingProblem for a folder that is none.
         """
         found = cls(strict=strict, trace=trace)
-        found._plugins = sorted(_installed(kinds), key=_order)
+        of_files = _of_files(files) if files and "detector" in kinds else []
+        found._plugins = sorted([*_installed(kinds), *of_files], key=_order)
         for plugin in found._plugins:
-            _decide(plugin, blocked=blocked, only=only, approved=approved if approval_required else {EVERYTHING})
+            if not plugin.refused:
+                _decide(plugin, blocked=blocked, only=only, approved=approved if approval_required else {EVERYTHING})
         found._refuse_twins()
         for plugin in found._plugins:
             found._import(plugin)
@@ -152,7 +159,7 @@ class Plugins:
         One that could not be imported last time is among them, for it may have been mended since.
         """
         return tuple(
-            DetectorPlugin(p.name, p.value, p.distribution, p.version)
+            DetectorPlugin(p.name, p.value, p.distribution, p.version, p.path)
             for p in self._plugins
             if p.kind == "detector" and not p.refused
         )
@@ -175,7 +182,7 @@ class Plugins:
     def _refuse_twins(self) -> None:
         """Refuse all plugins that share an entry-point name: which one is meant, nobody can know."""
         for (kind, name), twins in _by(self._plugins, lambda p: (p.kind, p.name)):
-            usable = [p for p in twins if p.state not in ("blocked", "unapproved")]
+            usable = [p for p in twins if p.state not in ("blocked", "unapproved") and not (p.path and p.refused)]
             if len(usable) > 1:
                 for plugin in usable:
                     plugin.refused = True
@@ -341,6 +348,21 @@ def _installed(kinds: Collection[Kind]) -> Iterator[_Plugin]:
             )
 
 
+def _of_files(folder: str) -> list[_Plugin]:
+    """Return the detectors of a folder; its owner chose it, which approves them."""
+    from pathlib import Path
+
+    found = []
+    for file in detector_files.listed(Path(folder)):
+        name, module = file.name, detector_files.MODULE
+        plugin = _Plugin(name=name, kind="detector", value=module, distribution=detector_files.SHIPPED_BY, version="")
+        plugin.path = file.path
+        if file.problem:
+            plugin.refused, plugin.state, plugin.reason = True, "invalid", file.problem
+        found.append(plugin)
+    return found
+
+
 def normalized(name: str) -> str:
     """Return a distribution's name as package indexes compare them."""
     return re.sub(r"[-_.]+", "-", name).lower()
@@ -355,7 +377,7 @@ def _decide(
         plugin.state, plugin.reason = "blocked", "the owner blocks it (block_plugins, RMA_BLOCK_PLUGINS)"
     elif only is not None and plugin.name not in only:
         plugin.state, plugin.reason = "blocked", "not among the only plugins allowed (only_plugins, RMA_ONLY_PLUGINS)"
-    elif plugin.distribution != BUILT_IN and not {plugin.name, EVERYTHING} & set(approved):
+    elif plugin.distribution != BUILT_IN and not plugin.path and not {plugin.name, EVERYTHING} & set(approved):
         plugin.state, plugin.reason = (
             "unapproved",
             f"not approved yet: add {plugin.name!r} to `approve_plugins` in your settings once you trust it",

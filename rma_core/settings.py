@@ -47,6 +47,7 @@ class PluginRules(TypedDict):
     approval_required: bool
     strict: bool
     trace: bool
+    files: str
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,6 +80,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             "approval_required": True,
             "strict": self.strict_plugins,
             "trace": self.trace_hooks,
+            "files": "",
         }
 
     @property
@@ -204,6 +206,9 @@ class AgentSettings(Settings, frozen=True, kw_only=True):
         list[str], Meta(description="Folders with the services' distributions, for the process runtime.")
     ] = []
     labels: Annotated[dict[str, str], Meta(description="Words about this machine for the pool's policies.")] = {}
+    detectors: Annotated[
+        str, Meta(description="Folder of executables that print, and JSON files that say, what hardware there is.")
+    ] = ""
     fake_devices: Annotated[str, Meta(description="A recording that takes the place of detection.")] = ""
     detect_deadline_s: Annotated[float, Meta(gt=0, le=600, description="Seconds each detector may take.")] = 10.0
     drain_s: Annotated[float, Meta(ge=0, le=3600, description="Seconds to finish running tasks when stopped.")] = 30.0
@@ -222,6 +227,12 @@ class AgentSettings(Settings, frozen=True, kw_only=True):
     model_idle_s: Annotated[
         float, Meta(ge=0, description="Seconds without a request after which a model leaves memory; 0: never.")
     ] = 900.0
+
+    def plugin_rules(self) -> PluginRules:
+        """Return which plugins may run and how; an agent has detectors that are files, too."""
+        rules = super().plugin_rules()
+        rules["files"] = str(Path(self.detectors).expanduser()) if self.detectors else ""
+        return rules
 
 
 class CoordinatorSettings(Settings, frozen=True, kw_only=True):

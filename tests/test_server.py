@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 
-from rma_coordinator import hypercorn_server, server
+from rma_coordinator import server
 from rma_coordinator.app import pool_of
 from rma_coordinator.certificate import own_pair, pin_of
-from rma_coordinator.server import GRACE_S, HARD_STOP_S, LAST_STOP_S, Listener, free_port, run_server
+from rma_coordinator.server import GRACE_S, HARD_STOP_S, LAST_STOP_S, Listener, listen, run_server
 from rma_coordinator.store import MemoryStore
 from rma_core.errors import SettingProblem
 from rma_core.http import open_client
@@ -137,7 +137,7 @@ async def test_a_port_that_is_taken_is_said_with_advice(tmp_path: Path) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(SettingProblem, match="cannot listen") as refused:
-            free_port("127.0.0.1", port)
+            listen("127.0.0.1", port)
         assert "--port" in refused.value.hints[0]
         # And when somebody takes it between the look and the bind.
         config = make_config(Listener("127.0.0.1", port), None)
@@ -151,15 +151,14 @@ async def test_a_port_that_is_taken_is_said_with_advice(tmp_path: Path) -> None:
 
 def test_an_address_that_is_not_ours_is_said() -> None:
     with pytest.raises(SettingProblem, match=r"cannot listen on 192\.0\.2\.1"):
-        free_port("192.0.2.1", 0)
+        listen("192.0.2.1", 0)
     with pytest.raises(SettingProblem, match=r"cannot listen on no\.such\.host\.invalid"):
-        free_port("no.such.host.invalid", 0)
+        listen("no.such.host.invalid", 0)
 
 
 def test_listeners_are_written_as_urls() -> None:
     assert Listener("127.0.0.1", 80).url == "http://127.0.0.1:80"
     assert Listener("::1", 80, Path("c"), Path("k")).url == "https://[::1]:80"
-    assert hypercorn_server.make_config(Listener("::1", 80), None).bind == ["[::1]:80"]
 
 
 # -- TLS -----------------------------------------------------------------------------------------------------------

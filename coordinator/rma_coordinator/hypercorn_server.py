@@ -14,16 +14,15 @@ from typing import TYPE_CHECKING, cast
 from hypercorn.asyncio import run as hypercorn_run
 from hypercorn.asyncio import serve, tcp_server
 from hypercorn.asyncio.tcp_server import MAX_RECV, TCPServer
-from hypercorn.config import Config
+from hypercorn.config import Config, Sockets
 from hypercorn.events import Closed, RawData, Updated
 
 from rma_coordinator import server
 from rma_coordinator.http1 import Cut, Http1
-from rma_coordinator.server import Places, Together, patient
+from rma_coordinator.server import Places, Together, listening
 from rma_core.settings import CoordinatorSettings
 
 if TYPE_CHECKING:
-    from hypercorn.config import Sockets
     from hypercorn.events import Event
     from hypercorn.typing import Framework
 
@@ -179,6 +178,8 @@ class BoundedConfig(Config):
         super().__init__()
         self.places = Places(CoordinatorSettings().max_connections)
         self._sockets: Sockets | None = None
+        #: Where it listens: plain, and with TLS.
+        self.listeners: tuple[Listener | None, Listener | None] = (None, None)
         self.idle = Idle()
         self.opened: set[Connection] = set()
         #: What every answer has, in this second.
@@ -196,11 +197,8 @@ class BoundedConfig(Config):
         """Return the listening sockets."""
         if self._sockets is not None:
             return self._sockets
-        sockets = super().create_sockets()
-        for listening in (*sockets.secure_sockets, *sockets.insecure_sockets):
-            patient(listening)
-            listening.listen(server.BACKLOG)
-        return sockets
+        plain, secure = ([listening(one)] if one else [] for one in self.listeners)
+        return Sockets(secure, plain, [])
 
     async def serve(self, app: ASGI, stop: asyncio.Event) -> None:
         """Serve until ``stop`` is set. Raises OSError for an address in use."""
@@ -214,8 +212,8 @@ class BoundedConfig(Config):
         try:
             await serve(cast("Framework", app), self, shutdown_trigger=stopped)
         finally:
-            for listening in (*self._sockets.secure_sockets, *self._sockets.insecure_sockets):
-                listening.close()
+            for one in (*self._sockets.secure_sockets, *self._sockets.insecure_sockets):
+                one.close()
 
     async def cut(self, serving: asyncio.Task[None]) -> None:
         """Cancel a server that cannot stop, and its connections."""
@@ -228,8 +226,7 @@ class BoundedConfig(Config):
 def make_config(plain: Listener | None, secure: Listener | None) -> BoundedConfig:
     """Return Hypercorn's configuration for a plain and/or a TLS listener."""
     config = BoundedConfig()
-    config.bind = [listener.address for listener in (secure or plain,) if listener]
-    config.insecure_bind = [plain.address] if secure and plain else []
+    config.listeners = plain, secure
     if secure:
         config.certfile, config.keyfile = str(secure.cert), str(secure.key)
     # Over HTTP/2, data after an early answer kills a connection with all its streams; a front proxy may speak it.

@@ -127,12 +127,13 @@ class Together:
 
 
 class Listener(NamedTuple):
-    """An address to listen on; with a certificate it speaks https."""
+    """An address to listen on, with its socket where that listens already; with a certificate it speaks https."""
 
     host: str
     port: int
     cert: Path | None = None
     key: Path | None = None
+    socket: socket.socket | None = None
 
     @property
     def url(self) -> str:
@@ -145,19 +146,18 @@ class Listener(NamedTuple):
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-def free_port(host: str, port: int) -> int:
-    """Return ``port``, or a free one for 0. Raises SettingProblem when it is in use or may not be used."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with contextlib.closing(socket.socket(family, socket.SOCK_STREAM)) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise SettingProblem(
-                f"cannot listen on {host}:{port}: {reason}", hints=("choose another with --port (0 takes a free one)",)
-            ) from None
-        return int(probe.getsockname()[1])
+def listen(host: str, port: int, *, cert: Path | None = None, key: Path | None = None) -> Listener:
+    """Return a listener that listens already, on ``port`` or a free one for 0: nobody else gets it before it is served.
+
+    Raises SettingProblem when it is in use or may not be used.
+    """
+    try:
+        found = _open(host, port)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        hints = ("choose another with --port (0 takes a free one)",)
+        raise SettingProblem(f"cannot listen on {host}:{port}: {reason}", hints=hints) from None
+    return Listener(host, int(found.getsockname()[1]), cert, key, found)
 
 
 class Writing(Protocol):
@@ -197,13 +197,18 @@ def make_config(plain: Listener | None, secure: Listener | None, *, server: str 
 
 
 def listening(listener: Listener) -> socket.socket:
+    """Return its listening socket. Raises OSError."""
+    return listener.socket or _open(listener.host, listener.port)
+
+
+def _open(host: str, port: int) -> socket.socket:
     """Return a listening socket that gives up on clients which take nothing for UNREAD_S. Raises OSError."""
-    family = socket.AF_INET6 if ":" in listener.host else socket.AF_INET
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     found = socket.socket(family, socket.SOCK_STREAM)
     try:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         patient(found)
-        found.bind((listener.host, listener.port))
+        found.bind((host, port))
         # Before the application starts: once it says that it answers, it must.
         found.listen(BACKLOG)
     except OSError:

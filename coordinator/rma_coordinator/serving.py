@@ -11,7 +11,7 @@ import msgspec
 
 from rma_coordinator.app import create_app, pool_of
 from rma_coordinator.certificate import pin_of
-from rma_coordinator.server import Listener, free_port, make_config, run_server, spare_pauses
+from rma_coordinator.server import listen, make_config, run_server, spare_pauses
 from rma_coordinator.store import make_store
 from rma_core.addresses import is_loopback
 from rma_core.agent.state import StateFolder
@@ -38,7 +38,7 @@ async def coordinate(settings: CoordinatorSettings, *, insecure_http: bool) -> i
             f"on {settings.host} credentials would travel in the clear",
             hints=("give --tls-cert and --tls-key", "behind a proxy that speaks TLS: --insecure-http"),
         )
-    listener = Listener(settings.host, free_port(settings.host, settings.port), cert, key)
+    listener = listen(settings.host, settings.port, cert=cert, key=key)
     settings = msgspec.structs.replace(settings, public_url=settings.public_url or listener.url)
     app = make_app(settings, pin=pin_of(cert) if cert else "")
     config = make_config(None if cert else listener, listener if cert else None, server=settings.server)

@@ -17,7 +17,7 @@ from rma_coordinator import local_worker, up_words
 from rma_coordinator.app import load_catalog, load_model_catalog, pool_of
 from rma_coordinator.certificate import own_pair, pin_of
 from rma_coordinator.engine_choice import choose_runtimes, service_sources
-from rma_coordinator.server import Listener, free_port, make_config, run_server, spare_pauses
+from rma_coordinator.server import Listener, listen, make_config, run_server, spare_pauses
 from rma_coordinator.serving import client_key, first_key, make_app, stopped
 from rma_core.agent.attach.attachable import addresses
 from rma_core.agent.llm.own_models import LLAMA_CPP, own_files
@@ -89,7 +89,7 @@ class Up:
         self.asked = runtimes
         self.sources = service_sources()
         StateFolder(self.home).prepare()
-        self.plain = Listener(LOCAL, find_port(port, settings.port))
+        self.plain = find_listener(port, settings.port)
         self.secure = self._secure(lan_host, lan_port) if lan else None
         self.lan_url = self.secure.url.replace(EVERYWHERE, lan_host or lan_address()) if self.secure else ""
         self.settings = msgspec.structs.replace(
@@ -105,7 +105,7 @@ class Up:
     def _secure(self, lan_host: str | None, lan_port: int) -> Listener:
         names = ["localhost", socket.gethostname(), lan_host or lan_address()]
         pair = own_pair(self.home / "tls", names=names)
-        return Listener(EVERYWHERE, free_port(EVERYWHERE, lan_port), pair.cert, pair.key)
+        return listen(EVERYWHERE, lan_port, cert=pair.cert, key=pair.key)
 
     async def main(self) -> int:
         """Run until Ctrl-C."""
@@ -311,14 +311,14 @@ def _models(texts: tuple[str, ...]) -> tuple[str, ...]:
     return texts
 
 
-def find_port(asked: int | None, usual: int) -> int:
-    """Return the asked port, else the usual or the next that is free. Raises SettingProblem for a taken asked one."""
+def find_listener(asked: int | None, usual: int) -> Listener:
+    """Listen on the asked port, else on the usual one or the next that is free. Raises SettingProblem."""
     if asked is not None:
-        return free_port(LOCAL, asked)
+        return listen(LOCAL, asked)
     for port in range(usual, usual + MORE_PORTS):
         with contextlib.suppress(SettingProblem):
-            return free_port(LOCAL, port)
-    return free_port(LOCAL, 0)
+            return listen(LOCAL, port)
+    return listen(LOCAL, 0)
 
 
 def lan_address() -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import msgspec
 
+from rma_core import detector_files
 from rma_core.detection import DEADLINE_S, deadline_of
 from rma_core.errors import NotFound, Problem, UsageProblem, ValidationProblem
 from rma_core.host import KINDS, describe, installed, normalized
@@ -38,7 +39,7 @@ SOURCE_FOLDERS = (".", "src")
 class Target(NamedTuple):
     """A plugin to check: ``value`` is what its entry point names, ``folder`` where that lies if it is not installed.
 
-    ``own`` are the packages that its distribution has installed.
+    ``own`` are the packages that its distribution has installed, ``given`` what the host adds to its table.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Target(NamedTuple):
     value: str
     folder: str = ""
     own: tuple[str, ...] = ()
+    given: tuple[tuple[str, object], ...] = ()
 
     def case(self, tables: Mapping[str, dict[str, object]]) -> PluginCase:
         """Return its case, with its own table of the ``[plugins]`` table. Raises UsageProblem for a wrong deadline."""
@@ -54,7 +56,7 @@ class Target(NamedTuple):
         if words:
             raise UsageProblem(words)
         return CONTRACTS[self.kind][0](
-            self.value, folder=self.folder, config=dict(table), deadline_s=deadline_s, own=self.own
+            self.value, folder=self.folder, config={**table, **dict(self.given)}, deadline_s=deadline_s, own=self.own
         )
 
 
@@ -77,19 +79,29 @@ class Result(NamedTuple):
 
 
 def targets(named: str) -> list[Target]:
-    """Return the plugins of a folder with a pyproject.toml, else the installed ones of that entry-point name.
+    """Return the plugins of a folder with a pyproject.toml, or a file's, else the installed ones of that name.
 
     Raises NotFound, UsageProblem and, for a broken pyproject.toml, ValidationProblem.
     """
     path = Path(named)
     if path.is_dir():
         return _of_folder(path)
+    if path.is_file():
+        return [_of_file(path)]
     found = [Target(p.name, p.kind, p.value, own=_packages(p)) for p in installed() if p.name == named]
     if not found:
         there = ", ".join(sorted({plugin.name for plugin in installed()}))
         message = f"no plugin called {named!r} is installed, and there is no such folder"
         raise NotFound(message, hints=(f"installed are {there}",))
     return found
+
+
+def _of_file(path: Path) -> Target:
+    """Return the detector that a file is, as it would be in a folder of detectors."""
+    found = next(one for one in detector_files.listed(path.parent) if one.path == str(path.absolute()))
+    if found.problem:
+        raise UsageProblem(found.problem)
+    return Target(found.name, "detector", detector_files.MODULE, given=((detector_files.PATH, found.path),))
 
 
 def _of_folder(folder: Path) -> list[Target]:
