@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 PROJECT = "rma"
 #: Counted up when a hook gains an argument; hooks never lose one.
 HOOK_VERSION = 1
+#: The oldest version whose plugins still fit, and where a plugin says which one it was written for.
+OLDEST_VERSION, VERSION_NAME = 1, "RMA_HOOK_VERSION"
 
 #: Entry-point group of each hook: nobody has to import a plugin to learn its kind.
 GROUPS = {

@@ -48,6 +48,8 @@ from pathlib import Path
 
 from rma_core import ContainerAccess, Detection, Device, hookimpl
 
+#: The version of RMA's hooks that this was written for.
+RMA_HOOK_VERSION = $hooks
 #: As `lspci -nn` shows them, [vendor:device]; nobody's yet.
 VENDOR = "0xffff"
 MODELS = {"0x0001": "$title"}
@@ -117,6 +119,8 @@ POLICY = '''\
 
 from rma_core import TierDecision, hookimpl
 
+#: The version of RMA's hooks that this was written for.
+RMA_HOOK_VERSION = $hooks
 #: From so many cores on a machine without a GPU is in tier 2.
 CORES = 4
 
@@ -171,6 +175,8 @@ from pathlib import Path
 from rma_core import RuntimeAbsent, hookimpl
 from rma_core.container_engine import Address, EngineRuntime, Product
 
+#: The version of RMA's hooks that this was written for.
+RMA_HOOK_VERSION = $hooks
 #: Where its engine listens, unless `host` in [plugins.$name] says otherwise.
 SOCKET = "unix:///run/$name/$name.sock"
 
@@ -278,7 +284,7 @@ def named(text: str, kind: Kind | None) -> tuple[str, Kind]:
 
 def create(text: str, kind: Kind | None, below: Path) -> Scaffold:
     """Write a new plugin into a folder of its own ``below``. Raises UsageProblem where there is one already."""
-    from rma_core import __version__
+    from rma_core import HOOK_VERSION, __version__
 
     name, kind = named(text, kind)
     stem = f"{PREFIXES[kind]}_{name}"
@@ -292,6 +298,7 @@ def create(text: str, kind: Kind | None, below: Path) -> Scaffold:
         "distribution": module.replace("_", "-"),
         "group": KINDS[kind],
         "core": "rma-core[container-engine]" if kind == "runtime" else "rma-core",
+        "hooks": str(HOOK_VERSION),
         "version": f"{major}.{minor}",
         "next": f"{major}.{int(minor) + 1}",
     }

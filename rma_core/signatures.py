@@ -6,7 +6,7 @@ import inspect
 from typing import TYPE_CHECKING
 
 from rma_core.errors import PluginInvalid
-from rma_core.hookspecs import GROUPS, PROJECT
+from rma_core.hookspecs import GROUPS, HOOK_VERSION, OLDEST_VERSION, PROJECT, VERSION_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -25,13 +25,27 @@ def check(
     Raises PluginInvalid with the first complaint.
     """
     hook = GROUPS[group]
-    complaint = next(filter(None, (_wrong_name(name, group) for name in implementations)), "")
+    complaint = _wrong_version(plugin)
+    complaint = complaint or next(filter(None, (_wrong_name(name, group) for name in implementations)), "")
     if not complaint and hook not in implementations:
         complaint = _nothing_marked(plugin, hook)
     if not complaint:
         complaint = _wrong_function(implementations[hook], hook, specification)
     if complaint:
         raise PluginInvalid(complaint)
+
+
+def _wrong_version(plugin: object) -> str:
+    """Say whether it was written for hooks that this rma-core does not have yet, or has no more."""
+    version = getattr(plugin, VERSION_NAME, HOOK_VERSION)
+    if type(version) is not int:
+        return f"{VERSION_NAME} is {version!r}: write a whole number, {HOOK_VERSION} now (rma_core.HOOK_VERSION)"
+    words = f"was written for version {version} of RMA's hooks"
+    if version > HOOK_VERSION:
+        return f"{words}, and this rma-core has version {HOOK_VERSION}: update rma-core"
+    if version < OLDEST_VERSION:
+        return f"{words}, and this rma-core takes {OLDEST_VERSION} to {HOOK_VERSION}: update the plugin"
+    return ""
 
 
 def _wrong_name(name: str, group: str) -> str:

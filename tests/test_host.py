@@ -10,6 +10,7 @@ import pytest
 
 from rma_core import ContainerRuntime, PolicyInput, RuntimeHealth, TierDecision
 from rma_core.errors import PluginConflict, PluginInvalid, RMAError, RuntimeAbsent
+from rma_core.hookspecs import HOOK_VERSION
 from rma_core.host import BUILT_IN, Kind, Plugins, bind, hookimpl
 from rma_core.offers import MAX_OBJECTS
 from tests.plugin_files import distribute
@@ -273,6 +274,27 @@ def test_a_function_that_does_not_fit_its_hook_is_refused_with_what_to_do(
 ) -> None:
     _, report = registered(Module(**functions))
     assert report.state == "invalid"
+    assert words in report.reason
+
+
+@pytest.mark.parametrize(
+    ("version", "words"),
+    [
+        (HOOK_VERSION, ""),
+        (
+            HOOK_VERSION + 1,
+            f"for version {HOOK_VERSION + 1} of RMA's hooks, and this rma-core has version {HOOK_VERSION}",
+        ),
+        (0, "update the plugin"),
+        ("1", "RMA_HOOK_VERSION is '1': write a whole number"),
+        (True, "write a whole number"),
+    ],
+)
+def test_a_plugin_for_other_hooks_is_refused_before_its_functions_are_looked_at(version: object, words: str) -> None:
+    module = Module(rma_tier_policies=_newer if words else _plain)
+    module.RMA_HOOK_VERSION = version  # type: ignore[attr-defined]  # as a module's own
+    _, report = registered(module)
+    assert report.state == ("invalid" if words else "active")
     assert words in report.reason
 
 
