@@ -55,8 +55,19 @@ class Server(NamedTuple):
         return self.request("GET", "/health").json
 
     def parsers(self) -> list[psutil.Process]:
+        return [child for child in self.children() if ".child" in _command(child)]
+
+    def children(self, name: str = "") -> list[psutil.Process]:
+        """Return what it has started and still runs; those of a name, where one is given."""
         found = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in found if ".child" in " ".join(child.cmdline())]
+        return [child for child in found if _command(child) and (not name or _command(child).split()[0].endswith(name))]
+
+
+def _command(process: psutil.Process) -> str:
+    """Return a process's command line; nothing for one that has ended, whoever has not taken note of that yet."""
+    with contextlib.suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
 
 
 def until(condition: Callable[[], object], *, what: str) -> None:

@@ -30,7 +30,7 @@ LAYERS = (
     {"models", "catalog"},
     {"interfaces"},
     {"hookspecs"},
-    {"signatures", "offers", "host"},
+    {"detector_files", "signatures", "offers", "host"},
     {"agent"},
     {"commands", "diagnosis", "__main__"},
 )

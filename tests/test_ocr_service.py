@@ -8,7 +8,6 @@ import signal
 import threading
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import pytest
 
 from rma_core.catalog import load
@@ -150,12 +149,8 @@ def test_a_tesseract_at_work_ends_with_the_reader_that_started_it(server: Server
     thread = threading.Thread(target=lambda: server.ocr(page, query="engine=tesseract&orientation=0"))
     thread.start()
 
-    def at_work() -> list[psutil.Process]:
-        found = psutil.Process(server.process.pid).children(recursive=True)
-        return [process for process in found if process.name() == "tesseract"]
-
-    until(at_work, what="Tesseract reads")
-    [started], [reader] = at_work(), server.parsers()
+    until(lambda: server.children("tesseract") and server.parsers(), what="Tesseract reads")
+    [started], [reader] = server.children("tesseract"), server.parsers()
     reader.kill()
     thread.join(READ_S)
     until(lambda: not started.is_running() or started.status() == "zombie", what="Tesseract is gone")

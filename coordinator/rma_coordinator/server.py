@@ -135,6 +135,11 @@ class Listener(NamedTuple):
     key: Path | None = None
     socket: socket.socket | None = None
 
+    def close(self) -> None:
+        """Let go of the address, if it is held; once more is no error."""
+        if self.socket is not None:
+            self.socket.close()
+
     @property
     def url(self) -> str:
         """The address as a URL."""

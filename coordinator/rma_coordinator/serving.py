@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ import msgspec
 
 from rma_coordinator.app import create_app, pool_of
 from rma_coordinator.certificate import pin_of
-from rma_coordinator.server import listen, make_config, run_server, spare_pauses
+from rma_coordinator.server import Listener, listen, make_config, run_server, spare_pauses
 from rma_coordinator.store import make_store
 from rma_core.addresses import is_loopback
 from rma_core.agent.state import StateFolder
@@ -38,7 +39,12 @@ async def coordinate(settings: CoordinatorSettings, *, insecure_http: bool) -> i
             f"on {settings.host} credentials would travel in the clear",
             hints=("give --tls-cert and --tls-key", "behind a proxy that speaks TLS: --insecure-http"),
         )
-    listener = listen(settings.host, settings.port, cert=cert, key=key)
+    with contextlib.closing(listen(settings.host, settings.port, cert=cert, key=key)) as listener:
+        return await _coordinate(settings, listener)
+
+
+async def _coordinate(settings: CoordinatorSettings, listener: Listener) -> int:
+    cert = listener.cert
     settings = msgspec.structs.replace(settings, public_url=settings.public_url or listener.url)
     app = make_app(settings, pin=pin_of(cert) if cert else "")
     config = make_config(None if cert else listener, listener if cert else None, server=settings.server)

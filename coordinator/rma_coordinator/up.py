@@ -89,14 +89,17 @@ class Up:
         self.asked = runtimes
         self.sources = service_sources()
         StateFolder(self.home).prepare()
-        self.plain = find_listener(port, settings.port)
-        self.secure = self._secure(lan_host, lan_port) if lan else None
-        self.lan_url = self.secure.url.replace(EVERYWHERE, lan_host or lan_address()) if self.secure else ""
-        self.settings = msgspec.structs.replace(
-            settings, port=self.plain.port, public_url=self.lan_url or self.plain.url
-        )
-        self.pin = pin_of(self.secure.cert) if self.secure and self.secure.cert else ""
-        self.catalog = load_catalog(self.settings)
+        with contextlib.ExitStack() as taken:
+            self.plain = taken.enter_context(contextlib.closing(find_listener(port, settings.port)))
+            self.secure = taken.enter_context(contextlib.closing(self._secure(lan_host, lan_port))) if lan else None
+            self.lan_url = self.secure.url.replace(EVERYWHERE, lan_host or lan_address()) if self.secure else ""
+            self.settings = msgspec.structs.replace(
+                settings, port=self.plain.port, public_url=self.lan_url or self.plain.url
+            )
+            self.pin = pin_of(self.secure.cert) if self.secure and self.secure.cert else ""
+            self.catalog = load_catalog(self.settings)
+            #: The addresses, which are held from now on.
+            self._taken = taken.pop_all()
         self.agent: asyncio.subprocess.Process | None = None
         self.stopping = asyncio.Event()
         #: Whether it was said what a person needs next.
@@ -109,6 +112,10 @@ class Up:
 
     async def main(self) -> int:
         """Run until Ctrl-C."""
+        with self._taken:
+            return await self._main()
+
+    async def _main(self) -> int:
         common.say("Starting the coordinator …")
         app = make_app(self.settings, pin=self.pin)
         config = make_config(self.plain, self.secure, server=self.settings.server)

@@ -181,4 +181,4 @@ async def audit(pool: Pool, web: Web) -> object:
 
 
 def _entry(one: AuditEntry) -> dict[str, Any]:
-    return {"number": one.number, "at": iso(one.at), "by": one.by, "action": one.action, "message": one.message}
+    return {**msgspec.to_builtins(one), "at": iso(one.at)}
