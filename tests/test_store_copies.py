@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from typing import TYPE_CHECKING
 
 import apsw
@@ -121,10 +122,15 @@ async def test_a_backup_on_the_same_disk_leaves_what_the_coordinator_needs(tmp_p
 async def test_one_backup_at_a_time_and_one_that_is_given_up_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(copying, "BACKUP_PAGES", 1)
+    gate, step = threading.Event(), copying.step
+
+    def held(underway: copying.Copying) -> bool:
+        """A disk that is slow for as long as the test wants."""
+        return (gate.is_set() or underway.copy.done.cancelled()) and step(underway)
+
+    monkeypatch.setattr(copying, "step", held)
     async with opened(tmp_path / "pool.db") as store:
-        for number in range(50):
-            await store.commit([Put(f"{number}-{n}", Apple(name="x" * 1000)) for n in range(100)])
+        await store.commit([Put(f"{n}", Apple(name="x" * 1000)) for n in range(100)])
         first = asyncio.create_task(store.backup(tmp_path / "first.db"))
         await until(lambda: store._writer._copying)
         with pytest.raises(StoreFailed, match="another backup is being made"):
@@ -134,7 +140,9 @@ async def test_one_backup_at_a_time_and_one_that_is_given_up_leaves_nothing(
             await first
         await until(lambda: not store._writer._copying)
         assert not {name for name in file_names(tmp_path) if "first" in name or "second" in name}
+        gate.set()
         await store.backup(tmp_path / "third.db")
+        gate.clear()
         last = asyncio.create_task(store.backup(tmp_path / "fourth.db"))
         await until(lambda: store._writer._copying)
     with pytest.raises(StoreFailed, match="closed"):
