@@ -120,6 +120,8 @@ class Start(NamedTuple):
     #: How many change in all, where it goes on; and why it was stopped.
     total: int = 0
     stopped: str = ""
+    #: Nobody did anything: it is told only where workers move.
+    quiet: bool = False
 
 
 class Switching:
@@ -171,7 +173,8 @@ class Switching:
         """Return what is in force now, as the store and the settings have it."""
         own = self._own()
         if record is None:
-            return Start((own,), Steps(), "policy_set", f"{own.name!r} is in force, as the settings say")
+            words = f"{own.name!r} is in force, as the settings say"
+            return Start((own,), Steps(), "policy_set", words, quiet=True)
         if record.wanted != own.digest and not record.choices[-1].same(own):
             choice = msgspec.structs.replace(own, at=self._pool.wall(), by=ITSELF)
             words = f"the settings have another policy now, {own.name!r}, which is in force"
@@ -181,7 +184,7 @@ class Switching:
             words = f"{lost!r} is not there any more: {choices[-1].name!r} is in force again"
             return Start(choices, Steps(), "policy_lost", words)
         if record.steps is None:
-            return Start(choices, Steps(), "policy_differs", f"{lost!r} says something else than it did")
+            return Start(choices, Steps(), "policy_differs", f"{lost!r} says something else than it did", quiet=True)
         words = f"the coordinator was restarted while workers moved to {lost!r}: "
         if record.steps.on_restart == "rollback" and len(choices) > 1:
             back = self._usable(choices[:-1])
@@ -217,11 +220,7 @@ class Switching:
         with self._noting():
             policy = self.tiers.current or self.tiers.find().policy
             plan = await self.plan(policy)
-            said = start.action != "policy_set" or self._record is not None
-            if start.action == "policy_differs" or not said:
-                # Nobody did anything: that is told only where it changes something.
-                said = bool(plan.moves)
-            if said:
+            if plan.moves or not start.quiet:
                 moved = max(0, start.total - len(plan.moves))
                 await self._begin(
                     start.choices, policy, start.steps, start.action, start.words, by=ITSELF, plan=plan,

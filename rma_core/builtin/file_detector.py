@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 MAX_BYTES = 512 * 1024
 #: So much of what a failed program said is quoted, its end.
 QUOTE_CHARACTERS = 300
-#: What it means to say nothing of how it stands, and to list no device.
-NOTHING = {"state": "undetected"}
 
 
 @hookimpl
@@ -48,8 +46,8 @@ def read(data: bytes, name: str) -> Detection:
         if isinstance(said, list):
             said = {"devices": said}
         if isinstance(said, dict) and "state" not in said:
-            usual = {"state": "healthy"} if said.get("devices") else NOTHING | {"reason": f"{name} lists no device"}
-            said = {**usual, **said}
+            nothing = {"state": "undetected", "reason": f"{name} lists no device"}
+            said = {**({"state": "healthy"} if said.get("devices") else nothing), **said}
         return convert(said, Detection, subject=name)
     except ValidationProblem as error:
         raise DetectionError("; ".join([error.subject, *map(str, error.problems)])) from None
