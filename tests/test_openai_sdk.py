@@ -5,9 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
-import random
-import secrets
 from typing import TYPE_CHECKING, Any, Literal
 
 import openai
@@ -17,7 +14,7 @@ import pytest_asyncio
 from openai import AsyncOpenAI
 
 from rma_core.models import channel as frames
-from tests.coordinator_fixtures import PATIENCE_S, Running, soon, until
+from tests.coordinator_fixtures import Running, soon, until
 from tests.llama_pool import (
     CALLING,
     CHAT,
@@ -30,7 +27,6 @@ from tests.llama_pool import (
     check_freed,
     llama_pool,
 )
-from tests.model_servers import ModelServer, serving
 from tests.needs import need
 from tests.openai_kit import END, JSON, REPLY, ROLE, SSE, USAGE, delta, pool_with, states
 from tests.sdk_failures import ASKED, CASES, POOL, Case
@@ -45,11 +41,6 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
 
 shared = pytest_asyncio.fixture(scope="module", loop_scope="module")
-
-#: Times that a serving engine is killed, in the suite and under `make soak`.
-KILLS, MANY_KILLS = 4, 50
-#: A text of a length that `test_an_answer_whose_model_server_is_killed…` asks for.
-LONG: dict[str, Any] = {"messages": HELLO, "max_tokens": 120, "temperature": 0}
 
 
 @pytest.fixture(scope="module")
@@ -188,46 +179,6 @@ async def test_the_model_server_stops_computing_when_the_client_leaves(
         return leave
 
     await check_freed(servers, begin)
-
-
-# -- losses --------------------------------------------------------------------------------------------------------
-
-
-async def killed_while(client: AsyncOpenAI, servers: list[ModelServer], kills_at: int) -> tuple[str, set[str], int]:
-    """Stream a chat whose serving engine is killed after some pieces; return its text, its ids and its roles."""
-    text, ids, roles, pieces = "", set[str](), 0, 0
-    async for chunk in await client.chat.completions.create(model="tiny", stream=True, **LONG):
-        ids.add(chunk.id)
-        for choice in chunk.choices:
-            roles += choice.delta.role is not None
-            text += choice.delta.content or ""
-            pieces += bool(choice.delta.content)
-        if pieces == kills_at:
-            # Looked at before anything is killed: a moment later the other one is at work.
-            (serving_now,) = [server for server in servers if await asyncio.to_thread(server.busy)]
-            serving_now.kill_engine()
-            pieces += 1
-    return text, ids, roles
-
-
-@pytest.mark.parametrize(
-    "kills", [KILLS, pytest.param(MANY_KILLS, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])]
-)
-async def test_an_answer_whose_model_server_is_killed_is_the_same_as_without(tmp_path: Path, kills: int) -> None:
-    """Temperature 0, the same weights on two machines, killed at a random token each time."""
-    need("llama")
-    seed = int(os.environ.get("RMA_SEED") or secrets.randbelow(2**31))
-    print(f"seed {seed} (RMA_SEED)")  # noqa: T201 - pytest shows it with a failure
-    chance = random.Random(seed)
-    for number in range(kills):
-        folder = tmp_path / str(number)
-        with serving(folder, count=2) as chats:
-            machines = [[server] for server in chats]
-            async with llama_pool(folder, machines) as pool, client_of(pool) as it, asyncio.timeout(4 * PATIENCE_S):
-                whole = await it.chat.completions.create(model="tiny", **LONG)
-                text, ids, roles = await killed_while(it, chats, chance.randrange(1, 60))
-        assert text == whole.choices[0].message.content
-        assert (len(ids), roles) == (1, 1)
 
 
 # -- failures ------------------------------------------------------------------------------------------------------
