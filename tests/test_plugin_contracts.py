@@ -104,6 +104,7 @@ def runtime(body: str, complaints: dict[str, str], end: str = RUNTIME_END) -> Ca
 
 
 UNITS, REASONS = "its devices have names and units", "its reasons are for people"
+NEEDS = "it needs no more than it is given"
 DETECTORS = {
     "good": detector("return board()", {}),
     "heavy": detector("return board()", {"its import is light": "loads click"}, above="import click"),
@@ -136,7 +137,8 @@ DETECTORS = {
     "slow": detector("time.sleep(1.8); return board()", {"its answer is small and quick": "of 3: bound what"}),
     "loud": detector("print('hello'); return board()", {"it prints nothing": "it printed: hello"}),
     "writing": detector(
-        "pathlib.Path(config['place'], 'mark').write_text('x'); return board()", {"it writes nothing": "mark"}
+        "pathlib.Path(config['place'], 'mark').write_text('x'); return board()",
+        {"it writes nothing": "mark", NEEDS: "raised PermissionError"},
     ),
     "calling": detector(
         """
@@ -148,6 +150,7 @@ DETECTORS = {
         """,
         {"it uses no network": "127.0.0.1"},
     ),
+    "prying": detector("pathlib.Path('/etc/passwd').read_text(); return board()", {NEEDS: "'/etc/passwd'"}),
     "piping": detector("read, write = os.pipe(); os.fdopen(write, 'w').write('x'); os.close(read); return board()", {}),
     "searching": detector("import ctypes.util; ctypes.util.find_library('nobody-has-it'); return board()", {}),
     "japanese": detector("return Detection.undetected('このマシンにはありません')", {}),
@@ -173,6 +176,7 @@ DETECTORS = {
         return board()
         """,
         {
+            NEEDS: "raised PermissionError",
             "it can be stopped while its driver hangs": "after it was stopped",
             "it can be killed": "after it was killed",
         },

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from rma_core.detection import MAX_REPORT_BYTES, plausible
+from rma_core.detection import MAX_REPORT_BYTES, plausible, run_one
+from rma_core.detector_files import PATH
+from rma_core.host import DetectorPlugin
 from rma_core.models.hardware import Detection
 from rma_core.testing import watching
 from rma_core.testing.watching import WORDS, PluginCase
@@ -157,6 +159,19 @@ async def its_answer_is_small_and_quick(case: DetectorCase) -> None:
     assert seen.seconds <= limit, f"it took {seen.seconds:.1f} s of {case.deadline_s:g}: bound what it waits for"
 
 
+async def it_needs_no_more_than_it_is_given(case: DetectorCase) -> None:
+    """Confined as in an agent, it finds the same: it needs no file of the owner's and no network."""
+    before = plausible(await case.detection())
+    plugin = DetectorPlugin(case.value, case.value, "", "", str(case.config.get(PATH, "")), case.folder)
+    now = (await run_one(plugin, case.config, case.deadline_s)).detection
+    same = (before.state, len(before.devices)) == (now.state, len(now.devices))
+    assert same, (
+        f"it is {before.state} with {len(before.devices)} devices, and where it sees no file of its owner's "
+        f"{now.state} with {len(now.devices)} ({now.reason}): read hardware below /sys, /proc and /dev, "
+        "and what else is needed from paths in its table"
+    )
+
+
 async def it_answers_where_nothing_is(case: DetectorCase) -> None:
     """Without device files, drivers and tools it still answers with a reason, and does not crash."""
     await case.used()
@@ -200,6 +215,7 @@ detector_contract: tuple[Check, ...] = (
     watching.it_writes_nothing,
     watching.it_uses_no_network,
     watching.it_leaves_nothing_running,
+    it_needs_no_more_than_it_is_given,
     it_answers_where_nothing_is,
     it_can_be_stopped_while_its_driver_hangs,
     it_can_be_killed,
