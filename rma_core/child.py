@@ -85,7 +85,8 @@ def answer_of(request: dict[str, Any]) -> bytes:
         if "bounds" in request:
             from rma_core.confinement import confine
 
-            confine(**request["bounds"])
+            paths = request["bounds"].items()
+            confine(**{name: [os.fsdecode(path.encode("latin-1")) for path in found] for name, found in paths})
         use(request, answer)
         return msgspec.json.encode(answer)
     except PluginInvalid as error:

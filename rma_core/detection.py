@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import sys
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -94,11 +95,11 @@ async def detect(
     deadline_s: float = DEADLINE_S,
     at_once: int = AT_ONCE,
     quarantine: Quarantine | None = None,
+    excluded: Sequence[str] = (),
 ) -> HardwareReport:
-    """Run every detector and return what this machine has; see `observe` for the arguments."""
-    return assemble(
-        await observe(plugins, config=config, deadline_s=deadline_s, at_once=at_once, quarantine=quarantine)
-    )
+    """Run every detector and return what this machine has, without ``excluded`` devices; see `observe` for the rest."""
+    seen = await observe(plugins, config=config, deadline_s=deadline_s, at_once=at_once, quarantine=quarantine)
+    return assemble(without(seen, excluded))
 
 
 async def observe(
@@ -135,6 +136,22 @@ async def observe(
     if bad and plugins.strict:
         raise PluginError(f"detector {bad.detector} of {bad.distribution}: {bad.detection.reason}")
     return seen
+
+
+def without(observations: Iterable[Observation], patterns: Sequence[str]) -> tuple[Observation, ...]:
+    """Return observations without the devices that their owner keeps back, by id; each detector's reason says which."""
+    return tuple(_without(seen, patterns) for seen in observations) if patterns else tuple(observations)
+
+
+def _without(seen: Observation, patterns: Sequence[str]) -> Observation:
+    found = seen.detection
+    back = [device.id for device in found.devices if any(fnmatchcase(device.id, pattern) for pattern in patterns)]
+    if not back:
+        return seen
+    words = f"kept back by the owner (exclude_devices): {', '.join(back)}"
+    left = tuple(device for device in found.devices if device.id not in back)
+    reason = _short("; ".join(filter(None, (found.reason, words))))
+    return msgspec.structs.replace(seen, detection=Detection(state=found.state, reason=reason, devices=left))
 
 
 def assemble(observations: Iterable[Observation]) -> HardwareReport:
@@ -255,10 +272,11 @@ def bounds(table: Mapping[str, object], *folders: str, writes: str, hidden: Sequ
         return {}
     python = [*sys.path, sys.prefix, sys.base_prefix, sys.exec_prefix, str(Path(__file__).parent)]
     libraries = [part for name in PATHS for part in os.environ.get(name, "").split(os.pathsep)]
-    reads = dict.fromkeys(
-        path for path in (*python, *libraries, *folders, *_paths_in(table)) if path.startswith(os.sep)
-    )
-    return {"bounds": {"reads": list(reads), "writes": [writes], "hidden": [*hidden, str(Path.home())]}}
+    reads = dict.fromkeys((*python, *libraries, *folders, *_paths_in(table)))
+    kept = [str(Path(folder).absolute()) for folder in [*hidden, os.path.expanduser("~")]]  # noqa: PTH111 - who has no home is no error
+    paths = {"reads": reads, "writes": [writes], "hidden": kept}
+    # A path may be no text; `child` takes this back.
+    return {"bounds": {name: [os.fsencode(path).decode("latin-1") for path in found] for name, found in paths.items()}}
 
 
 def _paths_in(value: object) -> Iterator[str]:

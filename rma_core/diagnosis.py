@@ -11,7 +11,8 @@ import msgspec
 from rma_core import confinement
 from rma_core.agent.attach.nearby import find
 from rma_core.agent.control import ask
-from rma_core.agent.start import look, plugin_tables
+from rma_core.agent.detecting import look
+from rma_core.agent.start import plugin_tables
 from rma_core.agent.status import AgentStatus
 from rma_core.errors import RMAError
 from rma_core.interfaces import PolicyInput

@@ -228,6 +228,12 @@ class AgentSettings(Settings, frozen=True, kw_only=True):
     ] = ""
     fake_devices: Annotated[str, Meta(description="A recording that takes the place of detection.")] = ""
     detect_deadline_s: Annotated[float, Meta(gt=0, le=600, description="Seconds each detector may take.")] = 10.0
+    detect_interval_s: Annotated[
+        float, Meta(ge=0, le=86_400, description="Seconds between two looks at the hardware; 0: only when asked.")
+    ] = 900.0
+    exclude_devices: Annotated[
+        list[str], Meta(description="Devices that are not the pool's, by id; `*` stands for any characters (`gpu:*`).")
+    ] = []
     drain_s: Annotated[float, Meta(ge=0, le=3600, description="Seconds to finish running tasks when stopped.")] = 30.0
     attach: Annotated[
         list[str], Meta(description="Model servers that already run on this machine and are shared, by URL.")

@@ -31,7 +31,9 @@ MAY = {
     "runtime": "runs inside the agent, with all that the agent may do",
     "policy": "decides which tier machines get",
 }
-AGAIN = "A running agent goes on with what it has until it is started again."
+AGAIN = (
+    "A running agent goes by that when it looks again (`rma detect --rescan`: now); runtimes when it restarts."
+)
 
 
 def _folders(home: str | None) -> PluginFolders:

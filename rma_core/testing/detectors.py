@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from rma_core import changes
 from rma_core.detection import MAX_REPORT_BYTES, plausible, run_one
 from rma_core.detector_files import PATH
 from rma_core.host import DetectorPlugin
@@ -32,8 +33,6 @@ HUNG_S = 2.0
 LEAST_MEMORY_BYTES = 2**20
 #: A reason has at least so many words, and at most so many characters: it is a sentence, not a number or a log.
 LEAST_WORDS, MOST_CHARACTERS = 2, 500
-#: Attributes that change by themselves begin with these, and are not compared.
-CHANGING = ("available_", "free_")
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _UNIT = re.compile(r".*_(kb|mb|gb|tb|kib|mib|gib|tib)")
@@ -123,13 +122,7 @@ async def it_says_the_same_twice(case: DetectorCase) -> None:
 
 def steady(found: Detection) -> dict[str, Any]:
     """Return a detection without what may change by itself."""
-    plain: dict[str, Any] = msgspec.to_builtins(found)
-    for device in plain["devices"]:
-        if device["kind"] == "storage":
-            device.pop("memory_bytes", None)
-        facts = device.get("attributes", {})
-        device["attributes"] = {name: value for name, value in facts.items() if not name.startswith(CHANGING)}
-    return plain
+    return {**msgspec.to_builtins(found), "devices": tuple(map(changes.steady, found.devices))}
 
 
 def _difference(first: Any, second: Any, where: str = "the answer") -> str:  # noqa: ANN401 - JSON
