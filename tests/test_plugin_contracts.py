@@ -14,7 +14,7 @@ from rma_core.errors import NotFound, UsageProblem, ValidationProblem
 from rma_core.testing.checking import CONTRACTS, Result, Target, results, targets
 from tests.plugin_files import distribute
 
-OURS = ("host", "nvidia", "apple", "threshold", "process", "docker", "podman")
+OURS = ("host", "nvidia", "apple", "amd", "intel", "threshold", "process", "docker", "podman")
 BAD = Path(__file__).with_name("data") / "bad_detectors"
 
 
