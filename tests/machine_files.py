@@ -22,7 +22,7 @@ def lay_out(text: str, root: Path) -> None:
     for line in lines:
         if block is not None and line.startswith("  "):
             with block.open("a", encoding="utf-8") as file:
-                file.write(f"{line.strip()}\n")
+                file.write(f"{line[2:]}\n")
             continue
         block = None
         if line.startswith("["):

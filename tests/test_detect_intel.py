@@ -76,10 +76,7 @@ def only(detection: Detection) -> Device:
 
 
 def test_a_card_of_the_kernels_i915_is_told_with_everything_that_placement_asks_for(root: Path) -> None:
-    machine("desktop-arc-a770", root)
-    (root / "usr/share/misc").mkdir(parents=True)
-    (root / "usr/share/misc/pci.ids").write_text("8086  Intel Corporation\n\t5690  x\n\t56a0  DG2 [Arc A770]\n")
-    detection = see("desktop-arc-a770", root)
+    detection = look("desktop-arc-a770", root)
     assert (detection.state, detection.reason) == ("healthy", "")
     gpu = only(detection)
     assert (gpu.id, gpu.kind, gpu.vendor, gpu.api) == ("gpu:0000:03:00.0", "gpu", "Intel", "level_zero")
@@ -96,7 +93,7 @@ def test_a_card_of_the_kernels_i915_is_told_with_everything_that_placement_asks_
 
 def test_xe_writes_a_cards_memory_down_and_is_not_asked(root: Path) -> None:
     gpu = only(look("desktop-arc-b580", root))
-    assert (gpu.memory_bytes, gpu.api, gpu.name) == (12 * GIB, "level_zero", "Intel GPU e20b")
+    assert (gpu.memory_bytes, gpu.api, gpu.name) == (12 * GIB, "level_zero", "Intel Arc B580")
 
 
 def test_the_tiles_of_a_card_are_added_up(root: Path) -> None:
@@ -111,6 +108,21 @@ def test_i915_of_intels_own_packages_writes_memory_down_too(root: Path) -> None:
     machine("desktop-arc-a770", root)
     (root / ARC / "drm/card0/lmem_total_bytes").write_text(f"{16 * GIB}\n")
     assert only(see("desktop-arc-a770", root)).memory_bytes == 16 * GIB
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("8086  Intel Corporation\n\t56a1  DG2 [Arc A750]\n1234  Other\n\t56a0  Not Intel's\n", "Intel GPU 56a0"),
+        ("8086  Intel Corporation\n\t56a0  DG2\n", "Intel DG2"),
+        ("8086  Intel Corporation\n\t56a0  DG2 [Intel Arc A770]\n", "Intel Arc A770"),
+        ("", "Intel GPU 56a0"),
+    ],
+)
+def test_names_come_from_the_list_of_pci_ids(root: Path, text: str, name: str) -> None:
+    machine("desktop-arc-a770", root)
+    (root / "usr/share/misc/pci.ids").write_text(text)
+    assert only(see("desktop-arc-a770", root)).name == name
 
 
 def test_two_cards_are_two_devices_in_order(root: Path) -> None:
