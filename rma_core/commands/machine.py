@@ -53,13 +53,18 @@ async def _observe(settings: AgentSettings) -> tuple[Observation, ...]:
 
 
 @click.command()
-@click.option("--record", metavar="FILE", help="Write what the detectors saw, for a test or a bug report.")
+@click.option(
+    "--record",
+    metavar="FILE",
+    help="Write what the detectors saw, without serial numbers and secrets, for a bug report.",
+)
 @click.option("--replay", metavar="FILE", help="Show a recording instead of this machine.")
 @common.home_option
 @common.json_option
 def detect(record: str | None, replay: str | None, home: str | None, as_json: bool) -> None:
     """Find out what this machine's hardware can do."""
     from rma_core import record as records
+    from rma_core.detection import assemble
 
     if record and replay:
         raise UsageProblem("--record and --replay exclude each other")
@@ -68,10 +73,9 @@ def detect(record: str | None, replay: str | None, home: str | None, as_json: bo
         report = records.load_report(Path(replay or settings.fake_devices))
     else:
         seen = common.run_async(_observe(settings))
-        made = records.recording(seen, at=datetime.now(UTC))
-        report = made.report
+        report = assemble(seen)
         if record:
-            records.save(Path(record), made)
+            records.save(Path(record), records.recording(seen, at=datetime.now(UTC)))
             common.say(f"written to {record}")
     common.show(report, as_json, lambda out: print_report(out, report))
 
