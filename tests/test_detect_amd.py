@@ -249,11 +249,33 @@ def test_a_card_that_reports_no_memory_is_not_offered(root: Path) -> None:
     assert "it reports no memory: power this machine off and on" in detection.reason
 
 
-def test_the_driver_for_old_cards_is_told_to_make_way(root: Path) -> None:
-    machine("desktop-rx-7900-xtx", root)
+def drive(root: Path, driver: str) -> None:
     (root / CARD / "driver").unlink()
-    (root / CARD / "driver").symlink_to("../drivers/radeon")
-    assert "its driver is radeon, which cannot compute" in see(root).reason
+    (root / CARD / "driver").symlink_to(f"../drivers/{driver}")
+
+
+def test_an_old_card_that_shows_the_screen_is_no_fault(root: Path) -> None:
+    drive(machine("desktop-rx-580", root), "radeon")
+    detection = see(root)
+    assert detection.state == "undetected"
+    assert detection.reason.startswith(
+        "AMD GPU at 0000:03:00.0: radeon drives it, which is for graphics alone; cards from"
+    )
+    machine("strix-halo-128gb", root)
+    detection = see(root)
+    assert (detection.state, len(detection.devices)) == ("healthy", 2)
+
+
+def test_a_driver_that_is_not_amds_is_named(root: Path) -> None:
+    drive(machine("desktop-rx-7900-xtx", root), "fglrx")
+    assert "its driver is fglrx, and only amdgpu makes it usable" in see(root).reason
+
+
+def test_banks_of_more_memory_than_there_can_be_are_none(root: Path) -> None:
+    machine("server-mi300x-cpx", root)
+    for bank in root.rglob("mem_banks/0/properties"):
+        bank.write_text(f"heap_type 1\nsize_in_bytes {10**18 - 1}\n")
+    assert {gpu.memory_bytes for gpu in see(root).devices} == {None}
 
 
 def test_one_broken_card_leaves_the_other_seven(root: Path) -> None:

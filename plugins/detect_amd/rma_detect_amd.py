@@ -51,6 +51,8 @@ PCI_IDS = ("usr/share/hwdata/pci.ids", "usr/share/misc/pci.ids")
 #: More of a file is not read: one below /sys has a page, the largest list of names 1.5 MB.
 MOST_BYTES, MOST_LIST_BYTES = 64 * 1024, 8 * 1024 * 1024
 MOST_CHARACTERS, MOST_REASON = 100, 480
+#: No card has more bytes, or more of anything: a number beyond is none.
+MOST = 2**50
 #: So many addresses are named where many cards have one trouble.
 MOST_NAMED = 8
 
@@ -61,7 +63,12 @@ NO_DRIVER = {
 }
 LENT = "it is given to virtual machines"
 LENT_BY = LENT + " (driver {driver}): bind it to {own} to use it here"
-OTHER_DRIVER = "its driver is {driver}, which cannot compute: blacklist that and load {own}, if the card is not too old"
+GRAPHICS_ONLY = "radeon drives it, which is for graphics alone"
+RADEON = GRAPHICS_ONLY + (
+    "; cards from 2012 on can do with amdgpu (boot with radeon.si_support=0 radeon.cik_support=0 amdgpu.si_support=1 "
+    "amdgpu.cik_support=1)"
+)
+OTHER_DRIVER = "its driver is {driver}, and only {own} makes it usable: blacklist the one and load the other"
 NOT_STARTED = "{own} has it but did not start it: `sudo dmesg | grep {own}` says why (often missing firmware)"
 NO_NODE = "{nodes} is not here: in a container, start that with `--device` for /dev/kfd, /dev/dri and /dev/accel"
 NO_ACCESS = (
@@ -125,7 +132,10 @@ def detect(root: Path, *, allowed: Callable[[Path], bool] = may_open) -> Detecti
 
 
 def answer(devices: list[Device], troubles: Mapping[tuple[str, str], list[str]]) -> Detection:
-    """Return the detection; a card that works beside one that is lent away is all that its owner wants."""
+    """Return the detection.
+
+    An old card that shows the screen is no fault, and neither is one lent away beside one that works: that is meant.
+    """
     words = [
         f"AMD {kind.upper()} at {', '.join(where[:MOST_NAMED])}{' …' if len(where) > MOST_NAMED else ''}: {why}"
         for (kind, why), where in troubles.items()
@@ -133,9 +143,10 @@ def answer(devices: list[Device], troubles: Mapping[tuple[str, str], list[str]])
     reason = "; ".join(words)[:MOST_REASON]
     if not devices and not reason:
         return Detection.undetected("the AMD GPU or NPU that was here is gone")
-    lent = all(why.startswith(LENT) for _, why in troubles)
-    if devices and lent:
+    if devices and all(why.startswith((LENT, GRAPHICS_ONLY)) for _, why in troubles):
         return Detection.healthy(devices, reason=reason)
+    if all(why.startswith(GRAPHICS_ONLY) for _, why in troubles):
+        return Detection.undetected(reason)
     return Detection.unhealthy(f"{reason} ({len(devices)} usable)" if devices else reason, devices=devices)
 
 
@@ -210,7 +221,7 @@ class Machine(NamedTuple):
         if not slot.driver:
             raise Unusable(NO_DRIVER[slot.kind])
         if slot.driver != own:
-            words = LENT_BY if slot.driver in LENDERS else OTHER_DRIVER
+            words = LENT_BY if slot.driver in LENDERS else RADEON if slot.driver == "radeon" else OTHER_DRIVER
             raise Unusable(words.format(driver=slot.driver, own=own))
         if slot.kind == "npu":
             return [self.npu(slot)]
@@ -369,8 +380,8 @@ def properties(path: Path) -> dict[str, str]:
 
 
 def number(text: str | None) -> int | None:
-    """Return a whole number in text, ``None`` for anything else and for more than any card has."""
-    return int(text) if text and re.fullmatch(r"[0-9]{1,18}", text) else None
+    """Return a whole number in text, ``None`` for anything else and for more than MOST."""
+    return int(text) if text and re.fullmatch(r"[0-9]{1,18}", text) and int(text) <= MOST else None
 
 
 def clean(text: str) -> str:
