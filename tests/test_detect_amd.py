@@ -94,6 +94,19 @@ def test_each_partition_is_a_device_with_its_share_and_its_render_node(root: Pat
     ]
 
 
+def test_partitions_are_found_by_whichever_bits_have_their_number(root: Path) -> None:
+    machine("server-mi300x-cpx", root)
+    before = see(root)
+    for part, node in enumerate(sorted((root / amd.KFD_NODES).iterdir())):
+        facts = (
+            (node / "properties")
+            .read_text()
+            .replace(f"location_id {0x1B00 + part}", f"location_id {part << 28 | 0x1B00}")
+        )
+        (node / "properties").write_text(facts)
+    assert see(root) == before
+
+
 def test_a_card_that_kfd_passes_over_has_vulkan_and_says_why_not_rocm(root: Path) -> None:
     gpu = only(see(machine("desktop-rx-580", root)))
     assert (gpu.api, gpu.memory_bytes, gpu.name) == ("vulkan", 4 * GIB, "AMD Radeon RX 580 Series")

@@ -175,7 +175,8 @@ class Node(NamedTuple):
 def kfd_nodes(root: Path, slots: Iterable[Slot]) -> dict[str, list[Node]]:
     """Return KFD's nodes by the PCI address of their GPU.
 
-    A partition's number stands where the PCI function would be, so function 0 gets what no other GPU has.
+    A partition's number stands where the PCI function would be (or from bit 28 on, where it is passed over), so
+    function 0 gets what no other GPU has.
     """
     known = {slot.address for slot in slots}
     found: dict[str, list[Node]] = {}
