@@ -83,8 +83,8 @@ def detect(record: str | None, replay: str | None, home: str | None, as_json: bo
 def print_report(out: Console, report: HardwareReport) -> None:
     """Print a machine: the short form, its devices, and how each detector went."""
     short = report.capabilities
-    gpu = f", {short.gpu_type} with {short.gpu_memory}" if short.gpu_type else ", no GPU"
-    out.print(common.safe(f"{short.cpu_cores} cores, {short.ram} memory, {short.storage} free storage{gpu}"))
+    gpu = " with ".join(filter(None, (short.gpu_type, short.gpu_memory))) or "no GPU"
+    out.print(common.safe(f"{short.cpu_cores} cores, {short.ram} memory, {short.storage} free storage, {gpu}"))
     rows = [(d.kind, d.name, human(d.memory_bytes) if d.memory_bytes else "", _facts(d)) for d in report.devices]
     common.table(("device", "name", "size", "facts"), rows, empty="No devices.")(out)
     probes = [(p.detector, STATES[p.state], f"{p.seconds:.2f} s", p.reason) for p in report.probes]
