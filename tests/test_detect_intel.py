@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
 import shutil
 import struct
 from pathlib import Path
@@ -155,6 +157,26 @@ def test_a_card_that_does_not_tell_its_memory_does_not_pass_for_one_without(root
 )
 def test_what_i915_answers_is_read_and_never_believed(told: bytes, size: int) -> None:
     assert intel.region_bytes(told) == size
+
+
+def test_i915_is_asked_for_the_length_and_then_for_the_regions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    node, told, asked = tmp_path / "renderD128", regions((0, 32 * GIB), (1, 16 * GIB)), []
+    node.touch()
+
+    def kernel(_: int, code: int, query: bytes) -> None:
+        """Answer as i915_query.c does: a length of 0 asks for the length, another one must be right."""
+        count, flags, items = struct.unpack("=IIQ", query)
+        query_id, length, item_flags, place = struct.unpack("=QiIQ", ctypes.string_at(items, 24))
+        asked.append((code, count, flags, query_id, length, item_flags))
+        if length:
+            assert ctypes.string_at(place, length) == bytes(length)
+            ctypes.memmove(place, told, length)
+        ctypes.memmove(items + 8, struct.pack("=i", len(told)), 4)
+
+    monkeypatch.setattr(fcntl, "ioctl", kernel)
+    assert intel.region_bytes(intel.ask_i915(node)) == 16 * GIB
+    # DRM_IOWR(0x40 + 0x39, 16 bytes), one item each, DRM_I915_QUERY_MEMORY_REGIONS.
+    assert asked == [(0xC0106479, 1, 0, 4, 0, 0), (0xC0106479, 1, 0, 4, len(told), 0)]
 
 
 @pytest.mark.parametrize("node", ["/dev/null", "/nonexistent", "/"])
