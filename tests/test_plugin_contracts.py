@@ -12,9 +12,10 @@ import pytest
 
 from rma_core.errors import NotFound, UsageProblem, ValidationProblem
 from rma_core.testing.checking import CONTRACTS, Result, Target, results, targets
+from tests.machine_files import lay_out
 from tests.plugin_files import distribute
 
-OURS = ("host", "nvidia", "apple", "threshold", "process", "docker", "podman")
+OURS = ("host", "nvidia", "apple", "amd", "intel", "threshold", "process", "docker", "podman")
 BAD = Path(__file__).with_name("data") / "bad_detectors"
 
 
@@ -32,6 +33,23 @@ async def test_our_own_plugins_do_what_they_must(name: str) -> None:
     done = await checked(target)
     assert failed(done) == {}
     assert len(done) == len(CONTRACTS[target.kind][1])
+
+
+@pytest.mark.parametrize(
+    ("name", "machine"),
+    [
+        ("amd", "strix-halo-128gb"),
+        ("amd", "server-mi300x-lent"),
+        ("intel", "desktop-arc-b580"),
+        ("intel", "server-two-max-1100-no-driver"),
+    ],
+)
+async def test_our_own_detectors_do_what_they_must_where_there_is_something_to_find(
+    name: str, machine: str, tmp_path: Path
+) -> None:
+    lay_out((BAD.parent / name / f"{machine}.txt").read_text(), tmp_path)
+    [target] = targets(name)
+    assert failed(await checked(target, root=str(tmp_path))) == {}
 
 
 DETECTOR = """

@@ -74,7 +74,11 @@ async def _rescan(home: Path) -> HardwareReport:
 
 
 @click.command()
-@click.option("--record", metavar="FILE", help="Write what the detectors saw, for a test or a bug report.")
+@click.option(
+    "--record",
+    metavar="FILE",
+    help="Write what the detectors saw, without serial numbers and secrets, for a bug report.",
+)
 @click.option("--replay", metavar="FILE", help="Show a recording instead of this machine.")
 @click.option("--rescan", is_flag=True, help="Let the running agent look now, and tell its pool what has changed.")
 @common.home_option
@@ -82,6 +86,7 @@ async def _rescan(home: Path) -> HardwareReport:
 def detect(record: str | None, replay: str | None, rescan: bool, home: str | None, as_json: bool) -> None:
     """Find out what this machine's hardware can do."""
     from rma_core import record as records
+    from rma_core.detection import assemble
 
     if bool(record) + bool(replay) + rescan > 1:
         raise UsageProblem("--record, --replay and --rescan exclude each other")
@@ -92,10 +97,9 @@ def detect(record: str | None, replay: str | None, rescan: bool, home: str | Non
         report = records.load_report(Path(replay or settings.fake_devices))
     else:
         seen = common.run_async(_observe(settings))
-        made = records.recording(seen, at=datetime.now(UTC))
-        report = made.report
+        report = assemble(seen)
         if record:
-            records.save(Path(record), made)
+            records.save(Path(record), records.recording(seen, at=datetime.now(UTC)))
             common.say(f"written to {record}")
     common.show(report, as_json, lambda out: print_report(out, report))
 
@@ -103,8 +107,8 @@ def detect(record: str | None, replay: str | None, rescan: bool, home: str | Non
 def print_report(out: Console, report: HardwareReport) -> None:
     """Print a machine: the short form, its devices, and how each detector went."""
     short = report.capabilities
-    gpu = f", {short.gpu_type} with {short.gpu_memory}" if short.gpu_type else ", no GPU"
-    out.print(common.safe(f"{short.cpu_cores} cores, {short.ram} memory, {short.storage} free storage{gpu}"))
+    gpu = " with ".join(filter(None, (short.gpu_type, short.gpu_memory))) or "no GPU"
+    out.print(common.safe(f"{short.cpu_cores} cores, {short.ram} memory, {short.storage} free storage, {gpu}"))
     rows = [(d.kind, d.name, human(d.memory_bytes) if d.memory_bytes else "", _facts(d)) for d in report.devices]
     common.table(("device", "name", "size", "facts"), rows, empty="No devices.")(out)
     probes = [(p.detector, STATES[p.state], f"{p.seconds:.2f} s", p.reason) for p in report.probes]
