@@ -174,7 +174,7 @@ DETECTORS = {
     "japanese": detector("return Detection.undetected('このマシンにはありません')", {}),
     "leaving": detector(
         "if not config.get('x'): subprocess.Popen(['sleep', '60'], start_new_session=True)\nreturn board()",
-        {"it leaves nothing running": "sleep", "it answers where nothing is": "it raised"},
+        {"it leaves nothing running": "sleep", NEEDS: "PermissionError", "it answers where nothing is": "it raised"},
     ),
     "trusting": detector(
         "subprocess.run([sys.executable, '-c', ''], check=True); return board()",

@@ -31,9 +31,7 @@ MAY = {
     "runtime": "runs inside the agent, with all that the agent may do",
     "policy": "decides which tier machines get",
 }
-AGAIN = (
-    "A running agent goes by that when it looks again (`rma detect --rescan`: now); runtimes when it restarts."
-)
+AGAIN = "A running agent goes by that when it looks again (`rma detect --rescan`: now); runtimes when it restarts."
 
 
 def _folders(home: str | None) -> PluginFolders:
