@@ -24,7 +24,7 @@ from tests import tiny_model
 from tests.test_placement import NOTES, entry
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Mapping, Sequence
 
     from rma_core import HardwareReport
     from rma_core.models.worker import Assignment
@@ -194,7 +194,7 @@ def test_what_a_machine_has_needs_no_more_disk() -> None:
     small = Geometry(weights_bytes=GIB)
     fitting = ModelEntry(**{**{f: getattr(tight, f) for f in tight.__struct_fields__}, "geometry": small})
     assert names(on(DESKTOP, fitting)) == []
-    assert names(on(DESKTOP, fitting, current={"llm m"})) == ["m"]
+    assert names(on(DESKTOP, fitting, current=("llm m",))) == ["m"]
 
 
 def test_reasons_for_many_models_are_summed_up() -> None:
@@ -205,17 +205,17 @@ def test_reasons_for_many_models_are_summed_up() -> None:
 
 def test_a_model_of_which_there_is_enough_gives_way_to_one_that_nobody_has() -> None:
     old, new = model("old", 25), model("new", 30)
-    assert names(on(DESKTOP, old, new, current={"llm old"})) == ["old"]
-    assert names(on(DESKTOP, old, new, current={"llm old"}, pool={"llm old": 1})) == ["new"]
+    assert names(on(DESKTOP, old, new, current=("llm old",))) == ["old"]
+    assert names(on(DESKTOP, old, new, current=("llm old",), pool={"llm old": 1})) == ["new"]
     # As soon as anybody has it, nothing is changed for it any more.
-    assert names(on(DESKTOP, old, new, current={"llm old"}, pool={"llm old": 1, "llm new": 1})) == ["old"]
+    assert names(on(DESKTOP, old, new, current=("llm old",), pool={"llm old": 1, "llm new": 1})) == ["old"]
     # What cannot be served here instead changes nothing either.
-    assert names(on(DESKTOP, old, model("new", 500), current={"llm old"}, pool={"llm old": 1})) == ["old"]
+    assert names(on(DESKTOP, old, model("new", 500), current=("llm old",), pool={"llm old": 1})) == ["old"]
 
 
 def test_a_model_never_drives_out_a_service_that_runs() -> None:
     big = entry("big", 2, cpu_cores=1, memory="50GB")
-    found = on(DESKTOP, model("new", 30), entries=(LLAMA, big), current={"big"})
+    found = on(DESKTOP, model("new", 30), entries=(LLAMA, big), current=("big",))
     assert [one.service for one in found.assignments] == ["big"]
 
 
@@ -237,19 +237,19 @@ def test_the_same_machine_gets_the_same_and_keeps_it(
 ) -> None:
     report = REPORTS[name]
 
-    def once(found: list[ModelEntry], current: Collection[str]) -> Placement:
+    def once(found: list[ModelEntry], current: Sequence[str]) -> Placement:
         return on(report, *found, entries=(NOTES, LLAMA), tier=tier, pool=pool, current=current)
 
     first = once(models, ())
     assert once(models[::-1], ()) == first
     fits_together(report, first.assignments)
-    current = {one.lane for one in first.assignments}
+    current = [one.lane for one in first.assignments]
     again = once(models, current)
-    kept = {one.lane for one in again.assignments}
+    kept = [one.lane for one in again.assignments]
     # At most a model that the pool has enough of was exchanged for one that nobody has; then all stays.
-    spared = {lane for lane in current - kept if lane != "notes"}
+    spared = {lane for lane in set(current) - set(kept) if lane != "notes"}
     assert all(pool.get(lane, 0) >= 1 for lane in spared)
-    assert {one.lane for one in once(models, kept).assignments} == kept
+    assert [one.lane for one in once(models, kept).assignments] == kept
 
 
 @settings(max_examples=25, deadline=None)
@@ -257,7 +257,7 @@ def test_the_same_machine_gets_the_same_and_keeps_it(
 def test_a_fleet_comes_to_rest_and_has_what_any_of_its_machines_could_have_in_place_of_a_spare(
     models: list[ModelEntry], order: list[str]
 ) -> None:
-    has: dict[str, set[str]] = {}
+    has: dict[str, list[str]] = {}
 
     def pool_without(name: str) -> dict[str, int]:
         lanes = itertools.chain.from_iterable(found for other, found in has.items() if other != name)
@@ -269,15 +269,15 @@ def test_a_fleet_comes_to_rest_and_has_what_any_of_its_machines_could_have_in_pl
     def round_of_all() -> bool:
         changed = False
         for name in order:
-            found = on(REPORTS[name], *models, pool=pool_without(name), current=has.get(name, set()))
-            now = {one.lane for one in found.assignments}
-            changed = changed or now != has.get(name)
+            found = on(REPORTS[name], *models, pool=pool_without(name), current=has.get(name, []))
+            now = [one.lane for one in found.assignments]
+            changed = changed or set(now) != set(has.get(name, ["none yet"]))
             has[name] = now
         return changed
 
     rounds = sum(1 for _ in itertools.takewhile(lambda _: round_of_all(), range(20)))
     assert rounds <= 4, "it goes on and on"
-    offered = set().union(*has.values())
+    offered = set(itertools.chain.from_iterable(has.values()))
     for one in models:
         lane = f"llm {one.name}"
         if lane in offered or not one.wanted:
@@ -287,7 +287,7 @@ def test_a_fleet_comes_to_rest_and_has_what_any_of_its_machines_could_have_in_pl
             spare = {
                 lane for lane in has[name] if pool_without(name).get(lane, 0) >= max(1, wanted_of(models, lane))
             }  # fmt: skip
-            left = has[name] - spare
+            left = [lane for lane in has[name] if lane not in spare]
             found = on(REPORTS[name], *models, pool=pool_without(name), current=left)
             assert lane not in {one.lane for one in found.assignments} or not spare
 

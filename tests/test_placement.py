@@ -197,19 +197,19 @@ def test_an_owner_keeps_a_quarter_of_a_small_machine_and_4_gib_of_a_large_one() 
 
 def test_what_runs_already_stays_and_what_no_longer_fits_goes() -> None:
     tight = entry("a-new", 3, memory="2GB")
-    found = place((tight, POSTGRES), PI, 3, pool={"postgres": 9}, current={"postgres"})
+    found = place((tight, POSTGRES), PI, 3, pool={"postgres": 9}, current=("postgres",))
     assert chosen(found) == ["postgres"]
     assert found.reasons["a-new"].startswith("needs 2 GiB of memory, ")
     assert chosen(place((tight, POSTGRES), PI, 3, pool={"postgres": 9})) == ["a-new"]
     huge = entry("huge", 3, memory="64GB")
-    assert chosen(place((huge,), PI, 3, pool={}, current={"huge"})) == []
+    assert chosen(place((huge,), PI, 3, pool={}, current=("huge",))) == []
 
 
 def test_what_runs_stays_whatever_the_pool_comes_to_lack() -> None:
-    current = {"rag", "notes", "redis"}
+    current = ("rag", "notes", "redis")
     pools: tuple[dict[str, int], ...] = ({}, {"rag": 9}, {"notes": 3, "redis": 1}, {"postgres": 0, "redis": 7})
     placed = [chosen(place(CATALOG, RTX_3060, 2, pool=pool, current=current)) for pool in pools]
-    assert all(services[:3] == ["notes", "rag", "redis"] for services in placed)
+    assert all(services[:3] == ["rag", "notes", "redis"] for services in placed)
 
 
 def test_a_machine_that_sends_its_short_form_only_gets_what_it_claims_to_carry() -> None:
@@ -262,7 +262,7 @@ worlds = st.fixed_dictionaries(
     {
         "pool": st.dictionaries(names, st.integers(0, 4)),
         "allowed": st.none() | st.sets(names),
-        "current": st.sets(names),
+        "current": st.lists(names, unique=True),
         "runtimes": st.lists(st.sampled_from([DOCKER, NO_DOCKER, PROCESS]), unique=True).map(tuple),
     }
 )
@@ -308,10 +308,23 @@ def test_the_order_of_the_catalog_does_not_matter(
     assert _place(entries, report, tier, world) == _place(shuffled, report, tier, world)
 
 
+def test_what_shares_a_gpu_goes_on_sharing_it_when_others_have_theirs_whole() -> None:
+    three = [Device(id=f"gpu:{n}", kind="gpu", name="A2", api="cuda", memory_bytes=16 * 2**30, access=ContainerAccess())
+             for n in range(3)]  # fmt: skip
+    report = HardwareReport(capabilities=Capabilities(cpu_cores=8, ram="64GB", storage="1TB"), devices=tuple(three))
+    entries = [
+        entry(f"s{n}", 1, gpu_memory=size, gpu_api=("cuda",), wanted=3)
+        for n, size in enumerate(("256MB", "0B", "0B", "256MB"))
+    ]
+    first = place(entries, report, 1, pool={"s0": 2, "s3": 2})
+    assert sorted(chosen(first)) == ["s0", "s1", "s2", "s3"]
+    assert chosen(place(entries, report, 1, pool={}, current=chosen(first))) == chosen(first)
+
+
 @given(catalogs(), machines, st.integers(1, 3), worlds)
 def test_placing_again_what_was_placed_changes_nothing(
     entries: list[CatalogEntry], report: HardwareReport, tier: int, world: dict[str, object]
 ) -> None:
     first = _place(entries, report, tier, world)
-    again = _place(entries, report, tier, world | {"current": set(chosen(first))})
+    again = _place(entries, report, tier, world | {"current": chosen(first)})
     assert set(chosen(again)) >= set(chosen(first))

@@ -427,7 +427,7 @@ class Pool:
         tier: int | None,
         *,
         worker_id: str,
-        current: Collection[str] = (),
+        current: Sequence[str] = (),
         counts: Mapping[str, int] | None = None,
     ) -> Placement:
         """Choose what a machine should run; ``current`` lanes stay as long as they fit.
@@ -459,7 +459,7 @@ class Pool:
         record = worker.record
         if worker.could is None:
             worker.could = could_run(self.entries, record)
-        current = () if anew else {assignment.lane for assignment in record.assignment}
+        current = () if anew else tuple(assignment.lane for assignment in record.assignment)
         chosen = self.placement(record, record.report, record.tier, worker_id=worker.id, current=current)
         changed = chosen.assignments != record.assignment
         if changed or chosen.reasons != record.placement:

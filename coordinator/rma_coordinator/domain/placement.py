@@ -52,7 +52,8 @@ class _Wish(NamedTuple):
     agreed: Collection[str] | None
     own: Collection[str]
     runtimes: Collection[RuntimeReport]
-    current: Collection[str]
+    #: The lanes that the worker has, with their places in the order in which they were placed.
+    current: Mapping[str, int]
 
 
 class _Candidate(NamedTuple):
@@ -85,7 +86,7 @@ def place(
     agreed: Collection[str] | None = None,
     own: Collection[str] = (),
     runtimes: Collection[RuntimeReport] = (),
-    current: Collection[str] = (),
+    current: Sequence[str] = (),
     env: Mapping[str, str] | None = None,
 ) -> Placement:
     """Choose services for one machine; the order of ``entries`` and ``models`` does not matter.
@@ -93,15 +94,16 @@ def place(
     ``pool`` counts the copies of each service, and of each lane (`Assignment.lane`), on *other* workers; ``allowed``
     are the services the owner agreed to, ``agreed`` the models (``None``: all), ``own`` the models that the owner
     offers; ``runtimes`` is what the agent said of its runtimes (empty: it said nothing, and containers are taken for
-    granted); ``current`` are the lanes the worker has: they stay as long as they fit, so that nothing flaps (leave
-    them out to place anew, as after a change of tier). Only a model of which the pool has enough elsewhere gives way
-    to one that nobody offers. ``env`` goes into every container.
+    granted); ``current`` are the lanes the worker has, in the order of its assignments: they stay as long as they fit,
+    so that nothing flaps (leave them out to place anew, as after a change of tier). Only a model of which the pool has
+    enough elsewhere gives way to one that nobody offers. ``env`` goes into every container.
     """
     candidates, without = _candidates(entries, models)
     if tier is None:
         services = {candidate.entry.service for candidate in candidates} | {entry.service for entry in without}
         return Placement((), dict.fromkeys(sorted(services), "the machine is below the lowest tier"))
-    wish = _Wish(tier, pool, allowed, agreed, own, runtimes, current)
+    known = {name: number for number, name in enumerate(current)}
+    wish = _Wish(tier, pool, allowed, agreed, own, runtimes, known)
     places = _Places(report, wish, env or {})
     spare = any(_spare(candidate, wish) for candidate in candidates)
     for candidate in sorted(candidates, key=lambda one: _rank(one, wish, swap=spare)):
@@ -233,7 +235,8 @@ def _spare(candidate: _Candidate, wish: _Wish) -> bool:
 def _rank(candidate: _Candidate, wish: _Wish, *, swap: bool) -> tuple[int, int, bool, int, int, str, str]:
     """Order: what runs already; what prefers this tier most; what nobody offers; what is lacked most; large; by name.
 
-    Among what runs already the pool's needs do not count: they change all the time, and nothing may flap for them.
+    Among what runs already the pool's needs do not count: they change all the time, and nothing may flap for them. It
+    goes in the order in which it was placed, for in another it might not fit: who comes first has a GPU for itself.
     Where that has a model which can be spared (``swap``), one that nobody offers goes before it.
     """
     entry = candidate.entry
@@ -241,7 +244,7 @@ def _rank(candidate: _Candidate, wish: _Wish, *, swap: bool) -> tuple[int, int, 
     running = wish.pool.get(candidate.lane, 0)
     last = (-candidate.size, candidate.lane, entry.name)
     if candidate.lane in wish.current:
-        return (2 if _spare(candidate, wish) else 0, position, False, 0, *last)
+        return (2 if _spare(candidate, wish) else 0, wish.current[candidate.lane], False, position, *last)
     lacked = swap and candidate.model is not None and not running and candidate.wanted > 0
     return (1 if lacked else 3, position, running > 0, running - candidate.wanted, *last)
 
