@@ -15,6 +15,7 @@ from rma_core.commands import common
 from rma_core.commands.machine import settings_of
 from rma_core.errors import NotFound, PluginConflict, UsageProblem
 from rma_core.plugin_folders import Approval
+from rma_core.publisher import publisher_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -68,10 +69,18 @@ def plugins_install(what: str, yes: bool, home: str | None, as_json: bool) -> No
         wheel = plugin_install.fetch(what, staging, tell)
         if words := plugin_install.taken(wheel, host.installed(folders)):
             raise PluginConflict(words, hints=("rma plugins remove, or pip uninstall",))
+        tell(f"asking who published {wheel.name}")
+        publisher = publisher_of(wheel.source, wheel.name, wheel.version)
         made = plugin_install.install(wheel, folders, staging, tell)
-    rows = _of_wheel(wheel, made)
+    rows = _of_wheel(wheel, made, publisher)
     approved = _agreed(folders, made, wheel.version, rows, yes=yes, as_json=as_json)
-    value = {**_about(made, wheel.version), "source": wheel.source, "wheel_sha256": wheel.sha256, "approved": approved}
+    value = {
+        **_about(made, wheel.version),
+        "source": wheel.source,
+        "wheel_sha256": wheel.sha256,
+        "publisher": publisher,
+        "approved": approved,
+    }
     common.show(value, as_json, _nothing)
 
 
@@ -184,7 +193,7 @@ def _agreed(
     return True
 
 
-def _of_wheel(wheel: Wheel, made: OwnFolder) -> list[tuple[str, str]]:
+def _of_wheel(wheel: Wheel, made: OwnFolder, publisher: str) -> list[tuple[str, str]]:
     """Return what a person should know of a wheel before it may run."""
     needs = ", ".join(f"{one.name} {one.version} ({urlsplit(one.url).hostname or 'a file'})" for one in wheel.needs)
     return [
@@ -192,16 +201,12 @@ def _of_wheel(wheel: Wheel, made: OwnFolder) -> list[tuple[str, str]]:
         ("author, as it says", wheel.author or "not said"),
         ("from", wheel.source),
         ("sha256 of the wheel", wheel.sha256),
-        ("published by", _publisher(wheel)),
+        ("published by", publisher),
         ("comes with", needs or "nothing else"),
         *[("gives", f"{kind} {name} ({value})") for kind, name, value in wheel.plugins],
         *_may(kind for kind, _, _ in wheel.plugins),
         ("sha256 of its files", made.digest),
     ]
-
-
-def _publisher(wheel: Wheel) -> str:
-    return "nobody vouches for it: it is a file" if "://" not in wheel.source else urlsplit(wheel.source).hostname or ""
 
 
 def _of_folder(made: OwnFolder, found: list[InstalledPlugin]) -> list[tuple[str, str]]:
