@@ -64,7 +64,7 @@ async def run(arguments: Sequence[str], *, request: bytes, deadline_s: float, ma
         code = transport.get_returncode()
         seconds = time.perf_counter() - started
     finally:
-        await _surely(_bury(transport, talk))
+        await surely(_bury(transport, talk))
     answer = bytes(talk.line) if talk.answered.done() and not talk.too_long else None
     return Ended(answer, code, too_late, talk.too_long, talk.printed.decode(errors="replace"), seconds)
 
@@ -79,7 +79,7 @@ async def _finished(talk: _Talk, deadline_s: float) -> bool:
     return bool(done)
 
 
-async def _surely(work: Coroutine[None, None, None]) -> None:
+async def surely(work: Coroutine[None, None, None]) -> None:
     """Wait for ``work``, which is bounded, to its end even when cancelled meanwhile; then be cancelled."""
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
@@ -127,16 +127,17 @@ class _Talk(asyncio.SubprocessProtocol):
     def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
         del exc
         if fd == 1:
-            _done(self.closed)
+            settle(self.closed)
 
     def process_exited(self) -> None:
-        _done(self.exited)
+        settle(self.exited)
 
     def connection_lost(self, exc: Exception | None) -> None:
         del exc
-        _done(self.gone)
+        settle(self.gone)
 
 
-def _done(future: asyncio.Future[None]) -> None:
+def settle(future: asyncio.Future[None]) -> None:
+    """Let nobody wait for it any more."""
     if not future.done():
         future.set_result(None)
