@@ -1,8 +1,8 @@
 """The plugin host: finds plugins by entry point, decides by name, calls each one alone. The only module with pluggy.
 
 Detectors are never imported here: `rma_core.detection` runs each in a child and tells the host how it went. Nor are
-strangers' policies in a coordinator, where each plugin has a child too. Runtimes run in this process, and so do policies
-elsewhere; what is blocked or not approved is not imported at all.
+strangers' policies in a coordinator, where each plugin has a child too. Runtimes run in this process, and elsewhere
+policies; what is blocked or not approved is not imported at all.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ class Plugins:
 
     def take_over(self, found: Plugins) -> None:
         """Have what was ``found`` later in the place of what was found before; what was registered stays."""
-        self._plugins = sorted([*(p for p in self._plugins if p.registered), *found._plugins], key=_order)  # noqa: SLF001
+        self._plugins = sorted([*(p for p in self._plugins if p.registered), *found._plugins], key=_order)
 
     def _apart(self, plugin: _Plugin) -> bool:
         """Whether a plugin is imported in children only."""

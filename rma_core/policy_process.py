@@ -130,13 +130,18 @@ class PolicyProcess:
             await self.close()
         return self
 
+    @property
+    def alive(self) -> bool:
+        """Whether it has not ended, as far as is known."""
+        return not self.ended
+
     async def ask(self, questions: Sequence[bytes], deadline_s: float) -> list[Answer]:
         """Return the answers to encoded questions, in order; ``deadline_s`` is for each.
 
         Fewer than were asked mean that it has ``ended``, at the question after the last answer.
         """
         answers: list[Answer] = []
-        if self.ended:
+        if not self.alive:
             return answers
         self._talk.printed.clear()
         self._talk.expected += len(questions)
@@ -148,8 +153,9 @@ class PolicyProcess:
                 break
             answers.append(answer)
         self.answered += len(answers)
-        self.ended = self.ended or self._talk.wrong
-        if self.ended:
+        if self.alive:
+            self.ended = self._talk.wrong
+        if not self.alive:
             await self.close()
         return answers
 
