@@ -130,9 +130,8 @@ class PolicyProcess:
             await self.close()
         return self
 
-    @property
-    def alive(self) -> bool:
-        """Whether it has not ended, as far as is known."""
+    def lives(self) -> bool:
+        """Say whether it has not ended, as far as is known."""
         return not self.ended
 
     async def ask(self, questions: Sequence[bytes], deadline_s: float) -> list[Answer]:
@@ -141,7 +140,7 @@ class PolicyProcess:
         Fewer than were asked mean that it has ``ended``, at the question after the last answer.
         """
         answers: list[Answer] = []
-        if not self.alive:
+        if not self.lives():
             return answers
         self._talk.printed.clear()
         self._talk.expected += len(questions)
@@ -153,9 +152,9 @@ class PolicyProcess:
                 break
             answers.append(answer)
         self.answered += len(answers)
-        if self.alive:
+        if self.lives():
             self.ended = self._talk.wrong
-        if not self.alive:
+        if not self.lives():
             await self.close()
         return answers
 

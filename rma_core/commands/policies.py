@@ -312,8 +312,8 @@ def _told(options: dict[str, Any], done: dict[str, Any], *, as_json: bool, wait:
         now = _wait(options, quiet=as_json)
         if now["active"] != done["policy"]:
             raise Refused(f"{now['active']} is in force again", hints=("`GET /api/admin/audit` says why",))
-    now, was = (_called(done[name], done[f"{name}_version"]) for name in ("policy", "was"))
-    common.show(done, as_json, lambda out: out.print(common.safe(f"{now} is in force; {was} was.")))
+    active, was = (_called(done[name], done[f"{name}_version"]) for name in ("policy", "was"))
+    common.show(done, as_json, lambda out: out.print(common.safe(f"{active} is in force; {was} was.")))
     if not wait and not as_json:
         common.say("Workers move in steps: `rma policies` shows how far, `rma policies rollback` goes back.")
 
