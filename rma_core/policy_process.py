@@ -108,7 +108,8 @@ class PolicyProcess:
         loop, mark = asyncio.get_running_loop(), f"policy-{secrets.token_hex(8)}"
         transport, talk = await loop.subprocess_exec(
             lambda: _Talk(loop),
-            *(sys.executable, "-I", "-X", "utf8", PROGRAM),
+            # What it compiles is not written: of two versions within a second the second would be the first.
+            *(sys.executable, "-I", "-B", "-X", "utf8", PROGRAM),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,

@@ -78,8 +78,8 @@ class Tiers:
         self._installed = {**{name: Known(policy) for name, policy in plugins.items()}, **self._ours}
         self.refused = dict(refused)
         self._read.clear()
+        self.known = self._found(active="" if self.own else self.wanted)
         if self.own is None:
-            self.known = self._found(active=self.wanted)
             self.own = self.known.get(self.wanted)
             self.current = self.own.policy if self.own else None
 
