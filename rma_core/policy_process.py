@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 #: Importing a plugin and calling its hook take no longer.
 START_S = 10.0
 #: One decision takes no longer, unless ``deadline_s`` in the plugin's own table says otherwise.
-DECISION_S = 2.0
+DECISION_S, MOST_DECISION_S = 2.0, 30.0
 #: What a child may take for data, where the system has such a limit.
 MEMORY_BYTES = 512 * 1024 * 1024
 #: What it says first, and each answer, is at most this long.
@@ -77,7 +77,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
 
 def decision_deadline(name: str, table: Mapping[str, object]) -> tuple[float, str]:
     """Return how long one decision may take: as a plugin's table says, else DECISION_S; and what is wrong with that."""
-    return deadline_of(name, table, DECISION_S)
+    return deadline_of(name, table, DECISION_S, most_s=MOST_DECISION_S)
 
 
 class PolicyProcess:

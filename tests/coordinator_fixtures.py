@@ -296,7 +296,7 @@ def make_app(
 ) -> Quart:
     config = settings(home, **more)
     rules: dict[str, Any] = {"only": frozenset({"threshold"})}
-    if config.approve_plugins:
+    if config.only_plugins:
         rules = dict(config.plugin_rules())
     return create_app(
         config,

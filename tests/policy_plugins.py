@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 #: What the label ``does`` makes the policy do; ``config["hangs"]`` names a file while which is there it hangs for all.
-SOURCE = '''
+SOURCE = """
 import ctypes, os, subprocess, sys, time
 from rma_core import TierDecision, hookimpl
 
@@ -59,7 +59,7 @@ class Night:
 @hookimpl
 def rma_tier_policies(config):
     return [Night(name, config) for name in config.get("names", ["{name}"])]
-'''
+"""
 BROKEN = "import a_module_that_nobody_has\n"
 
 

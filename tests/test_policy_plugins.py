@@ -1,4 +1,4 @@
-"""Plugins' policies on a live pool: installed, replaced and broken while it runs, and one that hangs costs nobody else."""
+"""Plugins' policies on a live pool: installed, replaced and broken while it runs; one that hangs costs nobody else."""
 
 from __future__ import annotations
 
@@ -50,13 +50,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @contextlib.asynccontextmanager
 async def pool_of(home: Path, machines: int = 3, **more: Any) -> AsyncIterator[tuple[Running, list[StandIn]]]:
-    home.mkdir(exist_ok=True)
     async with running(home, **{**PLUGINS, **more}) as pool:
         yield pool, [await enrol(pool) for _ in range(machines)]
 
 
 async def enrol(pool: Running, does: str = "") -> StandIn:
-    return await pool.enrol(capabilities=Capabilities(cpu_cores=8, ram="16GB", storage="100GB"), labels={"does": does or "decide"})
+    return await pool.enrol(
+        capabilities=Capabilities(cpu_cores=8, ram="16GB", storage="100GB"), labels={"does": does or "decide"}
+    )
 
 
 async def rescan(pool: Running) -> dict[str, Any]:
@@ -267,7 +268,9 @@ async def test_one_that_hangs_for_all_is_refused_soon(tmp_path: Path, folder: Pa
         assert "'night' fails for 20 of 20 workers" in done.json()["detail"]
         assert (tiers(pool, machines), pool.pool.tiers.active) == (before, "threshold")
         again = (await pool.client.post("/api/admin/policies/preview", json={"policy": "night"})).json()
-        assert any("has failed 3 times in a row, the last time it did not answer" in row["reason"] for row in again["workers"])
+        assert any(
+            "has failed 3 times in a row, the last time it did not answer" in row["reason"] for row in again["workers"]
+        )
 
 
 async def test_one_in_force_that_begins_to_hang_gives_way_to_the_one_before(tmp_path: Path, folder: Path) -> None:
@@ -370,7 +373,7 @@ async def test_settings_that_name_a_plugins_policy_keep_which_version_that_is(tm
         await settled(pool)
         assert tiers(pool, machines) == [8] * 3
     install(folder, code=BROKEN)
-    with pytest.raises(SettingProblem, match="there is no tier policy 'night': rma-policy-night 1.0 is failed"):
+    with pytest.raises(SettingProblem, match=r"there is no tier policy 'night': rma-policy-night 1\.0 is failed"):
         async with pool_of(tmp_path / "home", tier_policy="night"):
             pass
 

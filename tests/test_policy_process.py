@@ -45,14 +45,14 @@ tier = 9
 labels = { site = "lab" }
 """
 #: A plugin that gives a policy written as a file.
-FROM_FILE = f'''
+FROM_FILE = f"""
 from rma_core import hookimpl
 from rma_core.policy_file import read_policy
 
 @hookimpl
 def rma_tier_policies(config):
     return [read_policy({FILE!r}, name="file", subject="file.toml")]
-'''
+"""
 DEADLINE_S = 5.0
 SIZES = st.integers(0, 4096).map(lambda gb: f"{gb}GB")
 SHORT = st.builds(
@@ -187,8 +187,16 @@ async def test_it_sees_no_secret_and_takes_along_what_it_has_started(
     [
         (BROKEN, "failed", "module 'a_module_that_nobody_has' is not installed here"),
         ("def rma_tier_policies(config): return []\n", "invalid", "rma_tier_policies"),
-        ("from rma_core import hookimpl\n@hookimpl\ndef rma_tier_policies(config): return 1 / 0\n", "raised", "ZeroDiv"),
-        ("from rma_core import hookimpl\n@hookimpl\ndef rma_tier_policies(config): return [5]\n", "invalid", "no TierP"),
+        (
+            "from rma_core import hookimpl\n@hookimpl\ndef rma_tier_policies(config): return 1 / 0\n",
+            "raised",
+            "ZeroDiv",
+        ),
+        (
+            "from rma_core import hookimpl\n@hookimpl\ndef rma_tier_policies(config): return [5]\n",
+            "invalid",
+            "no TierP",
+        ),
         ("import sys\nsys.exit(0)\n", "failed", "SystemExit"),
     ],
 )

@@ -94,7 +94,7 @@ async def _prepare(pool: Pool, request: RegisterRequest, worker_id: str) -> None
     """Have the policy answer for a machine before it is decided; one that takes too long is waited for later."""
     report = request.report or HardwareReport(capabilities=request.capabilities)
     asked = PolicyInput(report=report, labels=request.labels, worker_id=worker_id)
-    await pool.tiers.prepare([asked], shadow=False, within_s=DECIDED_S)
+    await pool.tiers.prepare([asked], within_s=DECIDED_S)
 
 
 def exchange(pool: Pool, assertion: str) -> TokenResponse:

@@ -39,7 +39,7 @@ MOST_OLD = 3
 MOST_FILES = 5000
 
 
-class Moved(NamedTuple):
+class Changed(NamedTuple):
     """A policy that is another version's now; where both are called the same, its files or settings are others."""
 
     name: str
@@ -51,7 +51,7 @@ class Found(NamedTuple):
     """What a look has found: policies that are new, of another version, or gone, and plugins that are not used."""
 
     new: list[ChildPolicy]
-    changed: list[Moved]
+    changed: list[Changed]
     gone: list[str]
     refused: list[PluginReport]
 
@@ -203,7 +203,7 @@ class PolicyPlugins:
     def _compared(self, was: Mapping[str, ChildPolicy]) -> Found:
         now = self.policies
         changed = [
-            Moved(name, was[name].version, policy.version)
+            Changed(name, was[name].version, policy.version)
             for name, policy in sorted(now.items())
             if name in was and was[name] is not policy
         ]

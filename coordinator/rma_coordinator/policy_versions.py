@@ -234,7 +234,8 @@ class PolicyVersion:
         while todo:
             until, why = self._left
             if until > self._clock():
-                self._give_up(todo, why, until)
+                for key in todo:
+                    self._settle(key, _Kept(None, f"{why}; it is left alone for a while", until))
                 return
             try:
                 process = await self._living()
@@ -274,11 +275,6 @@ class PolicyVersion:
 
     def _leave_alone(self, why: str) -> None:
         self._left = self._clock() + self._alone.next_s(), why
-
-    def _give_up(self, todo: Iterable[bytes], why: str, until: float) -> None:
-        left_s = max(1.0, until - self._clock())
-        for key in todo:
-            self._settle(key, _Kept(None, f"{why}; it is asked again in {left_s:.0f} s", until))
 
     async def _living(self) -> PolicyProcess:
         """Return the child; start one where there is none. Raises Unusable."""

@@ -333,7 +333,9 @@ class Pool:
         for start in range(0, len(worker_ids), DECIDED_AT_ONCE):
             some = worker_ids[start : start + DECIDED_AT_ONCE]
             await asyncio.sleep(0)
-            await self.tiers.prepare([asked_of(workers[one]) for one in some if one in workers])
+            asked = [asked_of(workers[one]) for one in some if one in workers]
+            await self.tiers.ask_shadow(asked)
+            await self.tiers.prepare(asked)
             for one in some:
                 if one in workers:
                     self.decide_again(workers[one])

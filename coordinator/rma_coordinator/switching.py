@@ -186,8 +186,9 @@ class Switching:
         assert policy is not None  # noqa: S101 - `_usable` has looked
         self.tiers.use(policy, waiting=self._pool.fleet.workers.keys())
         self._in_force = start.choices[-1], policy
-        if self._record and self._record.shadow and (shadow := self._policy(self._record.shadow)):
-            self.tiers.shadow = Shadow(shadow, since=self._record.shadow.at, wall=self._pool.wall)
+        beside = self._record.shadow if self._record else None
+        if beside is not None and (shadow := self._policy(beside) or self._by_name(beside)):
+            self.tiers.shadow = Shadow(shadow, since=beside.at, wall=self._pool.wall)
         self._wake.set()
 
     def _found(self, record: PolicyRecord | None) -> Start:
@@ -215,14 +216,22 @@ class Switching:
     def _replaced(self, record: PolicyRecord) -> Start | None:
         """Return the version that is installed now of what was in force; the one of then nobody can start any more."""
         was = record.choices[-1]
-        known = self.tiers.known.get(was.name)
-        if not was.version or known is None or not isinstance(known.policy, ChildPolicy):
+        known = self._by_name(was)
+        if known is None:
             return None
-        now = choice_of(known.policy, at=self._pool.wall(), by=ITSELF)
+        if record.steps and record.steps.on_restart == "rollback" and len(record.choices) > 1:
+            return None
+        now = choice_of(known, at=self._pool.wall(), by=ITSELF)
         words = f"{was.words} was in force, and {now.version} is installed now: that is in force"
         if now.version == was.version:
             words = f"{was.words} is in force, and its files or settings are others than they were"
-        return Start((*record.choices[:-1], now), record.steps or Steps(), "policy_differs", words)
+        choices, steps = (*record.choices[:-1], now), record.steps or Steps()
+        return Start(choices, steps, "policy_differs", words, record.total, record.stopped)
+
+    def _by_name(self, choice: Choice) -> ChildPolicy | None:
+        """Return whichever version of a plugin's policy is installed now."""
+        known = self.tiers.known.get(choice.name)
+        return known.policy if choice.version and known and isinstance(known.policy, ChildPolicy) else None
 
     def _lost(self, was: Choice, choices: tuple[Choice, ...]) -> Start:
         why = self.tiers.refused.get(was.name, "")
@@ -259,7 +268,8 @@ class Switching:
     def needed(self) -> list[ChildPolicy]:
         """The policies of plugins that a swap may need again, the one in force last."""
         shadow = self.tiers.shadow
-        some = [*map(self._policy, self.choices), shadow.policy if shadow else None, self.tiers.current]
+        chosen = [self._policy(choice) for choice in self.choices if choice.version]
+        some = [*chosen, shadow.policy if shadow else None, self.tiers.current]
         return [one for one in some if isinstance(one, ChildPolicy)]
 
     async def _first(self, start: Start) -> None:

@@ -128,24 +128,22 @@ class Tiers:
         return decision
 
     async def prepare(
-        self,
-        asked: Collection[PolicyInput],
-        policy: TierPolicy | None = None,
-        *,
-        shadow: bool = True,
-        within_s: float = PREPARED_S,
+        self, asked: Collection[PolicyInput], policy: TierPolicy | None = None, *, within_s: float = PREPARED_S
     ) -> None:
-        """Have a policy in a child answer for these machines, so that `decide` need not wait; no longer than that.
+        """Have a policy in a child (the one in force unless given) answer for these machines, but wait no longer.
 
-        Without a ``policy`` that is the one in force, and the one in its ``shadow``.
+        `decide` then need not wait for anyone's code.
         """
-        policies = [policy]
         if policy is None:
             asked = [one for one in asked if one.worker_id not in self.waiting]
-            policies = [self.current, self.shadow.policy if shadow and self.shadow else None]
-        for one in policies:
-            if isinstance(one, ChildPolicy):
-                await one.prepare(asked, within_s=within_s)
+        policy = policy or self.current
+        if isinstance(policy, ChildPolicy):
+            await policy.prepare(asked, within_s=within_s)
+
+    async def ask_shadow(self, asked: Collection[PolicyInput]) -> None:
+        """Have the one in the shadow answer some time; nobody waits for that."""
+        if self.shadow is not None:
+            await self.prepare(asked, self.shadow.policy, within_s=0)
 
     def waits(self, worker_id: str) -> bool:
         """Whether a known worker waits for its turn, and keeps what it has until then."""
