@@ -69,6 +69,8 @@ class PolicyPlugin(NamedTuple):
     value: str
     distribution: str
     version: str
+    #: The folder that its distribution has for itself, where it has one.
+    folder: str = ""
 
 
 class InstalledPlugin(NamedTuple):

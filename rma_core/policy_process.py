@@ -96,12 +96,14 @@ class PolicyProcess:
         value: str,
         table: Mapping[str, object],
         *,
+        folder: str = "",
         start_s: float = START_S,
         memory_bytes: int = MEMORY_BYTES,
     ) -> PolicyProcess:
         """Start a child for the plugin that ``value`` names, with its configuration ``table``; wait for what it says.
 
-        One that has nothing to say has ``ended``, and its ``hello`` is no answer. Raises OSError.
+        Its modules may be in a ``folder`` of its own. One that has nothing to say has ``ended``, and its ``hello`` is
+        no answer. Raises OSError.
         """
         from rma_core.process_tree import MARK
 
@@ -119,7 +121,7 @@ class PolicyProcess:
         )
         self = cls(Hello(outcome="failed"), transport, talk, mark)
         try:
-            self._say(request_for(value, table, start_s, use=_USE, memory_bytes=memory_bytes) + b"\n")
+            self._say(request_for(value, table, start_s, folder=folder, use=_USE, memory_bytes=memory_bytes) + b"\n")
             # Its own clock starts only once Python has.
             line = await self._line(start_s + STARTING_S, start_s)
             if line is not None:

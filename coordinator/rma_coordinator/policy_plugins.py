@@ -10,8 +10,8 @@ import contextlib
 import hashlib
 import importlib
 import importlib.machinery
-import logging
-from importlib.metadata import PackageNotFoundError, distribution
+import sys
+from importlib.metadata import distributions
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from rma_core.host import PolicyPlugin
     from rma_core.models.worker import PluginReport
     from rma_core.settings import CoordinatorSettings
-
-logger = logging.getLogger(__name__)
 
 #: A child that nobody needs is ended when it was not asked for so long.
 IDLE_S = 60.0
@@ -237,14 +235,14 @@ def _look_at(plugin: PolicyPlugin, table: Mapping[str, object]) -> tuple[str, st
     Nothing is imported.
     """
     importlib.invalidate_caches()
-    try:
-        found = distribution(plugin.distribution)
-    except PackageNotFoundError:
+    where = [plugin.folder] if plugin.folder else sys.path
+    found = next(iter(distributions(name=plugin.distribution, path=where)), None)
+    if found is None:
         return "", ""
     said = msgspec.json.encode([plugin, found.version, dict(table)], enc_hook=str, order="sorted")
     digest = hashlib.sha256(said)
     listed = [Path(str(found.locate_file(one))) for one in found.files or () if ".dist-info/" not in one.as_posix()]
-    for path in islice(sorted({*listed, *_module(plugin.value)}), MOST_FILES):
+    for path in islice(sorted({*listed, *_module(plugin.value, where)}), MOST_FILES):
         if path.suffix == ".pyc":
             continue
         digest.update(f"\0{path.name}\0".encode(errors="replace"))
@@ -254,10 +252,10 @@ def _look_at(plugin: PolicyPlugin, table: Mapping[str, object]) -> tuple[str, st
     return found.version or "", digest.hexdigest()[:16]
 
 
-def _module(value: str) -> Iterator[Path]:
+def _module(value: str, where: Sequence[str]) -> Iterator[Path]:
     """Yield the files of the module or package that an entry point names; of an editable one nothing else is known."""
     name = value.partition(":")[0].partition(".")[0].strip()
-    spec = importlib.machinery.PathFinder.find_spec(name)
+    spec = importlib.machinery.PathFinder.find_spec(name, where)
     if spec is None:
         return
     if spec.submodule_search_locations:

@@ -291,7 +291,7 @@ class PolicyVersion:
             raise Unusable("failed", self._wrong)
         await self._same()
         try:
-            process = await PolicyProcess.start(self.plugin.value, self._table)
+            process = await PolicyProcess.start(self.plugin.value, self._table, folder=self.plugin.folder)
         except OSError as error:
             raise Unusable("failed", f"no child process can be started: {error}") from None
         if process.ended:
