@@ -38,8 +38,8 @@ MEMORY_BYTES = 512 * 1024 * 1024
 LINE_BYTES = 256 * 1024
 
 PROGRAM = str(Path(__file__).with_name("policy_child.py"))
-#: Python itself may take so long to start.
-STARTING_S = 5.0
+#: What a busy machine may take until Python has started, and until a question is read: nobody is to blame for that.
+STARTING_S, READING_S = 5.0, 0.5
 _USE = "rma_core.policy_child:offer"
 
 
@@ -149,7 +149,7 @@ class PolicyProcess:
         self._talk.expected += len(questions)
         self._say(b"".join(questions))
         while len(answers) < len(questions):
-            line = await self._line(deadline_s, deadline_s)
+            line = await self._line(deadline_s + READING_S, deadline_s)
             answer = self._read(line, Answer) if line is not None else None
             if answer is None:
                 break
