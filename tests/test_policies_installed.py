@@ -119,6 +119,8 @@ async def test_pip_installs_it_while_the_coordinator_runs(tmp_path: Path, python
         assert "night 1.2 failed cannot be imported: module 'a_module_that_nobody_has'" in listed
         assert await tiers(client) == {8}
 
+        (home / "rma.toml").write_text("approve_plugins = 5\n")
+        assert "plugins cannot be taken in" in rma("rescan", code=1)
         assert "night 1.0 is in force; night 1.1 was." in rma("rollback", "--yes")
         assert await tiers(client) == {7}
         assert "night 1.0 (in force): for tests" in rma("show", "night")

@@ -32,6 +32,10 @@ PLUGINS: dict[str, Any] = {
 }
 
 
+#: What makes a child end with the second machine that it is asked about.
+ONCE = "        Night.asked += 1\n        if Night.asked > 1:\n            os._exit(4)\n"
+
+
 @pytest.fixture(autouse=True)
 def _nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(policy_versions, "AGAIN_S", 0.01)
@@ -196,6 +200,39 @@ async def test_two_plugins_with_one_policy_are_both_refused(tmp_path: Path, fold
         assert tiers(pool, [*machines, await enrol(pool)]) == [7] * 4
         uninstall(folder, "late")
         assert (await rescan(pool))["unused"] == []
+
+
+async def test_a_deadline_that_is_none_is_said(tmp_path: Path, folder: Path) -> None:
+    install(folder)
+    async with pool_of(tmp_path / "home", plugins={"night": {"deadline_s": "soon"}}) as (pool, _):
+        [unused] = (await standing(pool))["unused"]
+        assert unused["reason"] == "deadline_s in [plugins.night] is 'soon': give seconds, up to 30"
+
+
+async def test_a_strict_pool_takes_nothing_in_where_one_is_broken(tmp_path: Path, folder: Path) -> None:
+    install(folder)
+    async with pool_of(tmp_path / "home", strict_plugins=True) as (pool, machines):
+        await in_force(pool)
+        install(folder, name="late", code=BROKEN)
+        refused = await pool.client.post("/api/admin/policies/rescan")
+        assert refused.status_code == 409
+        assert "plugins cannot be taken in: the policy plugin late: cannot be imported" in refused.json()["detail"]
+        assert tiers(pool, [*machines, await enrol(pool)]) == [7] * 4
+
+
+async def test_one_that_ends_again_and_again_is_left_alone(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policy_versions, "DEATHS", 4)
+    # Each child answers once, so no machine is to blame.
+    once = source().replace("    def decide(self, asked):", "    asked = 0\n    def decide(self, asked):\n" + ONCE)
+    install(folder, code=once)
+    async with pool_of(tmp_path / "home", machines=8) as (pool, _):
+        seen = (await pool.client.post("/api/admin/policies/preview", json={"policy": "night"}, timeout=60)).json()
+        assert (seen["changes"], seen["failed"]) == (4, 4)
+        words = "has failed 4 times within a minute, the last time it ended with exit code 4 before it answered"
+        reasons = {row["reason"] for row in seen["workers"] if row["failed"]}
+        assert reasons == {f"the tier policy 'night' {words}; it is left alone for a while"}
 
 
 async def test_a_plugin_that_nobody_approved_is_not_even_imported(tmp_path: Path, folder: Path) -> None:

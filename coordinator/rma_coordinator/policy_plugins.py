@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from rma_coordinator.policy_versions import PolicyVersion, Unusable
+from rma_core.errors import PluginError
 from rma_core.host import Plugins
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from rma_coordinator.policy_versions import ChildPolicy
-    from rma_core.host import PolicyPlugin
+    from rma_core.host import PolicyPlugin, State
     from rma_core.models.worker import PluginReport
     from rma_core.settings import CoordinatorSettings
 
@@ -120,19 +121,20 @@ class PolicyPlugins:
                 await asyncio.to_thread(self._discover, settings)
             before, was = self._now, self.policies
             found: dict[str, PolicyVersion] = {}
-            problems: dict[str, str] = {}
-            for plugin in self._plugins.policy_plugins():
-                table = settings.plugins.get(plugin.name, {})
-                version, problem = await self._version(plugin, table, before.get(plugin.name))
-                if problem:
-                    problems[plugin.name] = problem
-                else:
-                    found[plugin.name] = version
-            problems |= self._twins(found)
-            for name in problems:
-                if name in found and found[name] is not before.get(name):
-                    await found[name].close()
-                found.pop(name, None)
+            known = {*before.values(), *self._before}
+            try:
+                for plugin in self._plugins.policy_plugins():
+                    table = settings.plugins.get(plugin.name, {})
+                    version = await self._version(plugin, table, before.get(plugin.name))
+                    if version is not None:
+                        found[plugin.name] = version
+                for name in self._twins(found):
+                    if found[name] not in known:
+                        await found[name].close()
+                    del found[name]
+            except BaseException:
+                await asyncio.gather(*(one.close() for one in found.values() if one not in known))
+                raise
             kept = [one for one in self._before if one not in found.values()]
             self._before = kept + [one for name, one in before.items() if found.get(name) is not one]
             self._now = found
@@ -147,12 +149,12 @@ class PolicyPlugins:
 
     async def _version(
         self, plugin: PolicyPlugin, table: Mapping[str, object], before: PolicyVersion | None
-    ) -> tuple[PolicyVersion, str]:
-        """Return a plugin as it is now, and why it cannot be used; the one of ``before`` where that is the same."""
+    ) -> PolicyVersion | None:
+        """Return a plugin as it is now, ``None`` for one that cannot be used; as it was ``before`` where it is the same."""
         _, files = await asyncio.to_thread(_look_at, plugin, table)
         for same in (before, *self._before):
             if same is not None and (same.plugin, same.files) == (plugin, files):
-                return same, ""
+                return same
 
         def installed() -> tuple[str, str]:
             return _look_at(plugin, table)
@@ -161,18 +163,23 @@ class PolicyPlugins:
         try:
             await version.open()
         except Unusable as error:
-            self._plugins.note_policy(plugin.name, state=error.state, reason=str(error))
-            return version, str(error)
+            self._refuse(plugin.name, error.state, str(error))
+            return None
         self._plugins.note_policy(plugin.name, state="active", import_seconds=version.import_seconds)
-        return version, ""
+        return version
 
-    def _twins(self, found: Mapping[str, PolicyVersion]) -> dict[str, str]:
-        """Return why plugins cannot be used whose policies are called like others."""
+    def _refuse(self, plugin: str, state: State, reason: str) -> None:
+        if self._plugins.strict:
+            raise PluginError(f"the policy plugin {plugin}: {reason}")
+        self._plugins.note_policy(plugin, state=state, reason=reason)
+
+    def _twins(self, found: Mapping[str, PolicyVersion]) -> set[str]:
+        """Return the plugins that cannot be used because their policies are called like others."""
         givers: dict[str, list[str]] = {}
         for plugin, version in found.items():
             for name in version.policies:
                 givers.setdefault(name, []).append(plugin)
-        problems = {}
+        refused: set[str] = set()
         for name, plugins in givers.items():
             if name in self._taken:
                 words = f"it gives a policy {name!r}, and {name!r} is built in: another name is needed"
@@ -181,10 +188,10 @@ class PolicyPlugins:
                 words = f"policy {name!r} is given {len(plugins)} times, by {who}; uninstall all but one"
             else:
                 continue
+            refused.update(plugins)
             for plugin in plugins:
-                problems[plugin] = words
-                self._plugins.note_policy(plugin, state="invalid", reason=words)
-        return problems
+                self._refuse(plugin, "invalid", words)
+        return refused
 
     def _reasons(self, before: Mapping[str, PolicyVersion]) -> dict[str, str]:
         """Return why policies cannot be used: those that unused plugins had, or are called like."""
@@ -214,6 +221,11 @@ class PolicyPlugins:
 
     async def tidy(self, needed: Sequence[ChildPolicy], *, idle_s: float = IDLE_S) -> None:
         """End children that nobody needs and that were not asked lately. ``needed`` are policies, the newest last."""
+        if not self._one.locked():
+            async with self._one:
+                await self._tidy(needed, idle_s)
+
+    async def _tidy(self, needed: Sequence[ChildPolicy], idle_s: float) -> None:
         keep = list(dict.fromkeys(one.of for one in reversed(needed)))
         old = [one for one in keep if one in self._before and one.alive][:MOST_OLD]
         for one in [*self._now.values(), *self._before]:

@@ -39,8 +39,8 @@ MOST_WAITING, MOST_WAITING_BYTES = 1000, 16 * 1024 * 1024
 PREPARED_S = 120.0
 #: So long a machine that a policy failed for is not asked about again.
 FAILED_S = 600.0
-#: A child that fails for so many machines in a row, or for so many within a minute, is left alone for a while.
-IN_A_ROW, BLAMED, BLAMED_WITHIN_S = 3, 6, 60.0
+#: A policy whose child dies of so many machines in a row, or so often within a minute, is left alone for a while.
+IN_A_ROW, DEATHS, DEATHS_WITHIN_S = 3, 12, 60.0
 #: First and longest wait before a child is started again, and while it is left alone.
 AGAIN_S, LONGEST_AGAIN_S = 0.2, 5.0
 ALONE_S, LONGEST_ALONE_S = 30.0, 600.0
@@ -137,7 +137,7 @@ class PolicyVersion:
         self._again = Backoff(base_s=AGAIN_S, cap_s=LONGEST_AGAIN_S)
         self._alone = Backoff(base_s=ALONE_S, cap_s=LONGEST_ALONE_S)
         self._row = 0
-        self._blamed: deque[float] = deque(maxlen=BLAMED)
+        self._deaths: deque[float] = deque(maxlen=DEATHS)
         #: Until when it is left alone, and why.
         self._left: tuple[float, str] = (0.0, "")
 
@@ -149,7 +149,7 @@ class PolicyVersion:
     @property
     def busy(self) -> bool:
         """Whether it is being asked."""
-        return self._work is not None
+        return self._work is not None and not self._work.done()
 
     async def open(self) -> None:
         """Start its child and take in which policies it has. Raises Unusable."""
@@ -194,7 +194,7 @@ class PolicyVersion:
         asked = asyncio.get_running_loop().create_future()
         self._waiting[key] = _Waiting(line, asked)
         self._waiting_bytes += len(line)
-        if self._work is None:
+        if not self.busy:
             self._work = asyncio.create_task(self._ask_all(), name=f"what asks the policies of {self.plugin.name}")
             self._work.add_done_callback(self._worked)
         return asked
@@ -222,11 +222,11 @@ class PolicyVersion:
 
     def _worked(self, work: asyncio.Task[None]) -> None:
         """Nothing is asked any more; who waits is told, whatever happened."""
-        self._work = None
         if not work.cancelled() and work.exception() is not None:
             logger.error("%s failed", work.get_name(), exc_info=work.exception(), extra={"action": "bug"})
-        for key in list(self._waiting):
-            self._let_go(key)
+        if not self.busy:
+            for key in list(self._waiting):
+                self._let_go(key)
 
     async def _ask(self, batch: dict[bytes, _Waiting]) -> None:
         """Ask about some machines until each has an answer or a failure."""
@@ -262,16 +262,16 @@ class PolicyVersion:
         """Blame a machine only where it was the first that the child was asked about: others may have brought it on."""
         words = "policies of %s: their child %s"
         logger.info(words, self.plugin.name, process.ended, extra={"action": "policy", "plugin": self.plugin.name})
-        if process.answered or not todo:
-            return
         now = self._clock()
-        self._settle(todo.popleft(), _Kept(None, process.ended, now + FAILED_S))
-        self._row += 1
-        self._blamed.append(now)
+        self._deaths.append(now)
+        if todo and not process.answered:
+            self._settle(todo.popleft(), _Kept(None, process.ended, now + FAILED_S))
+            self._row += 1
+        last = f"the last time it {process.ended}"
         if self._row >= IN_A_ROW:
-            self._leave_alone(f"has failed {self._row} times in a row, the last time it {process.ended}")
-        elif len(self._blamed) == BLAMED and now - self._blamed[0] < BLAMED_WITHIN_S:
-            self._leave_alone(f"has failed for {BLAMED} machines within a minute, the last time it {process.ended}")
+            self._leave_alone(f"has failed {self._row} times in a row, {last}")
+        elif len(self._deaths) == DEATHS and now - self._deaths[0] < DEATHS_WITHIN_S:
+            self._leave_alone(f"has failed {DEATHS} times within a minute, {last}")
 
     def _leave_alone(self, why: str) -> None:
         self._left = self._clock() + self._alone.next_s(), why

@@ -110,7 +110,9 @@ class Tiers:
         if found is None and name in self.refused:
             raise Refused(f"{name!r} cannot be used: {self.refused[name]}", hints=("mend it: `rma policies rescan`",))
         if found is None:
-            raise NotFound(f"there is no tier policy {name!r}", hints=(f"installed: {', '.join(sorted(self.known))}",))
+            known = f"there are: {', '.join(sorted(self.known))}"
+            hints = (known, "one that was installed just now: `rma policies rescan` first")
+            raise NotFound(f"there is no tier policy {name!r}", hints=hints)
         return found
 
     def use(self, policy: TierPolicy, *, waiting: Container[str] = ()) -> None:

@@ -13,7 +13,7 @@ from rma_coordinator.domain.fleet import iso
 from rma_coordinator.effects import effects
 from rma_coordinator.policy_versions import ChildPolicy
 from rma_coordinator.tiers import Known
-from rma_core.errors import NotFound
+from rma_core.errors import NotFound, PluginError, Refused, SettingProblem, ValidationProblem
 from rma_core.interfaces import PolicyInput
 from rma_core.models.hardware import read_reports
 from rma_core.models.strict import convert, decode, parse
@@ -66,7 +66,10 @@ def _unused(pool: Pool) -> list[dict[str, Any]]:
 async def rescan_policies(pool: Pool, web: Web) -> object:
     """Look for plugins' policies that were installed, replaced or uninstalled; what is in force stays in force."""
     by = pool.keyring.principal(web.bearer).id
-    found = await pool.look_at_policies(by=by)
+    try:
+        found = await pool.look_at_policies(by=by)
+    except (SettingProblem, ValidationProblem, PluginError) as error:
+        raise Refused(f"plugins cannot be taken in: {error}", hints=error.hints) from None
     return {
         "new": [{"name": one.name, "version": one.version} for one in found.new],
         "changed": [one._asdict() for one in found.changed],

@@ -352,7 +352,7 @@ ROUTES: tuple[Route, ...] = (
         "admin:write",
         "Look for plugins' policies that were installed, replaced or uninstalled; what is in force stays so.",
         gives="object",
-        fails=(400, 409, 503),
+        fails=(409,),
     ),
     Route(
         "GET",
