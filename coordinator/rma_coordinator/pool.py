@@ -333,9 +333,8 @@ class Pool:
         for start in range(0, len(worker_ids), DECIDED_AT_ONCE):
             some = worker_ids[start : start + DECIDED_AT_ONCE]
             await asyncio.sleep(0)
-            asked = [asked_of(workers[one]) for one in some if one in workers]
-            await self.tiers.ask_shadow(asked)
-            await self.tiers.prepare(asked)
+            await self.tiers.ask_shadow(asked_of(workers[one]) for one in some if one in workers)
+            await self.tiers.prepare(asked_of(workers[one]) for one in some if one in workers)
             for one in some:
                 if one in workers:
                     self.decide_again(workers[one])

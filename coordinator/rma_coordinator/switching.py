@@ -307,14 +307,13 @@ class Switching:
         for start in range(0, len(worker_ids), AT_ONCE):
             await asyncio.sleep(0)
             some = [workers[one] for one in worker_ids[start : start + AT_ONCE] if one in workers]
-            await self.tiers.prepare([asked_of(worker) for worker in some], policy)
+            await self.tiers.prepare((asked_of(worker) for worker in some), policy)
             for worker in some:
                 yield worker
 
     async def _change(self, policy: TierPolicy, worker: Worker) -> Change:
         decision = await self._decision(policy, worker)
-        record = worker.record
-        return Change(worker.id, record.tier, decision.tier, decision.reason, isinstance(decision, NoDecision))
+        return Change(worker.id, worker.brief.tier, decision.tier, decision.reason, isinstance(decision, NoDecision))
 
     async def _decision(self, policy: TierPolicy, worker: Worker) -> TierDecision:
         """Return what a policy says of a worker, of which something else may be known by now than when it was asked."""
@@ -524,7 +523,7 @@ class Switching:
         for start in range(0, len(moving), AT_ONCE):
             some = moving[start : start + AT_ONCE]
             await asyncio.sleep(0)
-            await self.tiers.prepare([asked_of(workers[one]) for one in some if one in workers], self.tiers.current)
+            await self.tiers.prepare((asked_of(workers[one]) for one in some if one in workers), self.tiers.current)
             for worker_id in some:
                 rollout.done(worker_id)
                 if worker_id in workers:

@@ -13,7 +13,7 @@ from rma_core.interfaces import TierDecision
 from rma_core.policy_file import SUFFIX, load, read_policy
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Container, Mapping
+    from collections.abc import Container, Iterable, Mapping
     from pathlib import Path
 
     from rma_coordinator.shadow import Shadow
@@ -130,19 +130,19 @@ class Tiers:
         return decision
 
     async def prepare(
-        self, asked: Collection[PolicyInput], policy: TierPolicy | None = None, *, within_s: float = PREPARED_S
+        self, asked: Iterable[PolicyInput], policy: TierPolicy | None = None, *, within_s: float = PREPARED_S
     ) -> None:
         """Have a policy in a child (the one in force unless given) answer for these machines, but wait no longer.
 
-        `decide` then need not wait for anyone's code.
+        `decide` then need not wait for anyone's code. ``asked`` is looked at only where that may take time.
         """
         if policy is None:
-            asked = [one for one in asked if one.worker_id not in self.waiting]
+            asked = (one for one in asked if one.worker_id not in self.waiting)
         policy = policy or self.current
         if isinstance(policy, ChildPolicy):
             await policy.prepare(asked, within_s=within_s)
 
-    async def ask_shadow(self, asked: Collection[PolicyInput]) -> None:
+    async def ask_shadow(self, asked: Iterable[PolicyInput]) -> None:
         """Have the one in the shadow answer some time; nobody waits for that."""
         if self.shadow is not None:
             await self.prepare(asked, self.shadow.policy, within_s=0)
