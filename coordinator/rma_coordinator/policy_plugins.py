@@ -150,7 +150,7 @@ class PolicyPlugins:
     async def _version(
         self, plugin: PolicyPlugin, table: Mapping[str, object], before: PolicyVersion | None
     ) -> PolicyVersion | None:
-        """Return a plugin as it is now, which may be the version of ``before``; ``None`` for one that cannot be used."""
+        """Return a plugin as it is now, maybe the version of ``before``; ``None`` for one that cannot be used."""
         _, files = await asyncio.to_thread(_look_at, plugin, table)
         for same in (before, *self._before):
             if same is not None and (same.plugin, same.files) == (plugin, files):
