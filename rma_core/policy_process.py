@@ -202,7 +202,7 @@ class PolicyProcess:
 
     async def _bury(self) -> None:
         transport, talk = self._transport, self._talk
-        kill_tree(transport.get_pid())
+        talk.kill()
         await asyncio.wait({talk.exited}, timeout=REAP_S)
         transport.close()
         await asyncio.wait({talk.gone}, timeout=LAST_WORDS_S)
@@ -244,10 +244,17 @@ class _Talk(asyncio.SubprocessProtocol):
             self.wrong = f"gave an answer of more than {LINE_BYTES // 1024} KiB: a bug in the plugin"
         self.lines.extend(lines)
         if self.wrong:
-            kill_tree(self._pid)
+            self.kill()
         self.more.set()
 
+    def kill(self) -> None:
+        """Kill it and its session, unless it has ended: by now its number may be another's."""
+        if not self.exited.done():
+            kill_tree(self._pid)
+
     def process_exited(self) -> None:
+        # What it has left in its session goes with it.
+        self.kill()
         settle(self.exited)
         self.over.set()
         self.more.set()

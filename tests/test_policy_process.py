@@ -182,6 +182,14 @@ async def test_it_sees_no_secret_and_takes_along_what_it_has_started(
     await until(lambda: not started.is_running() or started.status() == psutil.STATUS_ZOMBIE)
 
 
+async def test_one_that_dies_takes_along_what_it_has_started(folder: Path) -> None:
+    process = await start()
+    await soon(process.ask([question("start")], DEADLINE_S))
+    [started] = [p for p in psutil.Process().children(recursive=True) if p.name() == "sleep"]
+    assert await soon(process.ask([question("die")], DEADLINE_S)) == []
+    await until(lambda: not started.is_running() or started.status() == psutil.STATUS_ZOMBIE)
+
+
 @pytest.mark.parametrize(
     ("code", "outcome", "words"),
     [

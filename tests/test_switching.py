@@ -10,9 +10,9 @@ import pytest
 
 from rma_coordinator import audit, shadow
 from rma_coordinator.audit import Audit
+from rma_coordinator.choices import PolicyRecord
 from rma_coordinator.domain.fleet import WorkerRecord
 from rma_coordinator.store import StoreFailed
-from rma_coordinator.switching import PolicyRecord
 from rma_coordinator.tiers import Known
 from rma_core.agent.keys import DeviceKey
 from rma_core.catalog import Needs

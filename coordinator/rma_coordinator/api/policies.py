@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
     from rma_coordinator.api.web import Web
     from rma_coordinator.audit import AuditEntry
+    from rma_coordinator.choices import Choice, Plan
     from rma_coordinator.effects import Effects
     from rma_coordinator.pool import Pool
-    from rma_coordinator.switching import Choice, Plan
     from rma_core.interfaces import TierPolicy
     from rma_core.models.hardware import HardwareReport
 
