@@ -244,6 +244,26 @@ async def test_a_plugin_that_nobody_approved_is_not_even_imported(tmp_path: Path
     assert not (tmp_path / "imported").exists()
 
 
+async def test_one_that_is_uninstalled_stays_in_force_until_another_is(tmp_path: Path, folder: Path) -> None:
+    install(folder)
+    async with pool_of(tmp_path / "home") as (pool, machines):
+        await in_force(pool)
+        uninstall(folder)
+        assert (await rescan(pool))["gone"] == ["night"]
+        assert tiers(pool, [*machines, await enrol(pool)]) == [7] * 4
+        assert (await activate(pool)).status_code == 404
+        await in_force(pool, "threshold")
+        assert tiers(pool, machines) == [2] * 3
+        await pool.client.post("/api/admin/policies/rollback", json={})
+        await settled(pool)
+        assert tiers(pool, machines) == [7] * 3
+    async with pool_of(tmp_path / "home", machines=0) as (pool, _):
+        await settled(pool)
+        assert tiers(pool, machines) == [2] * 3
+        words = "'night' 1.0 is not there any more: 'threshold' is in force again"
+        assert words in await audit(pool)
+
+
 @pytest.mark.parametrize(
     ("does", "words"),
     [
@@ -397,6 +417,19 @@ async def test_a_restart_with_another_version_says_so(tmp_path: Path, folder: Pa
         said = " ".join(await audit(pool))
         assert "'night' 1.1 is not there any more (rma-policy-night 1.2 is failed: cannot be imported" in said
         assert "'threshold' is in force again" in said
+
+
+async def test_one_that_fails_once_at_a_start_is_not_lost(tmp_path: Path, folder: Path) -> None:
+    install(folder)
+    async with pool_of(tmp_path / "home") as (pool, machines):
+        await in_force(pool)
+    once = str(tmp_path / "once")
+    busy = f"import os\nif not os.path.exists({once!r}):\n    os.mkdir({once!r})\n    os._exit(9)\n"
+    install(folder, code=busy + source())
+    async with pool_of(tmp_path / "home", machines=0) as (pool, _):
+        await settled(pool)
+        assert (pool.pool.tiers.active, tiers(pool, machines)) == ("night", [7] * 3)
+    assert (tmp_path / "once").exists()
 
 
 async def test_settings_that_name_a_plugins_policy_keep_which_version_that_is(tmp_path: Path, folder: Path) -> None:

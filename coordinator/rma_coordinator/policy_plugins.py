@@ -125,7 +125,7 @@ class PolicyPlugins:
             try:
                 for plugin in self._plugins.policy_plugins():
                     table = settings.plugins.get(plugin.name, {})
-                    version = await self._version(plugin, table, before.get(plugin.name))
+                    version = await self._version(plugin, table, before.get(plugin.name), tries=1 + first)
                     if version is not None:
                         found[plugin.name] = version
                 for name in self._twins(found):
@@ -148,7 +148,7 @@ class PolicyPlugins:
         self._plugins.take_over(Plugins.discover(kinds=["policy"], policies_apart=True, **rules))
 
     async def _version(
-        self, plugin: PolicyPlugin, table: Mapping[str, object], before: PolicyVersion | None
+        self, plugin: PolicyPlugin, table: Mapping[str, object], before: PolicyVersion | None, *, tries: int
     ) -> PolicyVersion | None:
         """Return a plugin as it is now, maybe the version of ``before``; ``None`` for one that cannot be used."""
         _, files = await asyncio.to_thread(_look_at, plugin, table)
@@ -160,11 +160,15 @@ class PolicyPlugins:
             return _look_at(plugin, table)
 
         version = PolicyVersion(plugin, table, files=files, installed=installed, clock=self._clock)
-        try:
-            await version.open()
-        except Unusable as error:
-            self._refuse(plugin.name, error.state, str(error))
-            return None
+        # Where everything starts at once, one may be slow; a pool must not lose what is in force by that.
+        for left in reversed(range(tries)):
+            try:
+                await version.open()
+                break
+            except Unusable as error:
+                if not left:
+                    self._refuse(plugin.name, error.state, str(error))
+                    return None
         self._plugins.note_policy(plugin.name, state="active", import_seconds=version.import_seconds)
         return version
 
