@@ -71,6 +71,9 @@ def no_crash_reports() -> None:
         import resource
 
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        # When memory runs out, this is what can be spared first. Only Linux has it.
+        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as score:  # noqa: PTH123 - quick
+            score.write("1000")
 
 
 def end_after(seconds: float) -> None:
@@ -91,6 +94,11 @@ def answer_of(request: dict[str, Any]) -> bytes:
     answer: dict[str, Any] = {"outcome": "failed", "import_seconds": 0.0}
     try:
         use: Use = load(request["use"]) if "use" in request else detect  # type: ignore[assignment]  # ours
+        if "bounds" in request:
+            from rma_core.confinement import confine
+
+            paths = request["bounds"].items()
+            confine(**{name: [os.fsdecode(path.encode("latin-1")) for path in found] for name, found in paths})
         use(request, answer)
         return msgspec.json.encode(answer)
     except PluginInvalid as error:

@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import sys
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -20,14 +21,14 @@ from msgspec import Meta
 from rma_core import isolation
 from rma_core.detector_files import PATH
 from rma_core.errors import PluginError, ValidationProblem
-from rma_core.host import MAX_REASON, State
+from rma_core.host import BUILT_IN, MAX_REASON, State
 from rma_core.models.hardware import MAX_DEVICES, Detection, HardwareReport, Name, ProbeReport, summarize
 from rma_core.models.strict import decode, encode
 from rma_core.platforms import exit_words
 from rma_core.privacy import hide_identity
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from rma_core.host import DetectorPlugin, Plugins, PluginTables
     from rma_core.isolation import Ended
@@ -48,6 +49,11 @@ MAX_DETECTORS = 64
 MAX_REPORT_BYTES = 512 * 1024
 #: So much of what a failed detector printed is quoted in its reason.
 QUOTE_CHARACTERS = 400
+
+#: In a detector's table: ``false`` lets it see all that its owner may.
+CONFINED = "confined"
+#: Variables with folders of drivers' libraries.
+PATHS = ("LD_LIBRARY_PATH", "ROCM_PATH", "CUDA_HOME", "CUDA_PATH")
 
 PluginState = Literal["active", "failed", "invalid", "quarantined"]
 Seconds = Annotated[float, Meta(ge=0, le=86_400)]
@@ -89,11 +95,11 @@ async def detect(
     deadline_s: float = DEADLINE_S,
     at_once: int = AT_ONCE,
     quarantine: Quarantine | None = None,
+    excluded: Sequence[str] = (),
 ) -> HardwareReport:
-    """Run every detector and return what this machine has; see `observe` for the arguments."""
-    return assemble(
-        await observe(plugins, config=config, deadline_s=deadline_s, at_once=at_once, quarantine=quarantine)
-    )
+    """Run every detector and return what this machine has, without ``excluded`` devices; see `observe` for the rest."""
+    seen = await observe(plugins, config=config, deadline_s=deadline_s, at_once=at_once, quarantine=quarantine)
+    return assemble(without(seen, excluded))
 
 
 async def observe(
@@ -119,7 +125,7 @@ async def observe(
     async def one(detector: DetectorPlugin) -> Observation:
         table = (config or {}).get(detector.name, {})
         async with places:
-            seen = hide_identity(await _observe(detector, table, deadline_s, quarantine))
+            seen = hide_identity(await _observe(detector, table, deadline_s, quarantine, plugins.hidden))
         _tell(plugins, seen, table)
         return seen
 
@@ -130,6 +136,22 @@ async def observe(
     if bad and plugins.strict:
         raise PluginError(f"detector {bad.detector} of {bad.distribution}: {bad.detection.reason}")
     return seen
+
+
+def without(observations: Iterable[Observation], patterns: Sequence[str]) -> tuple[Observation, ...]:
+    """Return observations without the devices that their owner keeps back, by id; each detector's reason says which."""
+    return tuple(_without(seen, patterns) for seen in observations) if patterns else tuple(observations)
+
+
+def _without(seen: Observation, patterns: Sequence[str]) -> Observation:
+    found = seen.detection
+    back = [device.id for device in found.devices if any(fnmatchcase(device.id, pattern) for pattern in patterns)]
+    if not back:
+        return seen
+    words = f"kept back by the owner (exclude_devices): {', '.join(back)}"
+    left = tuple(device for device in found.devices if device.id not in back)
+    reason = _short("; ".join(filter(None, (found.reason, words))))
+    return msgspec.structs.replace(seen, detection=Detection(state=found.state, reason=reason, devices=left))
 
 
 def assemble(observations: Iterable[Observation]) -> HardwareReport:
@@ -183,15 +205,21 @@ def _tell(plugins: Plugins, seen: Observation, table: Mapping[str, object]) -> N
 
 
 async def _observe(
-    detector: DetectorPlugin, table: Mapping[str, object], deadline_s: float, quarantine: Quarantine | None
+    detector: DetectorPlugin,
+    table: Mapping[str, object],
+    deadline_s: float,
+    quarantine: Quarantine | None,
+    hidden: Sequence[str],
 ) -> Observation:
     held = quarantine.reason(detector.name) if quarantine else ""
     if held:
         return _failure(detector, f"left alone: it {held}", plugin_state="quarantined")
     given, words = deadline_of(detector.name, table, deadline_s)
+    if not isinstance(table.get(CONFINED, True), bool):
+        words = f"{CONFINED} in [plugins.{detector.name}] is {table[CONFINED]!r}: give true or false"
     if words:
         return _failure(detector, words)
-    seen = await _run(detector, table, given)
+    seen = await run_one(detector, table, given, hidden)
     if quarantine and seen.crashed:
         quarantine.failed(detector.name, seen.detection.reason)
     elif quarantine:
@@ -209,14 +237,24 @@ def deadline_of(
     return float(given), ""
 
 
-async def _run(detector: DetectorPlugin, table: Mapping[str, object], deadline_s: float) -> Observation:
+async def run_one(
+    detector: DetectorPlugin, table: Mapping[str, object], deadline_s: float, hidden: Sequence[str] = ()
+) -> Observation:
+    """Run a detector once, confined; ``hidden`` folders are kept from it whatever holds them."""
+    given = {**table, PATH: detector.path} if detector.path else table
+    # What is built in is RMA itself; it reads in engines' settings where they keep their data.
+    built_in = detector.distribution == BUILT_IN
+    beside = str(Path(detector.path).parent) if detector.path else ""
     try:
-        ended = await isolation.run(
-            [sys.executable, "-I", "-X", "utf8", CHILD],
-            request=request_for(detector.value, {**table, PATH: detector.path} if detector.path else table, deadline_s),
-            deadline_s=deadline_s,
-            max_answer_bytes=MAX_REPORT_BYTES,
-        )
+        async with isolation.scratch_folder() as scratch:
+            more = {} if built_in else bounds(given, detector.folder, beside, writes=scratch, hidden=hidden)
+            ended = await isolation.run(
+                child_of(detector.folder),
+                request=request_for(detector.value, given, deadline_s, own=detector.folder, more=more),
+                deadline_s=deadline_s,
+                max_answer_bytes=MAX_REPORT_BYTES,
+                environment=dict.fromkeys(("TMPDIR", "TEMP", "TMP"), scratch),
+            )
     except OSError as error:
         return _failure(detector, f"no child process can be started for it: {error}")
     if ended.output:
@@ -230,18 +268,53 @@ async def _run(detector: DetectorPlugin, table: Mapping[str, object], deadline_s
     return _answered(detector, answer, ended.seconds)
 
 
+def bounds(table: Mapping[str, object], *folders: str, writes: str, hidden: Sequence[str] = ()) -> dict[str, object]:
+    """Return what a detector's child may read (Python, ``folders``, what its owner names in its table) and write."""
+    if not table.get(CONFINED, True):
+        return {}
+    python = [*sys.path, sys.prefix, sys.base_prefix, sys.exec_prefix, str(Path(__file__).parent)]
+    libraries = [part for name in PATHS for part in os.environ.get(name, "").split(os.pathsep)]
+    reads = dict.fromkeys((*python, *libraries, *folders, *_paths_in(table)))
+    kept = [str(Path(folder).absolute()) for folder in [*hidden, os.path.expanduser("~")]]  # noqa: PTH111 - who has no home is no error
+    paths = {"reads": reads, "writes": [writes], "hidden": kept}
+    # A path may be no text; `child` takes this back.
+    return {"bounds": {name: [os.fsencode(path).decode("latin-1") for path in found] for name, found in paths.items()}}
+
+
+def _paths_in(value: object) -> Iterator[str]:
+    """Give all texts of a plugin's table that are absolute paths."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _paths_in(inner)
+
+
+def child_of(own: str) -> list[str]:
+    """Return a child's program; beside a plugin in a folder of its own no other package's start-up code runs in it."""
+    return [sys.executable, "-I", *(["-S", "-B"] if own else []), "-X", "utf8", CHILD]
+
+
 def request_for(
-    value: str, table: Mapping[str, object], deadline_s: float, *, folder: str = "", **more: object
+    value: str,
+    table: Mapping[str, object],
+    deadline_s: float,
+    *,
+    folder: str = "",
+    own: str = "",
+    more: Mapping[str, object] | None = None,
 ) -> bytes:
     """Return what a child is asked; it looks for modules where this process does, but never in its own folder.
 
-    A ``folder`` comes where an installed plugin would be: after Python's own modules.
+    A ``folder`` comes where an installed plugin would be: after Python's own modules. What a plugin has of its ``own``
+    comes after all, so that nothing there takes the place of anything of ours.
     """
     path = [os.fsencode(os.path.abspath(entry)) for entry in sys.path if entry]  # noqa: PTH100 - strings, not files
     if folder:
         site = (index for index, entry in enumerate(path) if entry.endswith((b"site-packages", b"dist-packages")))
         path.insert(next(site, len(path)), os.fsencode(folder))
-    request = {"value": value, "config": dict(table), "deadline_s": deadline_s, **more}
+    path += [os.fsencode(own)] if own and os.fsencode(own) not in path else []
+    request = {"value": value, "config": dict(table), "deadline_s": deadline_s, **(more or {})}
     asked = msgspec.json.encode(request, enc_hook=str)
     return b"\0".join(path) + b"\n" + asked
 

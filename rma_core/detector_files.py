@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-import stat
-import sys
 from typing import TYPE_CHECKING, NamedTuple
 
 from rma_core.errors import SettingProblem
+from rma_core.own_files import others_can_change
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,7 +36,7 @@ def listed(folder: Path) -> list[DetectorFile]:
     """Return the detectors of a folder by name, but for hidden files. Raises SettingProblem."""
     try:
         paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-        loose = _loose(folder)
+        loose = others_can_change(folder)
     except OSError as error:
         hints = ("`detectors` in your settings, or RMA_DETECTORS, names the folder",)
         raise SettingProblem(f"the folder of detectors {folder}: {error.strerror}", hints=hints) from None
@@ -52,7 +51,7 @@ def _detector(path: Path, folder_problem: str) -> DetectorFile:
     name = path.stem.lower()
     problem = folder_problem
     try:
-        problem = problem or _loose(path) or _form(path)
+        problem = problem or others_can_change(path) or _form(path)
     except OSError as error:
         problem = f"{path.name} cannot be looked at: {error.strerror}"
     if not _NAME.fullmatch(name):
@@ -65,15 +64,4 @@ def _form(path: Path) -> str:
         return f"{path.name} is no file"
     if path.suffix.lower() != ".json" and not os.access(path, os.X_OK):
         return f"{path.name} is neither executable (chmod +x) nor called .json"
-    return ""
-
-
-def _loose(path: Path) -> str:
-    """Say who else could change it, or nothing: whoever can runs programs as this user."""
-    if sys.platform != "win32":
-        about = path.stat()
-        if about.st_uid not in (0, os.getuid()):
-            return f"{path.name} belongs to another user: copy it, so that it is yours"
-        if about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            return f"others may change {path.name}: chmod go-w {path}"
     return ""

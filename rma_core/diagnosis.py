@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
+from rma_core import confinement
 from rma_core.agent.attach.nearby import find
 from rma_core.agent.control import ask
-from rma_core.agent.start import look, plugin_tables
+from rma_core.agent.detecting import look
+from rma_core.agent.start import plugin_tables
 from rma_core.agent.status import AgentStatus
 from rma_core.errors import RMAError
 from rma_core.interfaces import PolicyInput
@@ -130,14 +132,16 @@ def _plugins(plugins: Plugins) -> Iterable[Finding]:
 
 
 def _plugin_advice(state: str, distribution: str) -> str:
-    if state == "blocked":
-        return "your settings block it"
-    if state == "unapproved":
-        return "approve it in your settings when you trust it"
+    if state in ("blocked", "unapproved"):
+        # The reason says by what, and how that is changed.
+        return "nothing, if you do not trust it"
     return f"update or remove {distribution}: pip install -U {distribution}"
 
 
 def _detectors(report: HardwareReport) -> Iterable[Finding]:
+    bounds = confinement.available()
+    words = bounds.words()
+    yield Finding(level="ok" if bounds.files and bounds.network else "note", subject="detectors", message=words)
     for probe in report.probes:
         devices = f"{len(probe.devices)} devices" if probe.devices else ""
         message = "; ".join(filter(None, (devices, probe.reason))) or probe.state

@@ -119,6 +119,12 @@ class PluginInvalid(PluginError):
     code = "plugin_invalid"
 
 
+class PluginInstallFailed(PluginError):
+    """A plugin could not be fetched or unpacked; nothing has changed."""
+
+    code = "plugin_install"
+
+
 class RuntimeFailure(RMAError):
     """A container runtime could not do what was asked of it."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import logging
 import re
+import sys
 import time
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -21,9 +22,11 @@ from rma_core.hookspecs import GROUPS, PROJECT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
+    from importlib.metadata import Distribution
 
     from rma_core.interfaces import ContainerRuntime, PluginConfig, TierPolicy
     from rma_core.models.worker import PluginReport
+    from rma_core.plugin_folders import Decisions, OwnFolder, PluginFolders
 
     PluginTables = Mapping[str, Mapping[str, object]]
 
@@ -60,6 +63,8 @@ class DetectorPlugin(NamedTuple):
     version: str
     #: The file that it runs or reads, where it is one.
     path: str = ""
+    #: The folder that its distribution has for itself, where it has one.
+    folder: str = ""
 
 
 class PolicyPlugin(NamedTuple):
@@ -80,6 +85,7 @@ class InstalledPlugin(NamedTuple):
     kind: Kind
     value: str
     shipped_by: str
+    folder: str = ""
 
 
 class _Plugin:
@@ -89,6 +95,7 @@ class _Plugin:
         self.name, self.kind, self.value = name, kind, value
         self.distribution, self.version = distribution, version
         self.path = ""
+        self.own: OwnFolder | None = None
         self.state: State = "active"
         self.reason = ""
         self.import_seconds: float | None = None
@@ -101,6 +108,10 @@ class _Plugin:
     def shipped_by(self) -> str:
         return f"{self.distribution or 'an unnamed distribution'} {self.version}".rstrip()
 
+    @property
+    def folder(self) -> str:
+        return str(self.own.path) if self.own else ""
+
 
 class Plugins:
     """The plugins of this process, each with its state; every failure of one disables that one only."""
@@ -111,6 +122,8 @@ class Plugins:
         self.trace = trace
         #: Strangers' policies are left to children: see `policy_plugins`.
         self.policies_apart = False
+        #: Folders that no detector may look into.
+        self.hidden: tuple[str, ...] = ()
         self._plugins: list[_Plugin] = []
 
     @classmethod
@@ -126,21 +139,27 @@ class Plugins:
         trace: bool = False,
         files: str = "",
         policies_apart: bool = False,
+        own: PluginFolders | None = None,
+        hidden: tuple[str, ...] = (),
     ) -> Plugins:
         """Find the installed plugins of ``kinds``, decide by name, and import those that may be.
 
         ``only`` (``None``: all) and ``blocked`` name entry points. With ``approval_required`` a plugin that is not
-        built in needs its name, or ``*``, in ``approved``. ``files`` is a folder of detectors that are files. With
-        ``policies_apart`` policies that are not built in are not imported: `policy_plugins` has them. Nothing raises
-        unless ``strict``, but SettingProblem for a folder that is none.
+        built in needs its name, or ``*``, in ``approved``; one in a folder of its ``own`` needs its owner's approval of
+        exactly those files. ``files`` is a folder of detectors that are files; ``hidden`` folders are kept from all.
+        With ``policies_apart`` policies that are not built in are not imported: `policy_plugins` has them. Nothing
+        raises unless ``strict``, but SettingProblem for a folder that is none.
         """
         found = cls(strict=strict, trace=trace)
-        found.policies_apart = policies_apart
+        found.policies_apart, found.hidden = policies_apart, hidden
         of_files = _of_files(files) if files and "detector" in kinds else []
-        found._plugins = sorted([*_installed(kinds), *of_files], key=_order)
+        decisions = own.decisions() if own else None
+        found._plugins = sorted([*_installed(kinds, own), *of_files], key=_order)
         for plugin in found._plugins:
             if not plugin.refused:
                 _decide(plugin, blocked=blocked, only=only, approved=approved if approval_required else {EVERYTHING})
+            if decisions and not plugin.refused:
+                _decide_as_owner(plugin, decisions)
         found._refuse_twins()
         for plugin in found._plugins:
             found._import(plugin)
@@ -179,7 +198,7 @@ class Plugins:
         One that could not be imported last time is among them, for it may have been mended since.
         """
         return tuple(
-            DetectorPlugin(p.name, p.value, p.distribution, p.version, p.path)
+            DetectorPlugin(p.name, p.value, p.distribution, p.version, p.path, p.folder)
             for p in self._plugins
             if p.kind == "detector" and not p.refused
         )
@@ -187,7 +206,7 @@ class Plugins:
     def policy_plugins(self) -> tuple[PolicyPlugin, ...]:
         """Return the plugins with policies that may be used and are not imported here, by name."""
         return tuple(
-            PolicyPlugin(p.name, p.value, p.distribution, p.version)
+            PolicyPlugin(p.name, p.value, p.distribution, p.version, p.folder)
             for p in self._plugins
             if not p.refused and self._apart(p)
         )
@@ -247,6 +266,8 @@ class Plugins:
             return
         started = time.perf_counter()
         try:
+            if plugin.own:
+                _see(plugin.own)
             module = load(plugin.value) if module is None else module
             plugin.import_seconds = time.perf_counter() - started
             plugin.call = bind(module, KINDS[plugin.kind])
@@ -309,10 +330,10 @@ class Plugins:
         return "failed", f"{doing}: {describe(error)}"
 
 
-def installed() -> tuple[InstalledPlugin, ...]:
+def installed(own: PluginFolders | None = None) -> tuple[InstalledPlugin, ...]:
     """Return what the installed distributions announce, whatever its state; nothing is imported."""
-    found = sorted(_installed(tuple(KINDS)), key=_order)
-    return tuple(InstalledPlugin(p.name, p.kind, p.value, p.shipped_by) for p in found)
+    found = sorted(_installed(tuple(KINDS), own), key=_order)
+    return tuple(InstalledPlugin(p.name, p.kind, p.value, p.shipped_by, p.folder) for p in found)
 
 
 def load(value: str) -> object:
@@ -368,29 +389,42 @@ def _implementations(manager: pluggy.PluginManager, plugin: object) -> dict[str,
     return found
 
 
-def _installed(kinds: Collection[Kind]) -> Iterator[_Plugin]:
+def _installed(kinds: Collection[Kind], own: PluginFolders | None = None) -> Iterator[_Plugin]:
     """Yield every plugin that an installed distribution announces, without importing any.
 
-    Distributions are read one by one, because one with unreadable metadata must not hide all others.
+    Distributions are read one by one, because one with unreadable metadata must not hide all others. What is in
+    Python's own environment hides what its owner installed under the same name: it is being worked on.
     """
     from importlib.metadata import distributions
 
-    groups = {KINDS[kind]: kind for kind in kinds}
+    there: list[tuple[Distribution, OwnFolder | None]] = [(one, None) for one in distributions()]
+    for place in own.listed() if own else ():
+        distribution = place.distribution()
+        if distribution is not None:
+            there.append((distribution, place))
     seen: set[str] = set()
-    for distribution in distributions():
-        try:
-            points = [point for point in distribution.entry_points if point.group in groups]
-            name, version = (distribution.metadata["Name"] or "", distribution.version) if points else ("", "")
-        except Exception as error:  # noqa: BLE001 - isolation boundary: metadata of strangers
-            logger.warning("plugins of %s cannot be listed: %s", distribution, describe(error))
-            continue
-        normal = normalized(name)
-        if points and normal not in seen:
-            seen.add(normal)
-            yield from (
-                _Plugin(name=p.name, kind=groups[p.group], value=p.value, distribution=normal, version=version or "")
-                for p in points
-            )
+    for distribution, folder in there:
+        name, plugins = _announced(distribution, {KINDS[kind]: kind for kind in kinds})
+        if name not in seen:
+            seen |= {name} if plugins else set()
+            for plugin in plugins:
+                plugin.own = folder
+                yield plugin
+
+
+def _announced(distribution: Distribution, groups: Mapping[str, Kind]) -> tuple[str, list[_Plugin]]:
+    """Return a distribution's normalized name and the plugins that it announces."""
+    try:
+        points = [point for point in distribution.entry_points if point.group in groups]
+        name, version = (distribution.metadata["Name"] or "", distribution.version) if points else ("", "")
+    except Exception as error:  # noqa: BLE001 - isolation boundary: metadata of strangers
+        logger.warning("plugins of %s cannot be listed: %s", distribution, describe(error))
+        return "", []
+    normal = normalized(name)
+    return normal, [
+        _Plugin(name=p.name, kind=groups[p.group], value=p.value, distribution=normal, version=version or "")
+        for p in points
+    ]
 
 
 def _of_files(folder: str) -> list[_Plugin]:
@@ -418,17 +452,46 @@ def _decide(
 ) -> None:
     """Decide by name, before anything is imported."""
     plugin.refused = True
+    # Those in folders of their own are approved by their files, not by a name.
+    known = plugin.distribution == BUILT_IN or bool(plugin.path or plugin.own)
     if plugin.name in blocked:
         plugin.state, plugin.reason = "blocked", "the owner blocks it (block_plugins, RMA_BLOCK_PLUGINS)"
     elif only is not None and plugin.name not in only:
         plugin.state, plugin.reason = "blocked", "not among the only plugins allowed (only_plugins, RMA_ONLY_PLUGINS)"
-    elif plugin.distribution != BUILT_IN and not plugin.path and not {plugin.name, EVERYTHING} & set(approved):
+    elif not known and not {plugin.name, EVERYTHING} & set(approved):
         plugin.state, plugin.reason = (
             "unapproved",
             f"not approved yet: add {plugin.name!r} to `approve_plugins` in your settings once you trust it",
         )
     else:
         plugin.refused = False
+
+
+def _decide_as_owner(plugin: _Plugin, decisions: Decisions) -> None:
+    """Decide by what the owner approved and blocked with `rma plugins`."""
+    plugin.refused = True
+    approval = decisions.approved.get(plugin.distribution)
+    if {plugin.name, plugin.distribution} & set(decisions.blocked):
+        plugin.state, plugin.reason = "blocked", f"you blocked it; `rma plugins approve {plugin.name}` takes that back"
+    elif plugin.own and plugin.own.problem:
+        plugin.state, plugin.reason = "unapproved", plugin.own.problem
+    elif plugin.own and approval is None:
+        words = f"not approved yet: `rma plugins approve {plugin.distribution}` once you trust it"
+        plugin.state, plugin.reason = "unapproved", words
+    elif plugin.own and approval and approval.sha256 != plugin.own.digest:
+        words = f"its files are not those of {approval.version} that you approved on {approval.at[:10]}"
+        plugin.state = "unapproved"
+        plugin.reason = f"{words}: look at them, then `rma plugins approve {plugin.distribution}`"
+    else:
+        plugin.refused = False
+
+
+def _see(own: OwnFolder) -> None:
+    """Let modules of a plugin's own folder be imported here, after all others."""
+    # A cached module would be one more file, and one that nobody approved.
+    sys.dont_write_bytecode = True
+    if str(own.path) not in sys.path:
+        sys.path.append(str(own.path))
 
 
 def _move(plugin: _Plugin, state: State, reason: str) -> None:

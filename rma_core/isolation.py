@@ -8,13 +8,21 @@ There is no limit on address space: NVML and CUDA map far more than they use, an
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
 import time
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from rma_core.platforms import child_environment, detached_popen_kwargs, kill_tree, neutral_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Sequence
+    from collections.abc import AsyncIterator, Coroutine, Sequence
+
+logger = logging.getLogger(__name__)
 
 #: What a program printed is kept up to here, its end rather than its beginning.
 OUTPUT_BYTES = 4096
@@ -22,6 +30,8 @@ OUTPUT_BYTES = 4096
 LAST_WORDS_S = 0.5
 #: A killed program is waited for this long; one stuck in the kernel cannot be reaped, and is given up.
 REAP_S = 5.0
+#: What it left in its temporary folder is removed within this, or left to the system.
+REMOVAL_S = 60.0
 
 
 class Ended(NamedTuple):
@@ -39,8 +49,15 @@ class Ended(NamedTuple):
     seconds: float
 
 
-async def run(arguments: Sequence[str], *, request: bytes, deadline_s: float, max_answer_bytes: int) -> Ended:
-    """Run a program in a session of its own, with a minimal environment, and kill all of it at the end.
+async def run(
+    arguments: Sequence[str],
+    *,
+    request: bytes,
+    deadline_s: float,
+    max_answer_bytes: int,
+    environment: dict[str, str] | None = None,
+) -> Ended:
+    """Run a program in a session of its own, with a minimal ``environment``, and kill all of it at the end.
 
     Raises OSError when it cannot be started. Cancelling kills it too.
     """
@@ -53,7 +70,7 @@ async def run(arguments: Sequence[str], *, request: bytes, deadline_s: float, ma
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
         cwd=neutral_folder(),
-        env=child_environment(),
+        env=child_environment(more=environment),
         **detached_popen_kwargs(),
     )
     try:
@@ -67,6 +84,27 @@ async def run(arguments: Sequence[str], *, request: bytes, deadline_s: float, ma
         await surely(_bury(transport, talk))
     answer = bytes(talk.line) if talk.answered.done() and not talk.too_long else None
     return Ended(answer, code, too_late, talk.too_long, talk.printed.decode(errors="replace"), seconds)
+
+
+@contextlib.asynccontextmanager
+async def scratch_folder() -> AsyncIterator[str]:
+    """Give a new folder for one program's temporary files, and remove it with all that is in it. Raises OSError."""
+    folder = await asyncio.to_thread(tempfile.mkdtemp, prefix="rma-")
+    try:
+        yield folder
+    finally:
+        await surely(asyncio.to_thread(_remove, folder))
+
+
+def _remove(folder: str) -> None:
+    try:
+        shutil.rmtree(folder)
+    except (OSError, RecursionError) as error:
+        # Deeper than Python walks; `rm` has no such limit.
+        if shutil.which("rm"):
+            subprocess.run(["rm", "-rf", "--", folder], timeout=REMOVAL_S, check=False, stderr=subprocess.DEVNULL)
+        if os.path.lexists(folder):
+            logger.warning("the temporary folder %s could not be removed: %s", folder, error)
 
 
 async def _finished(talk: _Talk, deadline_s: float) -> bool:

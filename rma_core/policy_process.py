@@ -107,11 +107,12 @@ class PolicyProcess:
         """
         from rma_core.process_tree import MARK
 
+        more = {"use": _USE, "memory_bytes": memory_bytes}
         loop, mark = asyncio.get_running_loop(), f"policy-{secrets.token_hex(8)}"
         transport, talk = await loop.subprocess_exec(
             lambda: _Talk(loop),
             # What it compiles is not written: of two versions within a second the second would be the first.
-            *(sys.executable, "-I", "-B", "-X", "utf8", PROGRAM),
+            *(sys.executable, "-I", "-B", *(["-S"] if folder else []), "-X", "utf8", PROGRAM),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
@@ -121,7 +122,7 @@ class PolicyProcess:
         )
         self = cls(Hello(outcome="failed"), transport, talk, mark)
         try:
-            self._say(request_for(value, table, start_s, folder=folder, use=_USE, memory_bytes=memory_bytes) + b"\n")
+            self._say(request_for(value, table, start_s, own=folder, more=more) + b"\n")
             # Its own clock starts only once Python has.
             line = await self._line(start_s + STARTING_S, start_s)
             if line is not None:

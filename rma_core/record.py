@@ -1,7 +1,7 @@
 """Record and replay: what detectors saw on one machine, as a file that gives the same report on any other.
 
 For tests, demos and bug reports. A recording names no host and no user (`rma_core.privacy` has seen to that when it
-was observed); ids of devices are kept.
+was observed), no serial number and no secret, and the UUIDs in it are made up: it is there to be passed on.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from rma_core.models.hardware import (
     summarize,
 )
 from rma_core.models.strict import convert, parse
+from rma_core.privacy import hide_hardware
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,7 +45,7 @@ class Recording(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def report(self) -> HardwareReport:
-        """The hardware report, exactly as it was when this was recorded."""
+        """The hardware report, as it was when this was recorded but for what tells the machine from others."""
         return assemble(self.observations)
 
 
@@ -52,7 +53,8 @@ def recording(observations: Sequence[Observation], *, at: datetime) -> Recording
     """Return a recording of what `rma_core.detection.observe` gave, ``at`` this time."""
     from rma_core import __version__
 
-    return Recording(rma=__version__, recorded_at=at.isoformat(timespec="seconds"), observations=tuple(observations))
+    seen = hide_hardware(observations)
+    return Recording(rma=__version__, recorded_at=at.isoformat(timespec="seconds"), observations=seen)
 
 
 def save(path: Path, made: Recording) -> None:

@@ -19,6 +19,7 @@ from msgspec import Meta
 
 from rma_core.errors import Problem, SettingProblem, ValidationProblem
 from rma_core.models.strict import convert
+from rma_core.plugin_folders import PluginFolders
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -48,6 +49,8 @@ class PluginRules(TypedDict):
     strict: bool
     trace: bool
     files: str
+    own: PluginFolders
+    hidden: tuple[str, ...]
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,6 +68,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     approve_plugins: Annotated[list[str], Meta(description="Plugins that may run; `*` means all (development).")] = (
         msgspec.field(default_factory=lambda: ["*"])
     )
+    plugin_folder: Annotated[
+        str, Meta(description="Where `rma plugins install` puts plugins; empty means `plugins` in the state folder.")
+    ] = ""
     trace_hooks: Annotated[bool, Meta(description="Log each hook call with its plugin, result and time.")] = False
     strict_plugins: Annotated[bool, Meta(description="A broken plugin ends the program instead of being skipped.")] = (
         False
@@ -73,6 +79,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     def plugin_rules(self) -> PluginRules:
         """Return which plugins may run and how, as `Plugins.discover` takes it."""
+        # The agent of `rma up` has a folder inside the coordinator's, which has keys of its own.
+        state = self.home_path.parent if self.home_path.name == "agent" else self.home_path
         return {
             "blocked": frozenset(self.block_plugins),
             "only": frozenset(self.only_plugins) or None,
@@ -81,7 +89,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             "strict": self.strict_plugins,
             "trace": self.trace_hooks,
             "files": "",
+            "own": self.plugin_folders,
+            "hidden": (str(state), str(self.plugin_folders.path)),
         }
+
+    @property
+    def plugin_folders(self) -> PluginFolders:
+        """The plugins that `rma plugins install` has put here."""
+        return PluginFolders(
+            Path(self.plugin_folder).expanduser() if self.plugin_folder else self.home_path / "plugins"
+        )
 
     @property
     def home_path(self) -> Path:
@@ -211,6 +228,12 @@ class AgentSettings(Settings, frozen=True, kw_only=True):
     ] = ""
     fake_devices: Annotated[str, Meta(description="A recording that takes the place of detection.")] = ""
     detect_deadline_s: Annotated[float, Meta(gt=0, le=600, description="Seconds each detector may take.")] = 10.0
+    detect_interval_s: Annotated[
+        float, Meta(ge=0, le=86_400, description="Seconds between two looks at the hardware; 0: only when asked.")
+    ] = 900.0
+    exclude_devices: Annotated[
+        list[str], Meta(description="Devices that are not the pool's, by id; `*` stands for any characters (`gpu:*`).")
+    ] = []
     drain_s: Annotated[float, Meta(ge=0, le=3600, description="Seconds to finish running tasks when stopped.")] = 30.0
     attach: Annotated[
         list[str], Meta(description="Model servers that already run on this machine and are shared, by URL.")

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from rma_core import confinement
 from tests import engines, podmans, sdks
 
 if TYPE_CHECKING:
@@ -128,6 +129,10 @@ def _netns() -> str | None:
     return _advised(reason, "this needs iproute2 and CAP_SYS_ADMIN (in a container: --privileged)")
 
 
+def _landlock() -> str | None:
+    return None if confinement.version() else "this kernel has no Landlock (Linux 5.13 or later, and not turned off)"
+
+
 def _podman() -> str | None:
     return podmans.missing(rootless=False)
 
@@ -224,6 +229,7 @@ CHECKS: dict[str, Callable[[], str | None]] = {
     "docker": _docker,
     "gcc": _gcc,
     "go": _go,
+    "landlock": _landlock,
     "litellm": _litellm,
     "llama": _llama,
     "mount": _mount,

@@ -3,57 +3,34 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 import pytest
 
 import rma_detect_nvidia
-from rma_core import Detection, Device
-from rma_core.models.strict import decode, encode
+from rma_core import Detection
+from rma_core.models.strict import decode
+from tests import nvml
 from tests.needs import need
+from tests.nvml import CHILD, DATA, PATIENCE_S, environment, run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
-DATA = Path(__file__).parent / "data" / "nvidia"
 UUID = "GPU-00000000-1111-2222-3333-{:012d}"
-#: Seconds a child may take that should not hang at all.
-PATIENCE_S = 60
-#: The child writes its answer to a file, so that its stdout can be seen to stay empty.
-CHILD = """
-import pathlib, sys
-from rma_core.models.strict import encode
-import rma_detect_nvidia
-pathlib.Path(sys.argv[2]).write_bytes(encode(rma_detect_nvidia.detect(pathlib.Path(sys.argv[1]))))
-"""
 
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with the stand-in as libnvidia-ml.so.1."""
     need("gcc")
-    folder = tmp_path_factory.mktemp("nvml")
-    name = "libnvidia-ml.so.1"
-    command = [
-        "gcc",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        "-shared",
-        "-fPIC",
-        f"-Wl,-soname,{name}",
-        "-o",
-        str(folder / name),
-    ]
-    subprocess.run([*command, str(DATA / "nvml_stand_in.c")], check=True, timeout=PATIENCE_S)
-    return folder
+    return nvml.build(tmp_path_factory.mktemp("nvml"))
 
 
 @pytest.fixture
@@ -62,27 +39,6 @@ def root(tmp_path: Path) -> Path:
     folder = tmp_path / "root"
     folder.mkdir()
     return folder
-
-
-def environment(folder: Path | None, **settings: str) -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("FAKE_", "LD_"))}
-    path = {} if folder is None else {"LD_LIBRARY_PATH": str(folder)}
-    return {**kept, "PATH": "/nonexistent", **path, **settings}
-
-
-def run(root: Path, folder: Path | None, **settings: str) -> tuple[Detection, str]:
-    """Run the detector in a child; return its answer and what it wrote to stderr."""
-    answer = root.parent / "answer.json"
-    command = [sys.executable, "-c", CHILD, str(root), str(answer)]
-    done = subprocess.run(
-        command, env=environment(folder, **settings), capture_output=True, timeout=PATIENCE_S, check=False
-    )
-    assert done.returncode == 0, done.stderr.decode()
-    assert done.stdout == b""
-    detection = decode(answer.read_bytes(), Detection, subject="answer")
-    for device in detection.devices:
-        assert decode(encode(device), Device, subject="device") == device
-    return detection, done.stderr.decode()
 
 
 @pytest.fixture

@@ -120,7 +120,8 @@ async def test_a_broken_detector_costs_its_own_devices_only_and_says_why(
     install: Callable[..., Plugins], tmp_path: Path, name: str
 ) -> None:
     plugins = install(name, "works")
-    config = {name: {"pid_file": str(tmp_path / "pid")}}
+    # One of them writes down which process it leaves behind, which it may not otherwise.
+    config = {name: {"pid_file": str(tmp_path / "pid"), "confined": name != "dies_leaving_a_fork"}}
     report = await detect(plugins, config=config, deadline_s=30)
     state, reason = probe_of(report, name)
     assert (state, [d.id for d in report.devices]) == ("unhealthy", ["cpu"])
@@ -190,7 +191,10 @@ async def test_a_fork_left_behind_is_killed_with_its_detector(install: Callable[
     for name in ("leaves_a_fork", "dies_leaving_a_fork"):
         (tmp_path / name).mkdir()
     plugins = install("leaves_a_fork", "dies_leaving_a_fork")
-    config = {name: {"pid_file": str(tmp_path / name / "pid")} for name in ("leaves_a_fork", "dies_leaving_a_fork")}
+    config: dict[str, dict[str, object]] = {
+        name: {"pid_file": str(tmp_path / name / "pid"), "confined": False}
+        for name in ("leaves_a_fork", "dies_leaving_a_fork")
+    }
     report = await detect(plugins, config=config, deadline_s=60)
     assert probe_of(report, "leaves_a_fork") == ("undetected", "left a process behind")
     for name in config:

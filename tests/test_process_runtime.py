@@ -359,7 +359,7 @@ async def test_a_python_without_pip_and_ensurepip_is_told_with_what_to_install(
 async def test_an_agent_without_pip_uses_the_one_that_python_brings(
     empty: ProcessRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(process_install, "_pip_version", lambda: ())
+    monkeypatch.setattr(process_install, "pip_version", lambda: ())
     await empty.pull(tiny_spec(), ignore)
     handle = await empty.start(tiny_spec())
     assert (await empty.inspect(handle)).state == "running"

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from rma_core.detection import Observation, assemble, observe
 from rma_core.errors import ValidationProblem
 from rma_core.host import Plugins
-from rma_core.models.hardware import Capabilities, HardwareReport
+from rma_core.models.hardware import Capabilities, ContainerAccess, Detection, Device, HardwareReport
 from rma_core.models.strict import decode, encode
 from rma_core.models.worker import PluginReport
+from rma_core.privacy import hide_hardware
 from rma_core.record import Recording, from_capabilities, load, load_report, recording, save
 from tests.test_hardware_models import GOOD, detections, names, seconds
 
@@ -36,8 +37,8 @@ async def test_this_machine_recorded_and_replayed_gives_its_report_to_the_byte(t
     seen = await observe(plugins)
     path = tmp_path / "machine.json"
     save(path, recording(seen, at=NOW))
-    assert load(path).observations == seen
-    assert encode(load(path).report) == encode(assemble(seen))
+    assert load(path).observations == hide_hardware(seen)
+    assert encode(load(path).report) == encode(assemble(hide_hardware(seen)))
     assert load(path).recorded_at == "2026-01-02T03:04:05+00:00"
     assert {type(report) for report in plugins.reports()} == {PluginReport}
 
@@ -48,6 +49,44 @@ def test_any_recording_gives_its_report_to_the_byte(seen: list[Observation]) -> 
     again = decode(encode(made), Recording, subject="recording")
     assert again == made
     assert encode(again.report) == encode(made.report)
+
+
+PARENT, PART = "GPU-5a3f7f2e-91ab-4f5c-8d86-2f4d5b6a7c81", "MIG-6A0B7C11-27CF-4F0D-B1C7-91F2A4B0E3D4"
+
+
+def test_a_recording_tells_no_piece_of_hardware_from_others_of_its_kind() -> None:
+    device = Device(
+        id=f"gpu:{PART}",
+        kind="gpu",
+        name="NVIDIA A100",
+        attributes={
+            "parent": f"gpu:{PARENT}",
+            "pci_address": "0000:03:00.0",
+            "board_serial": "1324021034567",
+            "nics": ["48:b0:2d:3c:9a:01", "48-B0-2D-3C-9A-02"],
+            "machine": "4c4c4544004d35108052b4c04f4e4e32",
+        },
+        access=ContainerAccess(cdi=(f"nvidia.com/gpu={PART.lower()}",)),
+    )
+    reason = f"{PARENT} failed: asked https://ann:s3cret@10.0.0.7/x with rmaa_0123456789abcdef"
+    seen = Observation(detector="nvidia", detection=Detection.unhealthy(reason, devices=[device]))
+    made = recording([seen, Observation(detector="other", detection=Detection.undetected(reason))], at=NOW)
+    text = encode(made).decode()
+    for secret in ("5a3f", "6a0b", "132402", "48:b0", "48-b0", "4c4c", "s3cret", "ann", "rmaa_"):
+        assert secret not in text.lower()
+    assert "0000:03:00.0" in text
+    (found,) = made.report.devices
+    made_up = "00000000-0000-0000-0000-00000000000"
+    assert found.id == f"gpu:MIG-{made_up}2"
+    assert found.attributes["parent"] == f"gpu:GPU-{made_up}1"
+    assert found.access == ContainerAccess(cdi=(f"nvidia.com/gpu=mig-{made_up}2",))
+    first, second = (one.detection.reason for one in made.observations)
+    assert first == second == f"GPU-{made_up}1 failed: asked https://<secret>@10.0.0.7/x with <secret>"
+
+
+@given(observations)
+def test_what_was_made_up_is_not_made_up_again(seen: list[Observation]) -> None:
+    assert hide_hardware(hide_hardware(seen)) == hide_hardware(seen)
 
 
 @given(observations)

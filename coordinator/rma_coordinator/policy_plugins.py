@@ -21,6 +21,7 @@ import msgspec
 from rma_coordinator.policy_versions import PolicyVersion, Unusable
 from rma_core.errors import PluginError
 from rma_core.host import Plugins
+from rma_core.plugin_folders import digest_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -258,6 +259,10 @@ def _look_at(plugin: PolicyPlugin, table: Mapping[str, object]) -> tuple[str, st
     said = msgspec.json.encode([plugin, found.version, dict(table)], enc_hook=str, order="sorted")
     digest = hashlib.sha256(said)
     listed = [Path(str(found.locate_file(one))) for one in found.files or () if ".dist-info/" not in one.as_posix()]
+    if plugin.folder:
+        # What it needs is there too, and its owner has approved all of it.
+        with contextlib.suppress(OSError, ValueError):
+            digest.update(digest_of(Path(plugin.folder)).encode())
     for path in islice(sorted({*listed, *_module(plugin.value, where)}), MOST_FILES):
         if path.suffix == ".pyc":
             continue

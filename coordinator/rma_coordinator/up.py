@@ -205,6 +205,7 @@ class Up:
         environment |= {
             "RMA_CONFIG": os.environ.get(FILE_VARIABLE) or str(self.home / FILE_NAME),
             "RMA_HOME": str(self.home / "agent"),
+            "RMA_PLUGIN_FOLDER": os.environ.get("RMA_PLUGIN_FOLDER") or str(self.home / "plugins"),
             "RMA_COORDINATOR_URL": self.plain.url,
             "RMA_JOIN_TOKEN": token,
             "RMA_RUNTIMES": ",".join(choice.runtimes),

@@ -6,8 +6,9 @@ import asyncio
 import shutil
 from typing import TYPE_CHECKING
 
+from rma_core.agent.detecting import discover
 from rma_core.agent.engines import asked
-from rma_core.agent.start import discover, plugin_tables
+from rma_core.agent.start import plugin_tables
 from rma_core.agent.state import MODELS_FOLDER
 from rma_core.errors import RuntimeAbsent, RuntimeFailure
 

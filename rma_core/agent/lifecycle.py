@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import rma_core
 from rma_core import http
@@ -24,6 +24,7 @@ from rma_core.agent.llm.model_files import ModelFiles
 from rma_core.agent.llm.model_room import ModelRoom
 from rma_core.agent.llm.own_models import OwnModels
 from rma_core.agent.load import Load
+from rma_core.agent.lookout import Lookout
 from rma_core.agent.membership import Link, Membership, Messages
 from rma_core.agent.offering import Offering
 from rma_core.agent.owner import Owner, status
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from rma_core.agent.streams import ChannelStream
     from rma_core.interfaces import ContainerRuntime
     from rma_core.models.hardware import HardwareReport
-    from rma_core.models.worker import Assignment, AttemptRef, PluginReport
+    from rma_core.models.worker import Assignment, AttemptRef, PluginReport, RuntimeReport
     from rma_core.settings import AgentSettings
 
 logger = logging.getLogger(__name__)
@@ -53,11 +54,25 @@ MAX_LISTED = 1024
 CUT_OFF = "no close frame received or sent"
 
 
+class Told(NamedTuple):
+    """What the coordinator is told when it is new, beside what every heartbeat says."""
+
+    report: HardwareReport | None = None
+    runtimes: tuple[RuntimeReport, ...] = ()
+    plugins: tuple[PluginReport, ...] = ()
+
+    @property
+    def states(self) -> list[tuple[str, ...]]:
+        """How plugins stand; what their last import took is no news."""
+        return [(one.kind, one.name, one.state, one.distribution, one.version, one.reason) for one in self.plugins]
+
+
 class Agent:
     """One machine's part in the pool, from `run` to `stop`. The folder is prepared, locked and enrolled.
 
-    ``report`` is what was detected; ``plugins`` are asked for with each registration. ``use_channel`` off means the
-    plain way from the start. ``clock`` and ``uniform`` are monotonic seconds and randomness.
+    ``report`` is what was detected, ``look`` detects it anew; ``plugins`` are asked for with each heartbeat.
+    ``use_channel`` off means the plain way from the start. ``clock`` and ``uniform`` are monotonic seconds and
+    randomness.
     """
 
     def __init__(
@@ -70,11 +85,16 @@ class Agent:
         report: HardwareReport,
         runtimes: Mapping[str, ContainerRuntime],
         plugins: Callable[[], Iterable[PluginReport]] = tuple,
+        look: Callable[[], Awaitable[HardwareReport]] | None = None,
         use_channel: bool = True,
         clock: Callable[[], float] = lease_clock,
         uniform: Callable[[float, float], float] = random.uniform,
     ) -> None:
-        self.settings, self.folder, self.record, self.report = settings, folder, record, report
+        self.settings, self.folder, self.record = settings, folder, record
+        self.lookout = Lookout(
+            report, look or self._no_look, self._looked, interval_s=settings.detect_interval_s if look else 0,
+            uniform=uniform,
+        )  # fmt: skip
         self.plugins, self._use_channel, self._clock = plugins, use_channel, clock
         self._started_at = clock()
         self._runtimes = runtimes
@@ -142,8 +162,8 @@ class Agent:
         self._hurried = asyncio.Event()
         self._plain_way = asyncio.Event()
         self._messages = Messages()
-        self._told: tuple[object, ...] = ()
-        self._telling: tuple[object, ...] = ()
+        #: What the coordinator knows, and what it will know once the heartbeat on its way is answered.
+        self._told, self._telling, self._registering = Told(), Told(), Told()
         self._minor: set[asyncio.Task[None]] = set()
         self.owner = Owner(self)
         self._ending = Ending(self, hurried=self._hurried)
@@ -176,6 +196,7 @@ class Agent:
         parts = [
             self._part("membership", self.membership.run()),
             self._part("load", self.load.run()),
+            self._part("hardware", self.lookout.run()),
             self._part("heartbeats", self._when_registered(self.heart.run)),
             self._part("late answers", self._when_registered(self.answers.run)),
             self._part("plain way", self._poll_when_needed()),
@@ -229,10 +250,11 @@ class Agent:
     # Membership.
 
     def _registration(self) -> RegisterRequest:
+        self._registering = told = self._all()
         return registration(
             self.report,
-            runtimes=[engine.report() for engine in self.engines],
-            plugins=self.plugins(),
+            runtimes=told.runtimes,
+            plugins=told.plugins,
             services=self.consent.names,
             agreed_models=self.consent.model_names,
             own_models=self.own.offered.paths,
@@ -241,6 +263,7 @@ class Agent:
 
     def _registered(self, answer: RegisterResponse) -> None:
         self.reconciler.worker_id = answer.worker_id
+        self._told = self._registering
         self._set_tier(answer.tier, answer.tier_reason)
         self.heart.pace(answer.heartbeat_interval_s)
         self._want(answer.generation, answer.containers)
@@ -347,8 +370,7 @@ class Agent:
         engine_down = next((e.health.reason for e in self.engines if e.health.state == "unhealthy"), "")
         usable = any(e.health.state == "healthy" for e in self.engines) or self.attached.healthy
         broken = bool(engine_down) and not usable
-        runtimes = tuple(engine.report() for engine in self.engines)
-        self._telling = runtimes
+        self._telling = now = self._all()
         return Heartbeat(
             worker_id=self.client.worker_id,
             status="degraded" if broken else "healthy",
@@ -359,8 +381,29 @@ class Agent:
             generation=max(0, self.reconciler.generation),
             draining=self.draining,
             paused=self.paused,
-            runtimes=runtimes if runtimes != self._told else None,
+            report=now.report if now.report is not self._told.report else None,
+            runtimes=now.runtimes if now.runtimes != self._told.runtimes else None,
+            plugins=now.plugins if now.states != self._told.states else None,
         )
+
+    def _all(self) -> Told:
+        """Return all that is told only when it is new."""
+        return Told(self.report, tuple(engine.report() for engine in self.engines), tuple(self.plugins()))
+
+    @property
+    def report(self) -> HardwareReport:
+        """What was found when the hardware was last another."""
+        return self.lookout.report
+
+    async def _no_look(self) -> HardwareReport:
+        return self.report
+
+    def _looked(self, report: HardwareReport) -> None:
+        """Go by hardware that has changed."""
+        self.reconciler.gpus = tuple(report.gpus)
+        self.reconciler.room.measure(report)
+        self._spawn(self.own.measure(report))
+        self.changed()
 
     @property
     def paused(self) -> bool:

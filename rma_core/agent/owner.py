@@ -67,7 +67,13 @@ class Owner:
     @property
     def handlers(self) -> dict[str, Callable[[dict[str, Any]], Awaitable[object]]]:
         """The calls by their names."""
-        return {"status": self._on_status, "drain": self._on_drain, "pause": self._on_pause, "resume": self._on_resume}
+        return {
+            "status": self._on_status,
+            "drain": self._on_drain,
+            "pause": self._on_pause,
+            "resume": self._on_resume,
+            "look": self._on_look,
+        }
 
     def _hold(self) -> None:
         """Take nothing new, and give what runs back to the pool."""
@@ -76,6 +82,15 @@ class Owner:
 
     async def _on_status(self, _: dict[str, Any]) -> AgentStatus:
         return status(self._agent)
+
+    async def _on_look(self, arguments: dict[str, Any]) -> dict[str, object]:
+        """Look at the hardware now; with ``since`` say instead whether a look that was asked for has ended."""
+        lookout = self._agent.lookout
+        since = arguments.get("since")
+        if since is not None and not isinstance(since, int):
+            raise UsageProblem(f"since is a number of looks, not {since!r}")
+        rounds = lookout.ask() if since is None else lookout.rounds
+        return {"rounds": rounds, "report": lookout.report if since is not None and rounds > since else None}
 
     async def _on_drain(self, _: dict[str, Any]) -> dict[str, int]:
         self._agent.stop()

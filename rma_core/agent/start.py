@@ -8,7 +8,6 @@ import logging
 import os
 import signal
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -17,6 +16,7 @@ from rma_core import http
 from rma_core.agent.attach.attachable import addresses
 from rma_core.agent.attach.nearby import find
 from rma_core.agent.consent import Consent
+from rma_core.agent.detecting import Detecting
 from rma_core.agent.join import enrol, invited, registration
 from rma_core.agent.lifecycle import Agent
 from rma_core.agent.llm.own_models import own_files
@@ -58,9 +58,9 @@ async def run_agent(
     addresses(settings.attach)
     own_files(settings.models)
     os.umask(0o077)
-    plugins = plugins or discover(settings)
-    runtimes = plugins.runtimes(plugin_tables(settings))
-    async with opened(settings, lambda: look(settings, plugins), consent=consent) as (folder, record, key, report):
+    detecting = Detecting(settings, plugins)
+    runtimes = detecting.plugins.runtimes(plugin_tables(settings))
+    async with opened(settings, detecting.look, consent=consent) as (folder, record, key, report):
         agent = Agent(
             settings,
             folder,
@@ -68,7 +68,8 @@ async def run_agent(
             key,
             report=report,
             runtimes=runtimes,
-            plugins=plugins.reports,
+            plugins=detecting.reports,
+            look=detecting.look,
             use_channel=use_channel,
         )
         ready(agent)
@@ -85,29 +86,11 @@ async def tell_found(settings: AgentSettings, coordinator_url: str) -> None:
             logger.info(words, one.words(), one.url, extra={"action": "attachable"})
 
 
-def discover(settings: AgentSettings) -> Plugins:
-    """Find the detectors and runtimes of this machine, as its settings allow."""
-    from rma_core.host import Plugins
-
-    return Plugins.discover(kinds=["detector", "runtime"], **settings.plugin_rules())
-
-
 def plugin_tables(settings: AgentSettings) -> PluginTables:
     """Return the plugins' tables, the runtimes' completed by what the agent itself was told."""
     told: dict[str, dict[str, object]] = {name: {"home": str(settings.home_path)} for name in settings.runtimes}
     told["process"] = {"home": str(settings.home_path), "sources": settings.service_sources}
     return {**settings.plugins, **{name: table | settings.plugins.get(name, {}) for name, table in told.items()}}
-
-
-async def look(settings: AgentSettings, plugins: Plugins) -> HardwareReport:
-    """Detect this machine's hardware, or take the recording that stands in for it."""
-    if settings.fake_devices:
-        from rma_core.record import load_report
-
-        return await asyncio.to_thread(load_report, Path(settings.fake_devices))
-    from rma_core.detection import detect
-
-    return await detect(plugins, config=settings.plugins, deadline_s=settings.detect_deadline_s)
 
 
 @contextlib.asynccontextmanager

@@ -6,15 +6,14 @@ folder), so that a power cut leaves the old one or the new one. On Windows the p
 
 from __future__ import annotations
 
-import contextlib
 import os
 import stat
 import sys
-import tempfile
 from typing import IO, TYPE_CHECKING
 
 import msgspec
 
+from rma_core import own_files
 from rma_core.agent.consent import Consent
 from rma_core.agent.keys import DeviceKey
 from rma_core.errors import SettingProblem, ValidationProblem
@@ -136,7 +135,7 @@ class StateFolder:
     def write(self, name: str, data: bytes) -> None:
         """Replace one file as a whole, readable by its owner only. Raises SettingProblem."""
         try:
-            _replace(self.path / name, data)
+            own_files.replace(self.path / name, data)
         except OSError as error:
             raise SettingProblem(f"{self.path / name} cannot be written: {error.strerror or error}") from None
 
@@ -159,32 +158,6 @@ class StateFolder:
         if len(data) > MAX_FILE_BYTES:
             raise SettingProblem(f"{path} is larger than anything the agent keeps")
         return data
-
-
-def _replace(path: Path, data: bytes) -> None:
-    # mkstemp opens with O_EXCL and 0600, so nobody can read the key between its birth and a chmod.
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)  # noqa: PTH105 - mkstemp gives a string
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)  # noqa: PTH108 - as above
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(path: Path) -> None:
-    """Make a rename last; Windows has no handle on a folder, and its rename is journalled."""
-    if sys.platform != "win32":
-        folder = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def _claim(handle: IO[bytes]) -> bool:

@@ -160,12 +160,19 @@ def is_complete(environment: Path) -> bool:
 
 def missing_tools() -> str:
     """Say why no environment can be made with this Python; an empty string when one can."""
-    if _pip_version() >= OLDEST_PIP or importlib.util.find_spec("ensurepip") is not None:
+    if pip_version() >= OLDEST_PIP or importlib.util.find_spec("ensurepip") is not None:
         return ""
     return "this Python has neither pip (22.3 or newer) nor ensurepip; on Debian and Ubuntu: apt install python3-venv"
 
 
-def _pip_version() -> tuple[int, ...]:
+def missing_pip() -> str:
+    """Say why this Python's own pip cannot be used; an empty string when it can."""
+    if pip_version() >= OLDEST_PIP:
+        return ""
+    return f"this Python has no pip ({'.'.join(map(str, OLDEST_PIP))} or newer): python -m ensurepip --upgrade"
+
+
+def pip_version() -> tuple[int, ...]:
     """Return the version of the agent's own pip; empty when it has none."""
     if importlib.util.find_spec("pip") is None:
         return ()
@@ -219,7 +226,7 @@ def _make(environment: Path, work: Path) -> None:
     """Make an empty environment, with a pip of its own where the agent's cannot be used."""
     environment.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     supervised.claim(work)
-    own_pip = _pip_version() < OLDEST_PIP
+    own_pip = pip_version() < OLDEST_PIP
     try:
         venv.EnvBuilder(clear=True, symlinks=os.name != "nt", with_pip=own_pip).create(environment)
     except subprocess.SubprocessError as error:
@@ -250,11 +257,11 @@ class _Installer:
 
     async def run(self, environment: Path, work: Path, folders: Iterable[Path], silence_s: float | None) -> None:
         """Run pip to its end. Raises ImagePullFailed, OutOfSpace; ends pip's processes when cancelled."""
-        raw = _pip_version() >= RAW_PROGRESS_PIP
+        raw = pip_version() >= RAW_PROGRESS_PIP
         patience_s = silence_s if silence_s is not None else SILENCE_S if raw else SILENCE_OLD_PIP_S
         order = Order(
             argv=(*_pip(environment, raw=raw), *_what(self._source, folders)),
-            env=_pip_environment(work), cwd=str(work), mark=str(work),
+            env=pip_environment(work), cwd=str(work), mark=str(work),
             state=str(work / supervised.STATE), echo=True, grace_s=1,
         )  # fmt: skip
         try:
@@ -352,7 +359,7 @@ def _pip(environment: Path, *, raw: bool) -> tuple[str, ...]:
     """Return how pip is called: the agent's own for the environment, else the environment's own."""
     python = str(python_of(environment))
     agents = (sys.executable, "-P", "-m", "pip", "--python", python)
-    who = agents if _pip_version() >= OLDEST_PIP else (python, "-m", "pip")
+    who = agents if pip_version() >= OLDEST_PIP else (python, "-m", "pip")
     # Compiling all of it would take a third of the time, for modules most of which are never imported.
     return (*who, "install", "--no-input", "--disable-pip-version-check", "--no-warn-script-location", "--no-compile",
             "--progress-bar", "raw" if raw else "off")  # fmt: skip
@@ -364,7 +371,7 @@ def _what(source: Source, folders: Iterable[Path]) -> tuple[str, ...]:
     return (*links, *pins, str(source.path))
 
 
-def _pip_environment(work: Path) -> dict[str, str]:
+def pip_environment(work: Path) -> dict[str, str]:
     """Return the owner's environment without what is RMA's; temporary files go to the disk that is installed to."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith(NOT_FOR_PIP)}
     return {**ours, "PYTHONUNBUFFERED": "1", "TMPDIR": str(work), "TEMP": str(work), "TMP": str(work)}

@@ -206,10 +206,10 @@ def _reached(tier: Tier, report: HardwareReport, missed: list[tuple[Tier, list[G
 
 
 def _gpus(report: HardwareReport) -> str:
-    """Return the largest GPU in words, and how many there are."""
+    """Return the largest GPU in words, and how many there are of its name: others do not have its memory."""
     short = report.capabilities
-    count = len(report.gpus) or short.gpu_count
     name = report.gpus[0].name if report.gpus else short.gpu_type or "a GPU"
+    count = sum(gpu.name == name for gpu in report.gpus) or short.gpu_count
     return f"{f'{count} x ' if count > 1 else ''}{name} with {human(report.gpu_memory_bytes)}"
 
 

@@ -11,6 +11,8 @@ import msgspec
 
 from rma_core.commands import common
 from rma_core.commands.machine import settings_of
+from rma_core.commands.plugin_owner import plugins_approve, plugins_block, plugins_install, plugins_remove
+from rma_core.errors import UsageProblem
 from rma_core.host import KINDS
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from rma_core.host import Kind, Plugins
+    from rma_core.plugin_folders import PluginFolders
     from rma_core.settings import AgentSettings
     from rma_core.testing.checking import Result, Target
 
@@ -34,6 +37,10 @@ def plugins(ctx: click.Context, home: str | None, as_json: bool) -> None:
     ctx.obj = {"home": home, "as_json": as_json}
     if ctx.invoked_subcommand is None:
         _list_plugins(home, as_json=as_json)
+
+
+for _command in (plugins_install, plugins_approve, plugins_block, plugins_remove):
+    plugins.add_command(_command)
 
 
 @plugins.command("list")
@@ -111,7 +118,9 @@ def plugins_check(ctx: click.Context, plugin: str, home: str | None, as_json: bo
     outer = click.get_current_context().obj or {}
     settings = settings_of(home or outer.get("home"))
     as_json = as_json or bool(outer.get("as_json"))
-    found = targets(plugin)
+    found = targets(plugin, settings.plugin_folders)
+    for target in found:
+        _refuse_unapproved(target, settings.plugin_folders)
     done = common.run_async(_check_all(found, settings.plugins, quiet=as_json))
     broken = sum(result.state == "broken" for _, results in done for result in results)
     common.show(
@@ -126,6 +135,14 @@ def plugins_check(ctx: click.Context, plugin: str, home: str | None, as_json: bo
         lambda out: _print_checks(out, done),
     )
     ctx.exit(1 if broken else 0)
+
+
+def _refuse_unapproved(target: Target, folders: PluginFolders) -> None:
+    """Raise UsageProblem for one that was installed and may not run: checking it is running it."""
+    folder = Path(target.folder)
+    if target.folder and folder.parent == folders.path and not folders.approves(folders.get(folder.name)):
+        hints = (f"`rma plugins approve {folder.name}` once you trust it",)
+        raise UsageProblem(f"{folder.name} is not approved, and a check runs it", hints=hints)
 
 
 async def _check_all(

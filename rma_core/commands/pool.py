@@ -85,7 +85,7 @@ def _held(worker: dict[str, Any]) -> str:
 
 def _worker(out: Any, one: dict[str, Any]) -> None:
     short = one["capabilities"]
-    gpu = f", {short['gpu_type']} {short['gpu_memory']}" if short["gpu_type"] else ""
+    gpu = "".join(f", {short[field]}" for field in ("gpu_type", "gpu_memory") if short[field])
     why = f": {one['status_reason']}" if one["status_reason"] else ""
     status = f"{MARKS.get(one['status'], '?')} {one['status']}{why}{_held(one)}"
     out.print(common.safe(f"{one['worker_id']}  {status}"))

@@ -109,7 +109,7 @@ def _joined(settings: AgentSettings, joined: Joined) -> dict[str, object]:
 
 
 async def _join(settings: AgentSettings, token: str, *, yes: bool, as_json: bool, attach_found: bool) -> Joined:
-    from rma_core.agent import start
+    from rma_core.agent import detecting
     from rma_core.agent.attach.attachable import addresses
     from rma_core.agent.consent import Consent
     from rma_core.agent.join import enrol, invited, registration
@@ -129,9 +129,9 @@ async def _join(settings: AgentSettings, token: str, *, yes: bool, as_json: bool
         )
     invitation = await invited(settings.coordinator_url, token, insecure_http=settings.insecure_http)
     common.say("Detecting this machine's hardware …")
-    plugins = start.discover(settings)
+    plugins = detecting.discover(settings)
     report, engines, found = await asyncio.gather(
-        start.look(settings, plugins), _probe(settings, plugins), sharing.found_by(settings)
+        detecting.look(settings, plugins), _probe(settings, plugins), sharing.found_by(settings)
     )
     shared = [one.url for one in found] if attach_found else []
     services = tuple(settings.services) or None

@@ -107,7 +107,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     """The short form of a machine, with the field names people rely on.
 
     ``cpu_cores`` are physical cores, or the CPUs granted by a quota or a virtual machine; ``ram`` and ``gpu_memory``
-    (of the largest GPU) are binary sizes, ``storage`` is free space.
+    (of the largest GPU; nothing where no GPU has memory that counts) are binary sizes, ``storage`` is free space.
     """
 
     cpu_cores: Annotated[int, Meta(ge=0, le=MAX_CORES)]
@@ -210,7 +210,7 @@ def summarize(devices: tuple[Device, ...]) -> Capabilities:
         cpu_cores=min(sum(_cores(d) for d in usable if d.kind == "cpu"), MAX_CORES),
         ram=memory_text(total("memory")),
         storage=storage_text(total("storage")),
-        gpu_memory=memory_text(gpus[0].memory_bytes or 0) if gpus else None,
+        gpu_memory=memory_text(gpus[0].memory_bytes) if gpus and gpus[0].memory_bytes is not None else None,
         gpu_type=gpus[0].name if gpus else None,
         gpu_count=len(gpus),
     )

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
     from rma_core.host import InstalledPlugin, Kind
+    from rma_core.plugin_folders import PluginFolders
     from rma_core.testing.watching import PluginCase
 
 #: What each kind of plugin is checked with.
@@ -78,7 +79,7 @@ class Result(NamedTuple):
     message: str = ""
 
 
-def targets(named: str) -> list[Target]:
+def targets(named: str, own: PluginFolders | None = None) -> list[Target]:
     """Return the plugins of a folder with a pyproject.toml, or a file's, else the installed ones of that name.
 
     Raises NotFound, UsageProblem and, for a broken pyproject.toml, ValidationProblem.
@@ -88,9 +89,10 @@ def targets(named: str) -> list[Target]:
         return _of_folder(path)
     if path.is_file():
         return [_of_file(path)]
-    found = [Target(p.name, p.kind, p.value, own=_packages(p)) for p in installed() if p.name == named]
+    all_of_them = installed(own)
+    found = [Target(p.name, p.kind, p.value, p.folder, _packages(p)) for p in all_of_them if p.name == named]
     if not found:
-        there = ", ".join(sorted({plugin.name for plugin in installed()}))
+        there = ", ".join(sorted({plugin.name for plugin in all_of_them}))
         message = f"no plugin called {named!r} is installed, and there is no such folder"
         raise NotFound(message, hints=(f"installed are {there}",))
     return found

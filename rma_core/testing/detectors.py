@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from rma_core.detection import MAX_REPORT_BYTES, plausible
+from rma_core import changes
+from rma_core.detection import MAX_REPORT_BYTES, plausible, run_one
+from rma_core.detector_files import PATH
+from rma_core.host import DetectorPlugin
 from rma_core.models.hardware import Detection
 from rma_core.testing import watching
 from rma_core.testing.watching import WORDS, PluginCase
@@ -30,8 +33,6 @@ HUNG_S = 2.0
 LEAST_MEMORY_BYTES = 2**20
 #: A reason has at least so many words, and at most so many characters: it is a sentence, not a number or a log.
 LEAST_WORDS, MOST_CHARACTERS = 2, 500
-#: Attributes that change by themselves begin with these, and are not compared.
-CHANGING = ("available_", "free_")
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _UNIT = re.compile(r".*_(kb|mb|gb|tb|kib|mib|gib|tib)")
@@ -121,13 +122,7 @@ async def it_says_the_same_twice(case: DetectorCase) -> None:
 
 def steady(found: Detection) -> dict[str, Any]:
     """Return a detection without what may change by itself."""
-    plain: dict[str, Any] = msgspec.to_builtins(found)
-    for device in plain["devices"]:
-        if device["kind"] == "storage":
-            device.pop("memory_bytes", None)
-        facts = device.get("attributes", {})
-        device["attributes"] = {name: value for name, value in facts.items() if not name.startswith(CHANGING)}
-    return plain
+    return {**msgspec.to_builtins(found), "devices": tuple(map(changes.steady, found.devices))}
 
 
 def _difference(first: Any, second: Any, where: str = "the answer") -> str:  # noqa: ANN401 - JSON
@@ -155,6 +150,19 @@ async def its_answer_is_small_and_quick(case: DetectorCase) -> None:
     assert size <= most, f"its answer has {size} bytes, and at most {most} are its share"
     limit = case.deadline_s * SHARE_OF_DEADLINE
     assert seen.seconds <= limit, f"it took {seen.seconds:.1f} s of {case.deadline_s:g}: bound what it waits for"
+
+
+async def it_needs_no_more_than_it_is_given(case: DetectorCase) -> None:
+    """Confined as in an agent, it finds the same: it needs no file of the owner's and no network."""
+    before = plausible(await case.detection())
+    plugin = DetectorPlugin(case.value, case.value, "", "", str(case.config.get(PATH, "")), case.folder)
+    now = (await run_one(plugin, case.config, case.deadline_s)).detection
+    same = (before.state, len(before.devices)) == (now.state, len(now.devices))
+    assert same, (
+        f"it is {before.state} with {len(before.devices)} devices, and where it sees no file of its owner's "
+        f"{now.state} with {len(now.devices)} ({now.reason}): read hardware below /sys, /proc and /dev, "
+        "and what else is needed from paths in its table"
+    )
 
 
 async def it_answers_where_nothing_is(case: DetectorCase) -> None:
@@ -200,6 +208,7 @@ detector_contract: tuple[Check, ...] = (
     watching.it_writes_nothing,
     watching.it_uses_no_network,
     watching.it_leaves_nothing_running,
+    it_needs_no_more_than_it_is_given,
     it_answers_where_nothing_is,
     it_can_be_stopped_while_its_driver_hangs,
     it_can_be_killed,

@@ -101,8 +101,14 @@ class PluginCase:
         """Use the plugin once. Raises OSError when no child can be started."""
         deadline_s = deadline_s or self.deadline_s
         request = request_for(
-            self.value, self.config, deadline_s, folder=self.folder, use=_USE, kind=self.kind, machine=machine,
-            machines=self.machines(), own_folder=self.folder,
+            self.value,
+            self.config,
+            deadline_s,
+            folder=self.folder,
+            more={
+                "use": _USE, "kind": self.kind, "machine": machine, "machines": self.machines(),
+                "own_folder": self.folder,
+            },
         )  # fmt: skip
         ended = await isolation.run(
             [sys.executable, "-I", "-X", "utf8", CHILD],

@@ -121,7 +121,7 @@ function show(stats, workers, services, tasks) {
     workers.workers.map((w) => [
       element("code", w.worker_id), state(w), two(w.tier ? `Tier ${w.tier}` : "no tier", w.tier_reason),
       two(`${w.capabilities.cpu_cores} cores, ${w.capabilities.ram}`,
-        w.capabilities.gpu_type ? `${w.capabilities.gpu_type}, ${w.capabilities.gpu_memory}` : ""),
+        [w.capabilities.gpu_type, w.capabilities.gpu_memory].filter(Boolean).join(", ")),
       running(w), `${Math.round(w.current_load * 100)} %`, w.tasks_completed, ago(w.last_heartbeat),
     ]),
     hint("No machines yet. Make a token with", "rma tokens create", "and run the line it prints on the machine that should join."));

@@ -93,14 +93,21 @@ class ModelRoom:
 
     def __init__(self, report: HardwareReport | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._main_bytes = int(Room.of(report).memory_bytes) if report is not None else None
-        self._gpu_bytes = {gpu.id: gpu.memory_bytes or 0 for gpu in report.gpus} if report is not None else {}
+        self._main_bytes: int | None = None
+        self._gpu_bytes: dict[str, int] = {}
+        if report is not None:
+            self.measure(report)
         self._others: tuple[Claim, ...] = ()
         self.tenants: list[Tenant] = []
         self._busy = asyncio.Lock()
         #: Those for which requests wait, and how many; the first one's turn is next, and has been since then.
         self._line: dict[Tenant, int] = {}
         self._since = 0.0
+
+    def measure(self, report: HardwareReport) -> None:
+        """Go by this machine's memory from now on; what is loaded stays."""
+        self._main_bytes = int(Room.of(report).memory_bytes)
+        self._gpu_bytes = {gpu.id: gpu.memory_bytes or 0 for gpu in report.gpus}
 
     def others(self, claims: Iterable[Claim]) -> None:
         """Say what containers without a model take."""

@@ -245,6 +245,11 @@ class OwnModels:
         for words in sorted(set(self.offered.left_out) - set(before.left_out)):
             logger.warning("not offered: %s", words, extra={"action": "model_left_out"})
 
+    async def measure(self, report: HardwareReport) -> None:
+        """Go by other hardware from now on."""
+        self._report = report
+        await self.look()
+
     async def run(self) -> None:
         """Look again when an engine has come or gone, until cancelled."""
         seen = [engine.health.state for engine in self._engines]

@@ -2,7 +2,9 @@
  *
  * What it plays comes from the environment:
  *   FAKE_NVML_GPUS=4          how many GPUs there are (1)
- *   FAKE_NVML_MODEL=gb10      which model: rtx4090 (default), a100, gb10
+ *   FAKE_NVML_MODEL=gb10      which model: rtx4090 (default), a100, gb10, orin
+ *   FAKE_NVML_NAME=…          what its name is, and
+ *   FAKE_NVML_MIB=8188        how much memory it has, where that is not the model's
  *   FAKE_NVML_MIG=2           GPU 0 is in MIG mode with that many instances, with a gap in their numbers
  *   FAKE_NVML_FAIL=F:15,F@2:3 function F fails with NVML error 15; on GPU 2 with 3; `hang` and `crash` for a number
  *   FAKE_NVML_TRACE=1         write each start and stop of the library to stderr
@@ -34,6 +36,9 @@ static int model(const char *name) {
     const char *text = getenv("FAKE_NVML_MODEL");
     return strcmp(text ? text : "rtx4090", name) == 0;
 }
+
+/* GPUs that share the system's memory do not answer what theirs is. */
+static int unified(void) { return model("gb10") || model("orin"); }
 
 static int act(const char *order) {
     if (strncmp(order, "hang", 4) == 0) for (;;) pause();
@@ -88,6 +93,8 @@ int nvmlDeviceGetHandleByIndex_v2(unsigned index, Gpu **gpu) {
 }
 int nvmlDeviceGetName(Gpu *gpu, char *text, unsigned size) {
     const char *name = model("gb10") ? "NVIDIA GB10" : model("a100") ? "NVIDIA A100-SXM4-40GB" : "NVIDIA GeForce RTX 4090";
+    const char *given = getenv("FAKE_NVML_NAME");
+    if (given) name = given;
     FAIL(gpu->index);
     if (gpu->instance < 0) snprintf(text, size, "%s", name);
     else snprintf(text, size, "%s MIG 1g.5gb", name);
@@ -100,9 +107,9 @@ int nvmlDeviceGetUUID(Gpu *gpu, char *text, unsigned size) {
     return SUCCESS;
 }
 int nvmlDeviceGetMemoryInfo(Gpu *gpu, Memory *memory) {
-    unsigned long long mib = gpu->instance >= 0 ? 4864 : model("a100") ? 40960 : 24564;
+    unsigned long long mib = gpu->instance >= 0 ? 4864 : number("FAKE_NVML_MIB", model("a100") ? 40960 : 24564);
     FAIL(gpu->index);
-    if (model("gb10")) return NOT_SUPPORTED;
+    if (unified()) return NOT_SUPPORTED;
     memory->total = mib << 20;
     memory->used = 512ull << 20;
     memory->free = memory->total - memory->used;
@@ -111,12 +118,12 @@ int nvmlDeviceGetMemoryInfo(Gpu *gpu, Memory *memory) {
 int nvmlDeviceGetCudaComputeCapability(Gpu *gpu, int *major, int *minor) {
     FAIL(gpu->index);
     *major = model("gb10") ? 12 : 8;
-    *minor = model("gb10") ? 1 : model("a100") ? 0 : 9;
+    *minor = model("gb10") ? 1 : model("orin") ? 7 : model("a100") ? 0 : 9;
     return SUCCESS;
 }
 int nvmlDeviceGetArchitecture(Gpu *gpu, unsigned *number) {
     FAIL(gpu->index);
-    *number = model("gb10") ? 10 : model("a100") ? 7 : 8;
+    *number = model("gb10") ? 10 : model("a100") || model("orin") ? 7 : 8;
     return SUCCESS;
 }
 int nvmlDeviceGetPciInfo_v3(Gpu *gpu, Pci *pci) {
@@ -128,7 +135,7 @@ int nvmlDeviceGetPciInfo_v3(Gpu *gpu, Pci *pci) {
 }
 int nvmlDeviceGetPowerManagementLimit(Gpu *gpu, unsigned *milliwatts) {
     FAIL(gpu->index);
-    if (model("gb10")) return NOT_SUPPORTED;
+    if (unified()) return NOT_SUPPORTED;
     *milliwatts = model("a100") ? 400000 : 450000;
     return SUCCESS;
 }

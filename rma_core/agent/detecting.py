@@ -1,0 +1,67 @@
+"""The detectors of a running agent: found anew for each look, so that what its owner decides meanwhile counts."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rma_core.host import Plugins
+from rma_core.quarantine import Quarantine
+
+if TYPE_CHECKING:
+    from rma_core.models.hardware import HardwareReport
+    from rma_core.models.worker import PluginReport
+    from rma_core.settings import AgentSettings
+
+
+class Detecting:
+    """Looks at this machine, and says how its plugins stand; a detector that keeps failing is left alone a while."""
+
+    def __init__(self, settings: AgentSettings, plugins: Plugins | None = None) -> None:
+        """Take the detectors and runtimes that the settings allow; given ``plugins`` stay the only ones."""
+        self._settings, self._given = settings, plugins is not None
+        self.plugins = plugins or discover(settings)
+        self._detectors = self.plugins
+        self._quarantine = Quarantine(clock=time.monotonic)
+        self._looked = False
+
+    async def look(self) -> HardwareReport:
+        """Detect this machine's hardware, or take the recording that stands in for it. Raises SettingProblem."""
+        if self._looked and not self._given:
+            self._detectors = await asyncio.to_thread(self._again)
+        self._looked = True
+        return await look(self._settings, self._detectors, self._quarantine)
+
+    def _again(self) -> Plugins:
+        return Plugins.discover(kinds=["detector"], **self._settings.plugin_rules())
+
+    def reports(self) -> tuple[PluginReport, ...]:
+        """Return how each plugin stands."""
+        if self._detectors is self.plugins:
+            return self.plugins.reports()
+        rest = (one for one in self.plugins.reports() if one.kind != "detector")
+        return (*self._detectors.reports(), *rest)
+
+
+def discover(settings: AgentSettings) -> Plugins:
+    """Find the detectors and runtimes of this machine, as its settings allow."""
+    return Plugins.discover(kinds=["detector", "runtime"], **settings.plugin_rules())
+
+
+async def look(settings: AgentSettings, plugins: Plugins, quarantine: Quarantine | None = None) -> HardwareReport:
+    """Detect this machine's hardware once, or take the recording that stands in for it."""
+    if settings.fake_devices:
+        from rma_core.record import load_report
+
+        return await asyncio.to_thread(load_report, Path(settings.fake_devices))
+    from rma_core.detection import detect
+
+    return await detect(
+        plugins,
+        config=settings.plugins,
+        deadline_s=settings.detect_deadline_s,
+        quarantine=quarantine,
+        excluded=settings.exclude_devices,
+    )

@@ -1,0 +1,242 @@
+"""Commands of those who install plugins: a folder for each, shown before it may run; taken back just as easily."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import click
+
+from rma_core import confinement, host, plugin_install
+from rma_core.commands import common
+from rma_core.commands.machine import settings_of
+from rma_core.errors import NotFound, PluginConflict, UsageProblem
+from rma_core.plugin_folders import Approval
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from rich.console import Console
+
+    from rma_core.host import InstalledPlugin
+    from rma_core.plugin_folders import OwnFolder, PluginFolders
+    from rma_core.plugin_install import Wheel
+
+#: What each kind of plugin may do once it is approved.
+MAY = {
+    "detector": "looks at the hardware in a process of its own, for seconds",
+    "runtime": "runs inside the agent, with all that the agent may do",
+    "policy": "decides which tier machines get",
+}
+AGAIN = "A running agent goes by that when it looks again (`rma detect --rescan`: now); runtimes when it restarts."
+
+
+def _folders(home: str | None) -> PluginFolders:
+    outer = click.get_current_context().obj or {}
+    return settings_of(home or outer.get("home")).plugin_folders
+
+
+def _json(as_json: bool) -> bool:
+    return as_json or bool((click.get_current_context().obj or {}).get("as_json"))
+
+
+@contextlib.contextmanager
+def _telling(*, quiet: bool) -> Iterator[Callable[[str], None]]:
+    """Show what goes on while it does."""
+    if quiet:
+        yield lambda _: None
+        return
+    with common.console(err=True).status("") as status:
+        yield lambda words: status.update(common.safe(words))
+
+
+@click.command("install")
+@click.argument("what", metavar="WHEEL|NAME|URL")
+@click.option("--yes", is_flag=True, help="Let it run at once: agree to what would be shown.")
+@common.home_option
+@common.json_option
+def plugins_install(what: str, yes: bool, home: str | None, as_json: bool) -> None:
+    """Install a plugin into a folder of its own: shown, and run only once you agree.
+
+    Only wheels are taken, and nothing of them runs while they are installed.
+    """
+    folders, as_json = _folders(home), _json(as_json)
+    with folders.staging() as staging, _telling(quiet=as_json) as tell:
+        wheel = plugin_install.fetch(what, staging, tell)
+        if words := plugin_install.taken(wheel, host.installed(folders)):
+            raise PluginConflict(words, hints=("rma plugins remove, or pip uninstall",))
+        made = plugin_install.install(wheel, folders, staging, tell)
+    rows = _of_wheel(wheel, made)
+    approved = _agreed(folders, made, wheel.version, rows, yes=yes, as_json=as_json)
+    value = {**_about(made, wheel.version), "source": wheel.source, "wheel_sha256": wheel.sha256, "approved": approved}
+    common.show(value, as_json, _nothing)
+
+
+@click.command("approve")
+@click.argument("name")
+@click.option("--yes", is_flag=True, help="Agree to what would be shown, without being asked.")
+@common.home_option
+@common.json_option
+def plugins_approve(name: str, yes: bool, home: str | None, as_json: bool) -> None:
+    """Let a plugin run: one that was installed, has changed since, or was blocked.
+
+    NAME is the plugin's name or its distribution's. What is approved are exactly its files as they are now.
+    """
+    folders, as_json = _folders(home), _json(as_json)
+    found = _named(name, folders)
+    distribution = found[0].shipped_by.partition(" ")[0]
+    names = {one.name for one in found} | {distribution}
+    blocked = names & set(folders.decisions().blocked)
+    if not found[0].folder:
+        if not blocked:
+            hints = ("`approve_plugins` in your settings says which of those may run",)
+            raise UsageProblem(f"{distribution} is installed in Python's own environment", hints=hints)
+        folders.decide(lambda known: known.without(*blocked))
+        common.show(
+            {"plugin": distribution, "approved": True}, as_json, lambda out: out.print(f"{name} may run again.")
+        )
+        return
+    made = folders.get(distribution)
+    version = found[0].shipped_by.partition(" ")[2]
+    if made.problem:
+        raise UsageProblem(made.problem)
+    approved = _agreed(folders, made, version, _of_folder(made, found), yes=yes, as_json=as_json, free=names)
+    common.show({**_about(made, version), "approved": approved}, as_json, _nothing)
+
+
+@click.command("block")
+@click.argument("name")
+@common.home_option
+@common.json_option
+def plugins_block(name: str, home: str | None, as_json: bool) -> None:
+    """Never run a plugin, wherever it is installed; `rma plugins approve NAME` takes that back.
+
+    NAME is the plugin's name or its distribution's.
+    """
+    folders, as_json = _folders(home), _json(as_json)
+    _named(name, folders)
+    folders.decide(lambda known: known.block(name))
+    common.show({"plugin": name, "blocked": True}, as_json, _prints(f"{name} does not run any more."))
+    _say(AGAIN, as_json=as_json)
+
+
+@click.command("remove")
+@click.argument("name")
+@common.home_option
+@common.json_option
+def plugins_remove(name: str, home: str | None, as_json: bool) -> None:
+    """Remove a plugin that `rma plugins install` has put into a folder of its own.
+
+    NAME is the plugin's name or its distribution's.
+    """
+    folders, as_json = _folders(home), _json(as_json)
+    distribution = name
+    with contextlib.suppress(NotFound):
+        found = _named(name, folders)
+        distribution = found[0].shipped_by.partition(" ")[0]
+        if not found[0].folder:
+            hints = (f"pip uninstall {distribution}",)
+            raise UsageProblem(f"{distribution} is installed in Python's own environment", hints=hints)
+    folders.remove(distribution)
+    common.show({"plugin": distribution, "removed": True}, as_json, _prints(f"{distribution} is gone."))
+    _say(AGAIN, as_json=as_json)
+
+
+def _named(name: str, folders: PluginFolders) -> list[InstalledPlugin]:
+    """Return the plugins of one distribution: the one called so, or the one that has a plugin called so."""
+    there = host.installed(folders)
+    found = [one for one in there if name in (one.name, one.shipped_by.partition(" ")[0])]
+    owners = {one.shipped_by for one in found}
+    if not found:
+        hints = (f"installed are {', '.join(sorted({one.name for one in there}))}",)
+        raise NotFound(f"no plugin {name!r} is installed", hints=hints)
+    if len(owners) > 1:
+        hints = ("name the distribution",)
+        raise UsageProblem(f"{name!r} is in {' and '.join(sorted(owners))}", hints=hints)
+    return [one for one in there if one.shipped_by in owners]
+
+
+def _agreed(
+    folders: PluginFolders,
+    made: OwnFolder,
+    version: str,
+    rows: list[tuple[str, str]],
+    *,
+    yes: bool,
+    as_json: bool,
+    free: set[str] | None = None,
+) -> bool:
+    """Show what it is, ask, and keep a yes; say what a no means."""
+    if not as_json:
+        common.table(("", f"{made.name} {version}"), rows, empty="")(common.console(err=True))
+    if not yes and sys.stdin.isatty() and not as_json:
+        yes = click.confirm("Let it run on this machine?", default=False, err=True)
+    if not yes:
+        _say(f"It is installed and does not run: `rma plugins approve {made.name}` lets it.", as_json=as_json)
+        return False
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    approval = Approval(sha256=made.digest, version=version[:100], at=now)
+    folders.decide(lambda known: known.without(*(free or ())).approve(made.name, approval))
+    _say(f"It may run. {AGAIN}", as_json=as_json)
+    return True
+
+
+def _of_wheel(wheel: Wheel, made: OwnFolder) -> list[tuple[str, str]]:
+    """Return what a person should know of a wheel before it may run."""
+    needs = ", ".join(f"{one.name} {one.version} ({urlsplit(one.url).hostname or 'a file'})" for one in wheel.needs)
+    return [
+        ("says of itself", wheel.summary),
+        ("author, as it says", wheel.author or "not said"),
+        ("from", wheel.source),
+        ("sha256 of the wheel", wheel.sha256),
+        ("published by", _publisher(wheel)),
+        ("comes with", needs or "nothing else"),
+        *[("gives", f"{kind} {name} ({value})") for kind, name, value in wheel.plugins],
+        *_may(kind for kind, _, _ in wheel.plugins),
+        ("sha256 of its files", made.digest),
+    ]
+
+
+def _publisher(wheel: Wheel) -> str:
+    return "nobody vouches for it: it is a file" if "://" not in wheel.source else urlsplit(wheel.source).hostname or ""
+
+
+def _of_folder(made: OwnFolder, found: list[InstalledPlugin]) -> list[tuple[str, str]]:
+    """Return what a person should know of an installed one."""
+    distribution = made.distribution()
+    about: Any = distribution.metadata if distribution else {}
+    return [
+        ("says of itself", str(about["Summary"] or "")),
+        ("lies in", str(made.path)),
+        *[("gives", f"{one.kind} {one.name} ({one.value})") for one in found],
+        *_may(one.kind for one in found),
+        ("sha256 of its files", made.digest),
+    ]
+
+
+def _may(kinds: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Say what plugins of these kinds may do."""
+    for kind in dict.fromkeys(kinds):
+        yield "may", MAY[kind]
+        if kind == "detector":
+            yield "", confinement.available().words()
+
+
+def _about(made: OwnFolder, version: str) -> dict[str, str]:
+    return {"plugin": made.name, "version": version, "folder": str(made.path), "sha256": made.digest}
+
+
+def _prints(words: str) -> Callable[[Console], None]:
+    return lambda out: out.print(common.safe(words))
+
+
+def _nothing(out: Console) -> None:
+    """Print no data: all there is to say was said."""
+
+
+def _say(words: str, *, as_json: bool) -> None:
+    if not as_json:
+        common.say(words)

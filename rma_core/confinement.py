@@ -1,0 +1,277 @@
+"""What a plugin's child may see of a Linux machine: its hardware and its programs, no file of its owner, no network.
+
+Landlock takes files, TCP and signals away, seccomp all sockets, the ways into another process's memory and those out
+of the group that is killed with it, and root loses its capabilities. A kernel that lacks one of these leaves that open,
+and `confine` says so; other systems have none of it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import platform
+import struct
+import sys
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+#: Where programs, libraries and what the kernel tells of the hardware are; of /proc see `_of_proc`.
+SYSTEM = (
+    "/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/opt", "/nix/store", "/gnu/store", "/sys",
+    "/run/opengl-driver", "/run/current-system", "/run/udev",
+    "/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d", "/etc/alternatives", "/etc/os-release",
+    "/etc/localtime", "/etc/nsswitch.conf", "/etc/OpenCL", "/etc/vulkan", "/etc/nvidia-container-runtime",
+    "/etc/nv_tegra_release",
+)  # fmt: skip
+#: What a detector may open to talk to hardware, by how its path begins.
+DEVICES = (
+    "/dev/dri", "/dev/kfd", "/dev/accel", "/dev/nvidia", "/dev/nvhost", "/dev/nvmap", "/dev/dxg", "/dev/davinci",
+    "/dev/apex_", "/dev/hailo", "/dev/mali", "/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom",
+)  # fmt: skip
+#: Entries of /proc that are the machine's memory or its log.
+NOT_OF_PROC = frozenset(
+    {"kcore", "kmsg", "kpagecount", "kpageflags", "kpagecgroup", "keys", "key-users", "sysrq-trigger"}
+)
+
+#: A temporary file gets no larger.
+MOST_FILE_BYTES = 16 * 1024 * 1024
+#: Memory that one process can write to. Drivers map far more; what they only reserve, or share, does not count.
+MOST_MEMORY_BYTES = 1024 * 1024 * 1024
+
+_EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
+_TRUNCATE, _IOCTL_DEV = 1 << 14, 1 << 15
+_READ = _EXECUTE | _READ_FILE | _READ_DIR
+#: Folders and plain files may be made, read, written and removed, but no devices.
+_SCRATCH = ((1 << 14) - 1) & ~(1 << 6 | 1 << 11) | _TRUNCATE
+_DEVICE = _WRITE_FILE | _READ_FILE | _READ_DIR | _IOCTL_DEV
+#: Rights that a rule on a file, rather than a folder, may name.
+_OF_FILES = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | _IOCTL_DEV
+#: Rights over files, by the version of Landlock that has them first.
+_FIRST_RIGHTS = {1: (1 << 13) - 1, 2: 1 << 13, 3: _TRUNCATE, 5: _IOCTL_DEV}
+_TCP, _SCOPES = 0b11, 0b11
+_TCP_SINCE, _SCOPES_SINCE = 4, 6
+#: O_PATH, which Python knows on Linux only.
+_O_PATH = 0o10000000
+_CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
+_VERSION_FLAG, _PATH_BENEATH = 1, 1
+_SET_NO_NEW_PRIVS, _SET_SECCOMP, _SECCOMP_FILTER = 38, 22, 2
+#: CAP_DAC_READ_SEARCH: root may have its Python in a user's closed folder.
+_CAPABILITY_VERSION_3, _MAY_READ_ALL = 0x20080522, 1 << 2
+
+
+class _Machine(NamedTuple):
+    """How system calls are numbered on a machine."""
+
+    architecture: int
+    #: socket, ptrace, process_vm_readv, process_vm_writev, add_key, request_key, keyctl, open_by_handle_at, setpgid,
+    #: setsid
+    calls: tuple[int, ...]
+
+
+_GENERIC_CALLS = (198, 117, 270, 271, 217, 218, 219, 265, 154, 157)
+_MACHINES = {
+    "x86_64": _Machine(0xC000003E, (41, 101, 310, 311, 248, 249, 250, 304, 109, 112)),
+    "aarch64": _Machine(0xC00000B7, _GENERIC_CALLS),
+    "riscv64": _Machine(0xC00000F3, _GENERIC_CALLS),
+}
+#: The same everywhere: io_uring_setup (it makes sockets too), pidfd_getfd.
+_CALLS_EVERYWHERE = (425, 438)
+#: On x86_64 the same calls have other numbers from here on.
+_X32 = 0x40000000
+_LOAD, _JUMP_EQUAL, _JUMP_AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
+_ALLOW, _DENY = 0x7FFF0000, 0x00050000 | errno.EACCES
+
+
+class Confined(NamedTuple):
+    """What is kept from a child that was confined."""
+
+    files: bool = False
+    network: bool = False
+    signals: bool = False
+
+    def words(self) -> str:
+        """Say what it is, and what is not."""
+        names = {"files": self.files, "network": self.network, "signals": self.signals}
+        kept = [name for name, kept in names.items() if kept]
+        left = [name for name, kept in names.items() if not kept]
+        if not kept:
+            return "nothing is kept from a detector on this system: it could read your files and use the network"
+        words = {
+            "files": "your files",
+            "network": "the network",
+            "signals": "other programs",
+        }
+        said = f"a detector gets at its hardware only; kept from it: {', '.join(words[name] for name in kept)}"
+        return f"{said}; this kernel cannot keep from it: {', '.join(words[name] for name in left)}" if left else said
+
+
+def version() -> int:
+    """Return the version of this kernel's Landlock; 0 where there is none."""
+    if sys.platform == "linux":
+        return max(0, int(_system().syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), _VERSION_FLAG)))
+    else:  # noqa: RET505 - mypy follows if/else, not returns, when it leaves a platform's code out
+        return 0
+
+
+def available() -> Confined:
+    """Return what `confine` can keep from a child on this system."""
+    found = version()
+    if not found:
+        return Confined()
+    return Confined(files=True, network=platform.machine() in _MACHINES, signals=found >= _SCOPES_SINCE)
+
+
+def confine(reads: Iterable[str], *, writes: Iterable[str], hidden: Iterable[str]) -> Confined:
+    """Take from this process and all it will start whatever a detector does not need; there is no way back.
+
+    ``reads`` are absolute paths to be read beside the system's own (below /dev: to be used), ``writes`` folders for
+    temporary files, ``hidden`` those that must not be seen, whatever holds them. Raises OSError when the kernel refuses
+    what it says it can.
+    """
+    found = version()
+    if not found:
+        return Confined()
+    _limit()
+    libc = _system()
+    _checked(libc.prctl(_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+    grants = [*_grants([*SYSTEM, *_of_proc(), *reads], list(hidden)), *((path, _SCRATCH) for path in writes)]
+    signals = _restrict_files(libc, found, grants)
+    network = _forbid_calls(libc)
+    _drop_capabilities(libc)
+    return Confined(files=True, network=network, signals=signals)
+
+
+def _limit() -> None:
+    """Bound what this process can write: files, and memory."""
+    if sys.platform != "win32":
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (MOST_FILE_BYTES, MOST_FILE_BYTES))
+        resource.setrlimit(resource.RLIMIT_DATA, (MOST_MEMORY_BYTES, MOST_MEMORY_BYTES))
+
+
+def _system() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _checked(result: int) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"this process cannot be confined: {os.strerror(number)}")
+    return result
+
+
+def _of_proc() -> Iterator[str]:
+    """Give what /proc tells of the machine and of this process; what others run, and with which words, is not told."""
+    try:
+        names = [entry.name for entry in os.scandir("/proc")]
+    except OSError:
+        return
+    for name in names:
+        if name not in NOT_OF_PROC and not name.isdecimal():
+            yield f"/proc/{name}"
+    yield f"/proc/{os.getpid()}"
+
+
+def _grants(reads: list[str], hidden: list[str]) -> Iterator[tuple[str, int]]:
+    """Give paths with the rights to them: what holds a hidden folder is granted without that."""
+    for path in reads:
+        if path.startswith("/dev/"):
+            yield path, _DEVICE
+        elif path.startswith("/") and os.path.realpath(path) != "/":
+            yield from ((one, _READ) for one in _around(os.path.realpath(path), [os.path.realpath(h) for h in hidden]))
+    yield from (("/dev", _READ_DIR), ("/proc", _READ_DIR))
+    try:
+        names = [entry.path for entry in os.scandir("/dev")]
+    except OSError:
+        return
+    yield from ((path, _DEVICE) for path in names if path.startswith(DEVICES))
+
+
+def _around(path: str, hidden: list[str]) -> Iterator[str]:
+    """Give a path, or what is in it but for the hidden folders."""
+    if not any(_holds(path, one) for one in hidden):
+        yield path
+    elif path not in hidden:
+        try:
+            inside = [entry.path for entry in os.scandir(path)]
+        except OSError:
+            return
+        for one in inside:
+            yield from _around(one, hidden)
+
+
+def _holds(folder: str, path: str) -> bool:
+    return path == folder or path.startswith(f"{folder.rstrip('/')}/")
+
+
+def _restrict_files(libc: ctypes.CDLL, found: int, grants: list[tuple[str, int]]) -> bool:
+    """Enter a Landlock domain that has these rights and no others; say whether it keeps signals in as well."""
+    handled = sum(rights for since, rights in _FIRST_RIGHTS.items() if since <= found)
+    network = _TCP if found >= _TCP_SINCE else 0
+    scopes = _SCOPES if found >= _SCOPES_SINCE else 0
+    ruleset = _ruleset(libc, handled, network, scopes)
+    if ruleset < 0 and scopes:
+        # Kernels of some vendors say version 6 and lack a part of it.
+        scopes = 0
+        ruleset = _ruleset(libc, handled, network, scopes)
+    _checked(ruleset)
+    try:
+        for path, rights in grants:
+            _grant(libc, ruleset, path, rights & handled)
+        _checked(libc.syscall(_RESTRICT_SELF, ruleset, 0))
+    finally:
+        os.close(ruleset)
+    return bool(scopes)
+
+
+def _ruleset(libc: ctypes.CDLL, handled: int, network: int, scopes: int) -> int:
+    wanted = struct.pack("=QQQ", handled, network, scopes)
+    # An older kernel takes no longer record than it knows.
+    size = 24 if scopes else 16 if network else 8
+    return int(libc.syscall(_CREATE_RULESET, wanted[:size], ctypes.c_size_t(size), 0))
+
+
+def _grant(libc: ctypes.CDLL, ruleset: int, path: str, rights: int) -> None:
+    """Grant rights to a path; what is not there, or not this user's to see, needs none."""
+    try:
+        descriptor = os.open(path, _O_PATH)
+    except OSError:
+        return
+    try:
+        if not os.path.isdir(f"/proc/self/fd/{descriptor}"):  # noqa: PTH112 - what was opened, not what is there now
+            rights &= _OF_FILES
+        rule = struct.pack("=Qi", rights, descriptor)
+        _checked(libc.syscall(_ADD_RULE, ruleset, _PATH_BENEATH, rule, 0))
+    finally:
+        os.close(descriptor)
+
+
+def _forbid_calls(libc: ctypes.CDLL) -> bool:
+    """Let all system calls that make sockets or reach into other processes fail; say whether that is done."""
+    machine = _MACHINES.get(platform.machine())
+    if machine is None:
+        return False
+    calls = (*machine.calls, *_CALLS_EVERYWHERE)
+    x32 = [(_JUMP_AT_LEAST, 0, 0, _X32)] if platform.machine() == "x86_64" else []
+    tests = [*x32, *((_JUMP_EQUAL, 0, 0, number) for number in calls)]
+    steps = [(_LOAD, 0, 0, 4), (_JUMP_EQUAL, 1, 0, machine.architecture), (_RETURN, 0, 0, _DENY), (_LOAD, 0, 0, 0)]
+    # A test that holds jumps behind those that are left and behind the line that allows.
+    steps += [(code, len(tests) - index, 0, number) for index, (code, _, _, number) in enumerate(tests)]
+    steps += [(_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _DENY)]
+    program = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *step) for step in steps))
+    filter_ = ctypes.create_string_buffer(struct.pack("@HP", len(steps), ctypes.addressof(program)))
+    _checked(libc.prctl(_SET_SECCOMP, _SECCOMP_FILTER, filter_, 0, 0))
+    return True
+
+
+def _drop_capabilities(libc: ctypes.CDLL) -> None:
+    """Let root be a user like any other that may read: what it may read at all is settled by then."""
+    header, now = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0), ctypes.create_string_buffer(24)
+    _checked(libc.capget(header, now))
+    effective, permitted = struct.unpack_from("=II", now)
+    kept = _MAY_READ_ALL & permitted
+    _checked(libc.capset(header, struct.pack("=6I", kept & effective, kept, 0, 0, 0, 0)))

@@ -1,0 +1,239 @@
+"""`rma plugins install`, `approve`, `block`, `remove`: a folder for each; nothing of it runs before its owner's yes."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.pools import environment
+from tests.wheels import BOARD, detector, wheel
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+ODD = "rma-detect-odd"
+POINTS = {"rma.detectors": {"odd": "rma_detect_odd"}}
+
+
+def rma(*arguments: str | Path, folder: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "rma_core", *map(str, arguments)]
+    env = environment(folder / "home", more)
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120, check=False)
+
+
+def told(*arguments: str | Path, folder: Path, **more: str) -> dict[str, Any]:
+    done = rma(*arguments, "--json", folder=folder, **more)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def refused(*arguments: str | Path, folder: Path, **more: str) -> str:
+    """Return what a command that must fail says, its hints included."""
+    done = rma(*arguments, "--json", folder=folder, **more)
+    assert done.returncode != 0, done.stdout
+    error = json.loads(done.stdout)["error"]
+    return " ".join([error["code"], error["message"], *error["hints"]])
+
+
+def state_of(name: str, folder: Path, **more: str) -> tuple[str, str]:
+    plugins = told("plugins", folder=folder, **more)["plugins"]
+    return next(((p["state"], p["reason"]) for p in plugins if p["name"] == name), ("absent", ""))
+
+
+def boards(folder: Path, **more: str) -> list[str]:
+    """Return the names of the boards that detection finds."""
+    return [device["name"] for device in told("detect", folder=folder, **more)["devices"] if device["kind"] == "npu"]
+
+
+def test_a_plugin_runs_once_its_owner_approves_it(tmp_path: Path) -> None:
+    installed = told("plugins", "install", detector(tmp_path), folder=tmp_path)
+    assert (installed["plugin"], installed["version"], installed["approved"]) == (ODD, "1.0", False)
+    state, reason = state_of("odd", tmp_path)
+    assert (state, boards(tmp_path)) == ("unapproved", [])
+    assert f"rma plugins approve {ODD}" in reason
+    assert "not approved" in refused("plugins", "check", "odd", folder=tmp_path)
+    assert told("plugins", "approve", "odd", "--yes", folder=tmp_path)["approved"]
+    assert (state_of("odd", tmp_path), boards(tmp_path)) == (("active", ""), ["Odd board"])
+    assert told("plugins", "check", "odd", folder=tmp_path)["broken"] == 0
+
+
+def test_yes_approves_what_is_installed_and_nothing_that_comes_later(tmp_path: Path) -> None:
+    assert told("plugins", "install", detector(tmp_path), "--yes", folder=tmp_path)["approved"]
+    assert boards(tmp_path) == ["Odd board"]
+    newer = detector(tmp_path, "Odder board", "1.1")
+    assert not told("plugins", "install", newer, folder=tmp_path)["approved"]
+    state, reason = state_of("odd", tmp_path)
+    assert (state, boards(tmp_path)) == ("unapproved", [])
+    assert "not those of 1.0 that you approved" in reason
+    assert told("plugins", "approve", ODD, "--yes", folder=tmp_path)["version"] == "1.1"
+    assert boards(tmp_path) == ["Odder board"]
+
+
+@pytest.mark.parametrize("change", ["changed", "added", "cached", "linked", "opened"])
+def test_what_changed_since_it_was_approved_does_not_run(change: str, tmp_path: Path) -> None:
+    folder = tmp_path / "home" / "plugins" / ODD
+    assert told("plugins", "install", detector(tmp_path), "--yes", folder=tmp_path)["folder"] == str(folder)
+    module = folder / "rma_detect_odd.py"
+    if change == "changed":
+        module.write_text(module.read_text().replace("Odd", "Bad"))
+    elif change == "added":
+        (folder / "json.py").write_text("")
+    elif change == "cached":
+        (folder / "__pycache__").mkdir()
+        (folder / "__pycache__" / "rma_detect_odd.cpython-311.pyc").write_bytes(b"x")
+    elif change == "linked":
+        (folder / "more.py").symlink_to("/etc/hostname")
+    else:
+        folder.chmod(0o755)
+    state, reason = state_of("odd", tmp_path)
+    assert (state, boards(tmp_path)) == ("unapproved", [])
+    words = {"linked": "neither a file nor a folder", "opened": "chmod 700"}
+    assert words.get(change, "not those of 1.0 that you approved") in reason
+    if change in words:
+        assert words[change] in refused("plugins", "approve", "odd", "--yes", folder=tmp_path)
+    else:
+        assert told("plugins", "approve", "odd", "--yes", folder=tmp_path)["approved"]
+        assert state_of("odd", tmp_path)[0] == "active"
+
+
+def test_running_it_leaves_its_files_as_they_were_approved(tmp_path: Path) -> None:
+    told("plugins", "install", detector(tmp_path), "--yes", folder=tmp_path)
+    runtime = BOARD.replace("rma_detect_devices", "rma_container_runtimes").format(name="x")
+    points = {"rma.runtimes": {"odd": "rma_runtime_odd"}}
+    other = wheel(tmp_path, "rma-runtime-odd", modules={"rma_runtime_odd": runtime}, points=points)
+    told("plugins", "install", other, "--yes", folder=tmp_path)
+    for _ in range(2):
+        # Without PYTHONDONTWRITEBYTECODE, which tests have set.
+        assert boards(tmp_path, PYTHONDONTWRITEBYTECODE="") == ["Odd board"]
+    assert state_of("odd", tmp_path)[0] == "active"
+    kinds = {p["kind"]: p["state"] for p in told("plugins", folder=tmp_path)["plugins"] if p["name"] == "odd"}
+    assert kinds == {"detector": "active", "runtime": "invalid"}, "it was imported, and gives no runtime"
+
+
+def test_nothing_runs_while_it_is_installed_or_shown(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    loud = f"open({str(mark)!r}, 'a').write('x')\n"
+    files = {
+        "odd.pth": f"import sys; exec({loud!r})\n",
+        "sitecustomize.py": loud,
+        "rma_core.py": loud,
+        "msgspec.py": loud,
+    }
+    made = wheel(tmp_path, ODD, modules={"rma_detect_odd": loud + BOARD.format(name="x")}, points=POINTS, extra=files)
+    told("plugins", "install", made, folder=tmp_path)
+    state_of("odd", tmp_path)
+    told("detect", folder=tmp_path)
+    rma("plugins", "approve", "odd", folder=tmp_path)
+    assert not mark.exists()
+    told("plugins", "approve", "odd", "--yes", folder=tmp_path)
+    assert state_of("odd", tmp_path)[0] == "failed", "it may run now, and may write nothing"
+    assert not mark.exists()
+
+
+def test_what_it_needs_comes_into_its_own_folder(tmp_path: Path) -> None:
+    helper = wheel(tmp_path / "index", "odd-helper", modules={"odd_helper": "NAME = 'Helped board'"})
+    source = BOARD.replace("{name!r}", "NAME").replace("from rma_core", "from odd_helper import NAME\nfrom rma_core", 1)
+    made = wheel(tmp_path, ODD, modules={"rma_detect_odd": source}, points=POINTS, needs=["odd-helper", "rma-core"])
+    pip = {"PIP_FIND_LINKS": str(helper.parent), "PIP_NO_INDEX": "1"}
+    told("plugins", "install", made, "--yes", folder=tmp_path, **pip)
+    assert boards(tmp_path) == ["Helped board"]
+    there = {path.name for path in (tmp_path / "home" / "plugins" / ODD).iterdir()}
+    assert {"odd_helper.py", "rma_detect_odd.py"} <= there
+    assert not {name for name in there if name.startswith("rma_core")}
+
+
+def test_a_plugin_is_fetched_by_its_name(tmp_path: Path) -> None:
+    pip = {"PIP_FIND_LINKS": str(detector(tmp_path / "index").parent), "PIP_NO_INDEX": "1"}
+    found = told("plugins", "install", f"{ODD}==1.0", "--yes", folder=tmp_path, **pip)
+    assert found["source"].startswith("file://")
+    assert found["source"].endswith(".whl")
+    assert boards(tmp_path) == ["Odd board"]
+
+
+def test_what_cannot_be_installed_is_refused_with_what_to_do_and_changes_nothing(tmp_path: Path) -> None:
+    pip = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd.whl").write_text("no wheel")
+    plain = wheel(tmp_path, "odd-thing")
+    ours = wheel(tmp_path / "a", "RMA.Core", points=POINTS)
+    twin = wheel(tmp_path / "b", "rma-detect-other", points={"rma.detectors": {"host": "other"}})
+    older = wheel(tmp_path / "c", ODD, points=POINTS, needs=["click<8"])
+    for what, words in {
+        "odd": "installing from source would run its code",
+        "odd-1.0.tar.gz": "no wheel",
+        "odd.whl": "plugin_invalid odd.whl cannot be read as a wheel",
+        "nowhere.whl": "there is no file nowhere.whl",
+        "./nowhere": "there is no file",
+        "http://example.org/odd-1.0-py3-none-any.whl": "not an https address",
+        "git+https://example.org/odd": "not an https address",
+        str(plain): "no plugin of RMA's",
+        str(ours): "which is RMA itself",
+        str(twin): "plugin_conflict rma-detect-other has a detector called 'host', and so has rma-core",
+        str(older): "plugin_install",
+        "nobody-has-this": "plugin_install Could not find a version",
+    }.items():
+        assert words in refused("plugins", "install", what, folder=tmp_path, **pip)
+    assert "no such option" in refused("plugins", "install", "-r", folder=tmp_path).lower()
+    assert "neither a wheel nor a name" in rma("plugins", "install", "--", "-r", folder=tmp_path).stderr
+    assert [path.name for path in (tmp_path / "home" / "plugins").iterdir() if path.name != ".lock"] == []
+
+
+def test_a_blocked_plugin_does_not_run_until_that_is_taken_back(tmp_path: Path) -> None:
+    told("plugins", "install", detector(tmp_path), "--yes", folder=tmp_path)
+    for name in ("odd", ODD, "host"):
+        told("plugins", "block", name, folder=tmp_path)
+        plugin = "host" if name == "host" else "odd"
+        state, reason = state_of(plugin, tmp_path)
+        assert (state, "you blocked it" in reason) == ("blocked", True)
+        told("plugins", "approve", name, "--yes", folder=tmp_path)
+        assert state_of(plugin, tmp_path)[0] == "active"
+    assert "not_found" in refused("plugins", "block", "nobody", folder=tmp_path)
+    assert "approve_plugins" in refused("plugins", "approve", "host", "--yes", folder=tmp_path)
+
+
+def test_a_removed_plugin_is_gone_and_is_asked_about_anew(tmp_path: Path) -> None:
+    told("plugins", "install", detector(tmp_path), "--yes", folder=tmp_path)
+    told("plugins", "remove", "odd", folder=tmp_path)
+    assert state_of("odd", tmp_path)[0] == "absent"
+    assert not told("plugins", "install", detector(tmp_path), folder=tmp_path)["approved"]
+    assert state_of("odd", tmp_path)[0] == "unapproved"
+    assert "pip uninstall rma-core" in refused("plugins", "remove", "host", folder=tmp_path)
+    assert "not_found" in refused("plugins", "remove", "../home", folder=tmp_path)
+
+
+def test_decisions_that_cannot_be_read_end_the_program_rather_than_let_a_blocked_one_run(tmp_path: Path) -> None:
+    told("plugins", "install", detector(tmp_path), folder=tmp_path)
+    told("plugins", "block", "odd", folder=tmp_path)
+    (tmp_path / "home" / "plugins" / "decisions.json").write_text("{")
+    assert "decisions.json is damaged" in refused("detect", folder=tmp_path)
+
+
+@pytest.mark.parametrize(("says", "runs"), [("y\n", True), ("\n", False)])
+def test_a_person_is_shown_what_it_is_and_asked(says: str, runs: bool, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rma_core", "plugins", "install", str(detector(tmp_path))]
+    ours, theirs = pty.openpty()
+    try:
+        asked = subprocess.Popen(
+            command, cwd=tmp_path, env=environment(tmp_path / "home", {}), stdin=theirs, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        os.write(ours, says.encode())
+        out, err = asked.communicate(timeout=120)
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert (asked.returncode, out) == (0, "")
+    for words in (
+        "nobody vouches for it: it is a file",
+        "detector odd (rma_detect_odd)",
+        "Let it run on this machine?",
+    ):
+        assert words in err
+    assert (state_of("odd", tmp_path)[0] == "active") is runs
