@@ -122,7 +122,7 @@ class Plugins:
         self.trace = trace
         #: Strangers' policies are left to children: see `policy_plugins`.
         self.policies_apart = False
-        #: Folders that no detector may look into.
+        #: Folders that no detector and no policy may look into.
         self.hidden: tuple[str, ...] = ()
         self._plugins: list[_Plugin] = []
 
@@ -213,6 +213,7 @@ class Plugins:
 
     def take_over(self, found: Plugins) -> None:
         """Have what was ``found`` later in the place of what was found before; what was registered stays."""
+        self.hidden = found.hidden
         self._plugins = sorted([*(p for p in self._plugins if p.registered), *found._plugins], key=_order)
 
     def _apart(self, plugin: _Plugin) -> bool:

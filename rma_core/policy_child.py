@@ -39,7 +39,6 @@ def main() -> NoReturn:
     answer_to = child.move_stdio()
     request: dict[str, Any] = msgspec.json.decode(asking.readline())
     child.no_crash_reports()
-    limit_memory(request["memory_bytes"])
     _begin(request["deadline_s"])
     hello = child.answer_of(request)
     _end()
@@ -70,6 +69,8 @@ def offer(request: dict[str, Any], answer: dict[str, Any]) -> None:
     from rma_core.errors import PluginInvalid
     from rma_core.offers import offers
 
+    # After it was confined, which has a limit too.
+    limit_memory(request["memory_bytes"])
     hook = imported(request, answer, "rma.policies")
     policies: list[TierPolicy] = offers(hook(request["config"]), "rma_tier_policies")
     answer["outcome"] = "invalid"

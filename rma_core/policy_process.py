@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import msgspec
 from msgspec import Meta
 
-from rma_core.detection import deadline_of, died, request_for
+from rma_core.detection import CONFINED, bounds, deadline_of, died, request_for
 from rma_core.interfaces import PolicyInput
 from rma_core.isolation import LAST_WORDS_S, OUTPUT_BYTES, REAP_S, Ended, settle, surely
 from rma_core.models.hardware import Name
@@ -76,7 +76,9 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def decision_deadline(name: str, table: Mapping[str, object]) -> tuple[float, str]:
-    """Return how long one decision may take: as a plugin's table says, else DECISION_S; and what is wrong with that."""
+    """Return how long one decision may take: as a plugin's table says, else DECISION_S; and what is wrong there."""
+    if not isinstance(table.get(CONFINED, True), bool):
+        return DECISION_S, f"{CONFINED} in [plugins.{name}] is {table[CONFINED]!r}: give true or false"
     return deadline_of(name, table, DECISION_S, most_s=MOST_DECISION_S)
 
 
@@ -97,17 +99,22 @@ class PolicyProcess:
         table: Mapping[str, object],
         *,
         folder: str = "",
+        hidden: Sequence[str] = (),
         start_s: float = START_S,
         memory_bytes: int = MEMORY_BYTES,
     ) -> PolicyProcess:
         """Start a child for the plugin that ``value`` names, with its configuration ``table``; wait for what it says.
 
-        Its modules may be in a ``folder`` of its own. One that has nothing to say has ``ended``, and its ``hello`` is
-        no answer. Raises OSError.
+        Its modules may be in a ``folder`` of its own; ``hidden`` folders are kept from it, and so are all files that it
+        need not read. One that has nothing to say has ``ended``, and its ``hello`` is no answer. Raises OSError.
         """
         from rma_core.process_tree import MARK
 
-        more = {"use": _USE, "memory_bytes": memory_bytes}
+        confined = bounds(table, folder, writes="", hidden=hidden)
+        if confined:
+            # It needs no temporary files.
+            confined = {"bounds": {**cast("dict[str, object]", confined["bounds"]), "writes": []}}
+        more = {"use": _USE, "memory_bytes": memory_bytes, **confined}
         loop, mark = asyncio.get_running_loop(), f"policy-{secrets.token_hex(8)}"
         transport, talk = await loop.subprocess_exec(
             lambda: _Talk(loop),

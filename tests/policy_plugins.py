@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 #: What the label ``does`` makes the policy do; ``config["hangs"]`` names a file while which is there it hangs for all.
 SOURCE = """
-import ctypes, os, subprocess, sys, time
+import ctypes, os, socket, subprocess, sys, time
 from rma_core import TierDecision, hookimpl
 
 class Night:
@@ -43,6 +43,10 @@ class Night:
         if does == "print":
             print("hello", flush=True)
             os.write(1, b"{{}}\\n")
+        if does == "read":
+            return TierDecision(tier=1, reason=open(asked.labels["file"]).read())
+        if does == "connect":
+            socket.create_connection(("127.0.0.1", 9), 1)
         if does == "start":
             subprocess.Popen(["sleep", "3600"], start_new_session=True)
         if does == "answer":

@@ -421,12 +421,13 @@ async def test_a_restart_with_another_version_says_so(tmp_path: Path, folder: Pa
 
 async def test_one_that_fails_once_at_a_start_is_not_lost(tmp_path: Path, folder: Path) -> None:
     install(folder)
-    async with pool_of(tmp_path / "home") as (pool, machines):
+    free = {"night": {"confined": False}}
+    async with pool_of(tmp_path / "home", plugins=free) as (pool, machines):
         await in_force(pool)
     once = str(tmp_path / "once")
     busy = f"import os\nif not os.path.exists({once!r}):\n    os.mkdir({once!r})\n    os._exit(9)\n"
     install(folder, code=busy + source())
-    async with pool_of(tmp_path / "home", machines=0) as (pool, _):
+    async with pool_of(tmp_path / "home", machines=0, plugins=free) as (pool, _):
         await settled(pool)
         assert (pool.pool.tiers.active, tiers(pool, machines)) == ("night", [7] * 3)
     assert (tmp_path / "once").exists()

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rma_core import policy_process
+from rma_core.confinement import available
 from rma_core.host import Plugins
 from rma_core.interfaces import PolicyInput, TierDecision
 from rma_core.models.hardware import Capabilities, HardwareReport
@@ -168,11 +169,32 @@ async def test_one_that_leaks_has_a_limit(folder: Path) -> None:
     assert process.ended == "took more memory than the 512 MiB that it may have, and was ended"
 
 
+@pytest.mark.skipif(not (available().files and available().network), reason="nothing confines a child here")
+async def test_it_reads_no_file_and_uses_no_network(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    file = tmp_path_factory.mktemp("owner") / "key"
+    file.write_text("4711")
+    process = await start()
+    labels = {"does": "read", "file": str(file)}
+    read, connected, started = await soon(
+        process.ask([question(labels=labels), question("connect"), question("start")], DEADLINE_S)
+    )
+    assert all(one.error.startswith("PermissionError") for one in (read, connected, started)), (
+        read,
+        connected,
+        started,
+    )
+    await process.close()
+    process = await start(confined=False)
+    [read] = await soon(process.ask([question(labels=labels)], DEADLINE_S))
+    assert read.reason == "4711"
+    await process.close()
+
+
 async def test_it_sees_no_secret_and_takes_along_what_it_has_started(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RMA_SECRET_TOKEN", "4711")
-    process = await start()
+    process = await start(confined=False)
     [said] = await soon(process.ask([question("environment")], DEADLINE_S))
     assert "PATH" in said.reason
     assert "RMA_SECRET_TOKEN" not in said.reason
@@ -183,7 +205,7 @@ async def test_it_sees_no_secret_and_takes_along_what_it_has_started(
 
 
 async def test_one_that_dies_takes_along_what_it_has_started(folder: Path) -> None:
-    process = await start()
+    process = await start(confined=False)
     await soon(process.ask([question("start")], DEADLINE_S))
     [started] = [p for p in psutil.Process().children(recursive=True) if p.name() == "sleep"]
     assert await soon(process.ask([question("die")], DEADLINE_S)) == []

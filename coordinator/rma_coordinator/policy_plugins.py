@@ -160,7 +160,8 @@ class PolicyPlugins:
         def installed() -> tuple[str, str]:
             return _look_at(plugin, table)
 
-        version = PolicyVersion(plugin, table, files=files, installed=installed, clock=self._clock)
+        hidden = self._plugins.hidden
+        version = PolicyVersion(plugin, table, files=files, installed=installed, hidden=hidden, clock=self._clock)
         # Where everything starts at once, one may be slow; a pool must not lose what is in force by that.
         for left in reversed(range(tries)):
             try:

@@ -21,7 +21,7 @@ from rma_core.interfaces import TierDecision
 from rma_core.policy_process import PolicyProcess, Question, decision_deadline
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from rma_core.host import PolicyPlugin, State
     from rma_core.interfaces import PolicyInput
@@ -116,18 +116,20 @@ class PolicyVersion:
         *,
         files: str,
         installed: Callable[[], tuple[str, str]],
+        hidden: Sequence[str],
         clock: Callable[[], float],
     ) -> None:
         """Keep what it is: its configuration ``table``, and ``files``, a word for both code and table.
 
         ``installed`` says which version is there now, and that version's word; a child is started only of this one.
+        ``hidden`` folders are kept from it.
         """
         self.plugin, self.files = plugin, files
         self.policies: dict[str, ChildPolicy] = {}
         self.import_seconds: float | None = None
         self.used_at = clock()
         self.deadline_s, self._wrong = decision_deadline(plugin.name, table)
-        self._table, self._installed, self._clock = table, installed, clock
+        self._table, self._installed, self._hidden, self._clock = table, installed, hidden, clock
         self._process: PolicyProcess | None = None
         self._kept: dict[bytes, _Kept] = {}
         self._waiting: dict[bytes, _Waiting] = {}
@@ -291,7 +293,9 @@ class PolicyVersion:
             raise Unusable("failed", self._wrong)
         await self._same()
         try:
-            process = await PolicyProcess.start(self.plugin.value, self._table, folder=self.plugin.folder)
+            process = await PolicyProcess.start(
+                self.plugin.value, self._table, folder=self.plugin.folder, hidden=self._hidden
+            )
         except OSError as error:
             raise Unusable("failed", f"no child process can be started: {error}") from None
         if process.ended:
