@@ -12,6 +12,7 @@ import pytest
 from rma_coordinator import policy_versions
 from rma_core.errors import SettingProblem
 from rma_core.models.hardware import Capabilities, HardwareReport
+from rma_core.plugin_folders import Approval, PluginFolders
 from tests.coordinator_fixtures import running, soon, until
 from tests.policy_plugins import BROKEN, children, install, source, uninstall
 
@@ -233,6 +234,25 @@ async def test_one_that_ends_again_and_again_is_left_alone(
         words = "has failed 4 times within a minute, the last time it ended with exit code 4 before it answered"
         reasons = {row["reason"] for row in seen["workers"] if row["failed"]}
         assert reasons == {f"the tier policy 'night' {words}; it is left alone for a while"}
+
+
+async def test_one_in_a_folder_of_its_own_is_used_once_its_files_are_approved(tmp_path: Path) -> None:
+    folders = PluginFolders(tmp_path / "home" / "plugins")
+    async with pool_of(tmp_path / "home") as (pool, machines):
+        own = folders.path / "rma-policy-night"
+        install(own)
+        own.chmod(0o700)
+        [unused] = (await rescan(pool))["unused"]
+        assert (unused["name"], unused["state"]) == ("night", "unapproved")
+        approval = Approval(sha256=folders.get("rma-policy-night").digest, version="1.0", at="2026-01-01T00:00:00Z")
+        folders.decide(lambda decisions: decisions.approve("rma-policy-night", approval))
+        assert (await rescan(pool))["new"] == [{"name": "night", "version": "1.0"}]
+        await in_force(pool)
+        assert tiers(pool, machines) == [7] * 3
+        install(own, "1.1", tier=8)
+        [unused] = (await rescan(pool))["unused"]
+        assert "its files are not those of 1.0 that you approved" in unused["reason"]
+        assert tiers(pool, [*machines, await enrol(pool)]) == [7] * 4
 
 
 async def test_a_plugin_that_nobody_approved_is_not_even_imported(tmp_path: Path, folder: Path) -> None:
