@@ -450,6 +450,10 @@ class Switching:
         if rollout is not None:
             moving = {"total": rollout.total, "moved": rollout.moved, "stopped": rollout.stopped}
             moving |= msgspec.to_builtins(rollout.steps)
+        elif self._start is not None and self._record is not None and self._record.steps is not None:
+            # They moved when the last process ended, and nobody has looked yet how far they are.
+            moving = {"total": self._start.total, "moved": 0, "stopped": self._start.stopped}
+            moving |= msgspec.to_builtins(self._start.steps)
         return {
             "version": chosen.version,
             "since": iso(chosen.at),
