@@ -2,8 +2,9 @@
 
 Real machines' reports join a real coordinator with SQLite, on its own core. While requests for every service come all
 the time, a policy is previewed, put in force in steps (a canary, a hold, so many a minute), and rolled back: no request
-fails, and nobody changes tier but whom the preview named. Then, without a pool, how long a policy takes for fleets of
-up to a hundred times as many. ``--seconds`` is about how long the steps take.
+fails, and nobody changes tier but whom the preview named. The same policy as a plugin is previewed too: from a child,
+once when that must be started and asked about everyone, then when it has been. Then, without a pool, how long a policy
+takes for fleets of up to a hundred times as many. ``--seconds`` is about how long the steps take.
 """
 
 from __future__ import annotations
@@ -62,6 +63,15 @@ ram = "3GB"
 tier = 3
 name = "the rest"
 """
+#: The same as an installed plugin.
+PLUGIN = f"""
+from rma_core import hookimpl
+from rma_core.policy_file import read_policy
+
+@hookimpl
+def rma_tier_policies(config):
+    return [read_policy({POLICY!r}, name="bench", subject="the plugin")]
+"""
 
 
 def main() -> int:
@@ -70,7 +80,7 @@ def main() -> int:
     result: dict[str, Any] = {"workers": asked.workers}
     with tempfile.TemporaryDirectory(prefix="rma-bench-") as name:
         catalog = _load.write_catalog(Path(name) / "catalog")
-        env = {"RMA_MAX_CHANNELS": str(2 * asked.workers)}
+        env = {"RMA_MAX_CHANNELS": str(2 * asked.workers), "PYTHONPATH": str(_plugin(Path(name) / "plugin"))}
         arguments = ("--catalog", str(catalog), "--log-level", "warning")
         with (
             _common.coordinator(Path(name) / "home", cores=served, arguments=arguments, env=env) as server,
@@ -88,6 +98,16 @@ def main() -> int:
     return _common.show(result, _lines(result), _targets(result), asked)
 
 
+def _plugin(folder: Path) -> Path:
+    """Leave what pip would of the plugin."""
+    information = folder / "rma_policy_bench-1.0.dist-info"
+    information.mkdir(parents=True)
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: rma-policy-bench\nVersion: 1.0\n")
+    (information / "entry_points.txt").write_text("[rma.policies]\nbench = rma_policy_bench\n")
+    (folder / "rma_policy_bench.py").write_text(PLUGIN)
+    return folder
+
+
 async def _swapped(asked: Options, server: Server, workers: Sequence[Idler]) -> dict[str, Any]:
     async def open_all() -> bool:
         return all(worker.open for worker in workers)
@@ -102,6 +122,10 @@ async def _swapped(asked: Options, server: Server, workers: Sequence[Idler]) -> 
         body = {"policy": "many", "file": POLICY}
         previews = [await _timed(admin, "POST", "/api/admin/policies/preview", body) for _ in range(PREVIEWS)]
         plan = previews[-1][1]
+        from_child = [
+            await _timed(admin, "POST", "/api/admin/policies/preview", {"policy": "bench"}) for _ in range(PREVIEWS)
+        ]
+        child_mib = sum(_common.memory(child)["pss_mib"] for child in server.process.children())
         named = {row["worker_id"]: row["to"] for row in plan["workers"] if row["changes"]}
         steps = {
             "canary": CANARY,
@@ -125,6 +149,9 @@ async def _swapped(asked: Options, server: Server, workers: Sequence[Idler]) -> 
     changed = {name: tier for name, tier in moved.items() if tiers[name] != tier}
     return {
         "preview_s": [round(seconds, 3) for seconds, _ in previews],
+        "plugin_preview_s": [round(seconds, 3) for seconds, _ in from_child],
+        "plugin_differs": len({*_said(plan)} ^ {*_said(from_child[-1][1])}),
+        "child_pss_mib": round(child_mib, 1),
         "activation_s": round(took, 3),
         "changes": len(named),
         "steps_s": round(moved_s, 1),
@@ -135,6 +162,11 @@ async def _swapped(asked: Options, server: Server, workers: Sequence[Idler]) -> 
         "failures": len(measured.failures),
         "first_failures": measured.failures[:3],
     }
+
+
+def _said(plan: Mapping[str, Any]) -> Iterator[tuple[str, object, str]]:
+    """Yield what a preview says of each worker."""
+    yield from ((row["worker_id"], row["to"], row["reason"]) for row in plan["workers"])
 
 
 async def _requests(server: Server, services: Sequence[str], measured: _load.Measured, stop: asyncio.Event) -> None:
@@ -205,6 +237,8 @@ def _decided(size: int) -> dict[str, float]:
 def _targets(result: dict[str, Any]) -> list[Target]:
     return [
         Target("a preview of the live fleet, s", max(result["preview_s"]), PREVIEW_S),
+        Target("a preview of a plugin's policy, s", max(result["plugin_preview_s"]), PREVIEW_S),
+        Target("workers of which the plugin says something else", result["plugin_differs"], 1),
         Target("failed requests", result["failures"], 1),
         Target("workers that moved unnamed, or did not move", result["surprises"], 1),
         Target("workers that were not moved back", result["not_back"], 1),
@@ -216,6 +250,11 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
         f"{result['workers']} workers, {result['changes']} of which change: a preview takes "
         f"{min(result['preview_s'])} to {max(result['preview_s'])} s, putting it in force {result['activation_s']} s, "
         f"its steps {result['steps_s']} s, a rollback {result['rollback_s']} s"
+    )
+    first, *later = result["plugin_preview_s"]
+    yield (
+        f"the same policy as a plugin: {first} s for the first preview, {min(later)} to {max(later)} s for others; "
+        f"its child has {result['child_pss_mib']} MiB (PSS)"
     )
     for row in result["latency"].values():
         points = "  ".join(f"{point} {row[f'{point}_ms']:.2f}" for point in ("p50", "p95", "p99", "max"))

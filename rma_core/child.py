@@ -27,7 +27,7 @@ WHERE_SHARE = 0.9
 def main() -> NoReturn:
     """Read the request (where to look for modules, then JSON), use the plugin, answer, end."""
     path, _, asked = sys.stdin.buffer.read().partition(b"\n")
-    answer_to = _move_stdio()
+    answer_to = move_stdio()
     sys.path[:] = map(os.fsdecode, path.split(b"\0"))
     import msgspec
 
@@ -35,14 +35,14 @@ def main() -> NoReturn:
     _restrain(request["deadline_s"])
     answer = answer_of(request)
     with contextlib.suppress(OSError):
-        _write(answer_to, answer + b"\n")
+        write(answer_to, answer + b"\n")
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()
     os._exit(0)
 
 
-def _move_stdio() -> int:
+def move_stdio() -> int:
     """Take the answer's pipe away from stdout, which becomes stderr, and close stdin; return the pipe."""
     answer_to = os.dup(1)
     os.dup2(2, 1)
@@ -57,19 +57,31 @@ def _restrain(deadline_s: float) -> None:
     import faulthandler
 
     faulthandler.dump_traceback_later(deadline_s * WHERE_SHARE, exit=False)
+    no_crash_reports()
+    end_after(deadline_s + ORPHAN_S)
+
+
+def no_crash_reports() -> None:
+    """Crash without a core dump and without a dialog."""
     if sys.platform == "win32":
         import ctypes
 
         ctypes.windll.kernel32.SetErrorMode(0x8003)
     else:
         import resource
-        import signal
 
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         # When memory runs out, this is what can be spared first. Only Linux has it.
         with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as score:  # noqa: PTH123 - quick
             score.write("1000")
-        signal.setitimer(signal.ITIMER_REAL, deadline_s + ORPHAN_S)
+
+
+def end_after(seconds: float) -> None:
+    """Have the kernel end this process then, where it can; 0 takes that back."""
+    if sys.platform != "win32":
+        import signal
+
+        signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def answer_of(request: dict[str, Any]) -> bytes:
@@ -150,7 +162,8 @@ def _check(detection: object) -> None:
         raise DetectionError(f"returned {len(detection.devices):,} devices, and at most {MAX_DEVICES:,} are taken")
 
 
-def _write(descriptor: int, data: bytes) -> None:
+def write(descriptor: int, data: bytes) -> None:
+    """Write all of it."""
     while data:
         data = data[os.write(descriptor, data) :]
 

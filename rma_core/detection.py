@@ -227,11 +227,13 @@ async def _observe(
     return seen
 
 
-def deadline_of(name: str, table: Mapping[str, object], deadline_s: float) -> tuple[float, str]:
+def deadline_of(
+    name: str, table: Mapping[str, object], deadline_s: float, *, most_s: float = MAX_DEADLINE_S
+) -> tuple[float, str]:
     """Return how long a plugin may take: as its own table says, else ``deadline_s``; and what is wrong with that."""
     given = table.get("deadline_s", deadline_s)
-    if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 < given <= MAX_DEADLINE_S:
-        return deadline_s, f"deadline_s in [plugins.{name}] is {given!r}: give seconds, up to {MAX_DEADLINE_S:.0f}"
+    if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 < given <= most_s:
+        return deadline_s, f"deadline_s in [plugins.{name}] is {given!r}: give seconds, up to {most_s:.0f}"
     return float(given), ""
 
 

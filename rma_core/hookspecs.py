@@ -44,4 +44,7 @@ def rma_container_runtimes(config: PluginConfig) -> Iterable[ContainerRuntime]: 
 
 
 def rma_tier_policies(config: PluginConfig) -> Iterable[TierPolicy]:  # type: ignore[empty-body]
-    """Return named policies that turn a hardware report into a tier."""
+    """Return named policies that turn a hardware report into a tier.
+
+    A coordinator calls this in a child process for each version of a plugin, and asks the policies there.
+    """

@@ -1,7 +1,8 @@
 """The plugin host: finds plugins by entry point, decides by name, calls each one alone. The only module with pluggy.
 
-Detectors are never imported here: `rma_core.detection` runs each in a child and tells the host how it went. Runtimes
-and policies run in this process; what is blocked or not approved is not imported at all.
+Detectors are never imported here: `rma_core.detection` runs each in a child and tells the host how it went. Nor are
+strangers' policies in a coordinator, where each plugin has a child too. Runtimes run in this process, and elsewhere
+policies; what is blocked or not approved is not imported at all.
 """
 
 from __future__ import annotations
@@ -66,6 +67,17 @@ class DetectorPlugin(NamedTuple):
     folder: str = ""
 
 
+class PolicyPlugin(NamedTuple):
+    """A plugin whose policies may be asked: ``value`` is what its entry point names, to be imported in a child only."""
+
+    name: str
+    value: str
+    distribution: str
+    version: str
+    #: The folder that its distribution has for itself, where it has one.
+    folder: str = ""
+
+
 class InstalledPlugin(NamedTuple):
     """A plugin that an installed distribution announces; ``value`` is what its entry point names."""
 
@@ -88,6 +100,8 @@ class _Plugin:
         self.reason = ""
         self.import_seconds: float | None = None
         self.refused = False
+        #: It was handed over, not found.
+        self.registered = False
         self.call: Callable[[PluginConfig], object] | None = None
 
     @property
@@ -106,7 +120,9 @@ class Plugins:
         """Start with none. ``strict`` raises what would disable a plugin; ``trace`` logs every hook call."""
         self.strict = strict
         self.trace = trace
-        #: Folders that no detector may look into.
+        #: Strangers' policies are left to children: see `policy_plugins`.
+        self.policies_apart = False
+        #: Folders that no detector and no policy may look into.
         self.hidden: tuple[str, ...] = ()
         self._plugins: list[_Plugin] = []
 
@@ -122,6 +138,7 @@ class Plugins:
         strict: bool = False,
         trace: bool = False,
         files: str = "",
+        policies_apart: bool = False,
         own: PluginFolders | None = None,
         hidden: tuple[str, ...] = (),
     ) -> Plugins:
@@ -130,10 +147,11 @@ class Plugins:
         ``only`` (``None``: all) and ``blocked`` name entry points. With ``approval_required`` a plugin that is not
         built in needs its name, or ``*``, in ``approved``; one in a folder of its ``own`` needs its owner's approval of
         exactly those files. ``files`` is a folder of detectors that are files; ``hidden`` folders are kept from all.
-        Nothing raises unless ``strict``, but SettingProblem for a folder that is none.
+        With ``policies_apart`` policies that are not built in are not imported: `policy_plugins` has them. Nothing
+        raises unless ``strict``, but SettingProblem for a folder that is none.
         """
         found = cls(strict=strict, trace=trace)
-        found.hidden = hidden
+        found.policies_apart, found.hidden = policies_apart, hidden
         of_files = _of_files(files) if files and "detector" in kinds else []
         decisions = own.decisions() if own else None
         found._plugins = sorted([*_installed(kinds, own), *of_files], key=_order)
@@ -151,6 +169,7 @@ class Plugins:
         """Add a plugin that is not installed (tests, notebooks); a detector must be a module its child can import."""
         value = getattr(module, "__name__", type(module).__name__)
         plugin = _Plugin(name=name, kind=kind, value=value, distribution=distribution, version=version)
+        plugin.registered = True
         self._plugins.append(plugin)
         self._plugins.sort(key=_order)
         self._refuse_twins()
@@ -184,10 +203,36 @@ class Plugins:
             if p.kind == "detector" and not p.refused
         )
 
+    def policy_plugins(self) -> tuple[PolicyPlugin, ...]:
+        """Return the plugins with policies that may be used and are not imported here, by name."""
+        return tuple(
+            PolicyPlugin(p.name, p.value, p.distribution, p.version, p.folder)
+            for p in self._plugins
+            if not p.refused and self._apart(p)
+        )
+
+    def take_over(self, found: Plugins) -> None:
+        """Have what was ``found`` later in the place of what was found before; what was registered stays."""
+        self.hidden = found.hidden
+        self._plugins = sorted([*(p for p in self._plugins if p.registered), *found._plugins], key=_order)
+
+    def _apart(self, plugin: _Plugin) -> bool:
+        """Whether a plugin is imported in children only."""
+        if plugin.kind == "policy":
+            return self.policies_apart and not plugin.registered and plugin.distribution != BUILT_IN
+        return plugin.kind == "detector"
+
     def note_detector(self, name: str, *, state: State, reason: str = "", import_seconds: float | None = None) -> None:
         """Keep how a detector's last run in its child went."""
+        self._note("detector", name, state, reason, import_seconds)
+
+    def note_policy(self, name: str, *, state: State, reason: str = "", import_seconds: float | None = None) -> None:
+        """Keep how a plugin's policies do in their child."""
+        self._note("policy", name, state, reason, import_seconds)
+
+    def _note(self, kind: Kind, name: str, state: State, reason: str, import_seconds: float | None) -> None:
         for plugin in self._plugins:
-            if plugin.kind == "detector" and plugin.name == name and not plugin.refused:
+            if plugin.kind == kind and plugin.name == name and not plugin.refused:
                 plugin.import_seconds = import_seconds if import_seconds is not None else plugin.import_seconds
                 _move(plugin, state, reason)
 
@@ -218,7 +263,7 @@ class Plugins:
         return "invalid", words
 
     def _import(self, plugin: _Plugin, module: object = None) -> None:
-        if plugin.kind == "detector" or plugin.refused:
+        if plugin.refused or self._apart(plugin):
             return
         started = time.perf_counter()
         try:

@@ -81,7 +81,7 @@ async def run(
         code = transport.get_returncode()
         seconds = time.perf_counter() - started
     finally:
-        await _surely(_bury(transport, talk))
+        await surely(_bury(transport, talk))
     answer = bytes(talk.line) if talk.answered.done() and not talk.too_long else None
     return Ended(answer, code, too_late, talk.too_long, talk.printed.decode(errors="replace"), seconds)
 
@@ -93,7 +93,7 @@ async def scratch_folder() -> AsyncIterator[str]:
     try:
         yield folder
     finally:
-        await _surely(asyncio.to_thread(_remove, folder))
+        await surely(asyncio.to_thread(_remove, folder))
 
 
 def _remove(folder: str) -> None:
@@ -117,7 +117,7 @@ async def _finished(talk: _Talk, deadline_s: float) -> bool:
     return bool(done)
 
 
-async def _surely(work: Coroutine[None, None, None]) -> None:
+async def surely(work: Coroutine[None, None, None]) -> None:
     """Wait for ``work``, which is bounded, to its end even when cancelled meanwhile; then be cancelled."""
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
@@ -165,16 +165,17 @@ class _Talk(asyncio.SubprocessProtocol):
     def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
         del exc
         if fd == 1:
-            _done(self.closed)
+            settle(self.closed)
 
     def process_exited(self) -> None:
-        _done(self.exited)
+        settle(self.exited)
 
     def connection_lost(self, exc: Exception | None) -> None:
         del exc
-        _done(self.gone)
+        settle(self.gone)
 
 
-def _done(future: asyncio.Future[None]) -> None:
+def settle(future: asyncio.Future[None]) -> None:
+    """Let nobody wait for it any more."""
     if not future.done():
         future.set_result(None)

@@ -1,4 +1,4 @@
-"""Whether what a hook gives fits the interface of its kind (runtimes, policies); every complaint says what to do."""
+"""Whether what a plugin gives fits the interface of its kind (runtimes, policies); every complaint says what to do."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ import itertools
 import re
 from typing import Any
 
+import msgspec
+
 from rma_core.errors import PluginInvalid
-from rma_core.interfaces import ContainerRuntime, TierPolicy
+from rma_core.interfaces import ContainerRuntime, TierDecision, TierPolicy
 
 #: One plugin offers at most this many runtimes or policies; a generator that never ends is cut here.
 MAX_OBJECTS = 64
+#: The tiers that a policy may give; of a longer reason the beginning is kept.
+TIERS, REASON_CHARACTERS = range(1, 100), 1500
 
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 
@@ -24,6 +28,18 @@ def offers(result: Any, hook: str) -> list[Any]:  # noqa: ANN401 - a plugin may 
         if complaint:
             raise PluginInvalid(f"{hook}: {complaint}")
     return things
+
+
+def decision(given: object) -> TierDecision:
+    """Return what a policy gave as a decision that can be kept and read again. Raises what is wrong with it."""
+    # What does not have the declared types would be kept, and could not be read at the next start.
+    found = msgspec.json.decode(msgspec.json.encode(given), type=TierDecision)
+    if found.tier is not None and found.tier not in TIERS:
+        last = TIERS.stop - 1
+        raise ValueError(f"the tier is {found.tier}: give a whole number from {TIERS.start} to {last}, or None")
+    if len(found.reason) > REASON_CHARACTERS:
+        return TierDecision(tier=found.tier, reason=f"{found.reason[: REASON_CHARACTERS - 1]}…")
+    return found
 
 
 def _listed(result: Any, hook: str) -> list[Any]:  # noqa: ANN401 - a plugin may return anything

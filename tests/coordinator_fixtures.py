@@ -294,10 +294,14 @@ def make_app(
     entries: Sequence[CatalogEntry] = CATALOG,
     **more: Any,
 ) -> Quart:
+    config = settings(home, **more)
+    rules: dict[str, Any] = {"only": frozenset({"threshold"})}
+    if config.only_plugins:
+        rules = dict(config.plugin_rules())
     return create_app(
-        settings(home, **more),
+        config,
         store=store or SqliteStore(home / "coordinator.db"),
-        plugins=Plugins.discover(kinds=["policy"], only=frozenset({"threshold"})),
+        plugins=Plugins.discover(kinds=["policy"], policies_apart=True, **rules),
         clock=clock,
         catalog=tuple(entries),
     )

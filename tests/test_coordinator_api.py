@@ -86,6 +86,7 @@ CASES: dict[tuple[str, str], Case] = {
     ("POST", "/api/admin/policies/preview"): Case("/api/admin/policies/preview", {}),
     ("PUT", "/api/admin/policies/active"): Case("/api/admin/policies/active", {"policy": "nobody-has-this"}, 404),
     ("POST", "/api/admin/policies/rollback"): Case("/api/admin/policies/rollback", {}, 409),
+    ("POST", "/api/admin/policies/rescan"): Case("/api/admin/policies/rescan"),
     ("GET", "/api/admin/policies/{name}"): Case("/api/admin/policies/nobody-has-this", status=404),
     ("GET", "/api/admin/policies/shadow"): Case("/api/admin/policies/shadow", status=404),
     ("PUT", "/api/admin/policies/shadow"): Case("/api/admin/policies/shadow", {"policy": "nobody-has-this"}, 404),

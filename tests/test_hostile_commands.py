@@ -97,6 +97,7 @@ ASKING: tuple[tuple[str, ...], ...] = (
     ("tokens", "revoke", "00000000"),
     ("policies",),
     ("policies", "preview", "threshold"),
+    ("policies", "rescan"),
     ("backup",),
     ("infer", "notes", "a text"),
     ("infer", "notes", "a text", "--detach"),

@@ -10,9 +10,9 @@ import pytest
 
 from rma_coordinator import audit, shadow
 from rma_coordinator.audit import Audit
+from rma_coordinator.choices import PolicyRecord
 from rma_coordinator.domain.fleet import WorkerRecord
 from rma_coordinator.store import StoreFailed
-from rma_coordinator.switching import PolicyRecord
 from rma_coordinator.tiers import Known
 from rma_core.agent.keys import DeviceKey
 from rma_core.catalog import Needs
@@ -78,7 +78,7 @@ async def standing(pool: Running) -> dict[str, Any]:
 
 
 async def settled(pool: Running) -> None:
-    await until(lambda: pool.pool.switching.rollout is None)
+    await until(lambda: pool.pool.switching._start is None and pool.pool.switching.rollout is None)
 
 
 async def settled_at_start(pool: Running) -> None:
@@ -244,6 +244,7 @@ async def test_a_restart_on_the_way_goes_on_or_back_and_says_which(tmp_path: Pat
         await until(lambda: pool.pool.switching.rollout and pool.pool.switching.rollout.moved == 1)
     async with running(tmp_path) as pool:
         assert pool.pool.tiers.active == after
+        await until(lambda: pool.pool.switching._start is None)
         for _ in SIZES:
             pool.turn(60)
             await until(lambda: (r := pool.pool.switching.rollout) is None or not r.due(pool.clock()))

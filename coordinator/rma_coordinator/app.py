@@ -24,6 +24,7 @@ from rma_coordinator.api.v1 import models as openai_models
 from rma_coordinator.api.v1.access import covers
 from rma_coordinator.api.waiting import go_on
 from rma_coordinator.api.web import CALL, Web, without_body
+from rma_coordinator.policy_plugins import PolicyPlugins
 from rma_coordinator.pool import Pool
 from rma_core.catalog import load_folder
 from rma_core.errors import RMAError, SettingProblem
@@ -59,19 +60,23 @@ def create_app(
     catalog: tuple[CatalogEntry, ...] | None = None,
     models: tuple[ModelEntry, ...] = (),
     pin: str = "",
+    settings_now: Callable[[], CoordinatorSettings] | None = None,
 ) -> Quart:
     """Return the coordinator as a Quart application whose lifespan opens and closes the pool.
 
     ``clock`` is monotonic seconds, ``wall`` Unix seconds. The pool is at ``app.extensions["rma"]``.
-    ``models`` go with a ``catalog`` that is given. Raises SettingProblem or ValidationProblem for a configuration that
+    ``models`` go with a ``catalog`` that is given. ``settings_now`` returns what the settings say by now, for plugins
+    that are installed meanwhile. Raises SettingProblem or ValidationProblem for a configuration that
     cannot work.
     """
+    ours = plugins.policies(config.plugins)
     pool = Pool(
         config,
         store=store,
         clock=clock,
         wall=wall,
-        policies=plugins.policies(config.plugins),
+        policies=ours,
+        policy_plugins=PolicyPlugins(plugins, settings_now or (lambda: config), taken=ours, clock=clock),
         catalog=load_catalog(config) if catalog is None else catalog,
         models=load_model_catalog(config) if catalog is None else models,
         plugins=plugins.reports,
@@ -127,12 +132,17 @@ def _catalog_folder(config: CoordinatorSettings) -> Path:
 
 async def _serving(pool: Pool) -> AsyncGenerator[None, None]:
     """Open the pool, keep its time while the application serves, and close it."""
-    await pool.start()
+    try:
+        await pool.start()
+    except BaseException:
+        await pool.end_policies()
+        raise
     upkeep = [
         asyncio.create_task(pool.keep_time(), name="the pool's clock"),
         asyncio.create_task(pool.keep_books(), name="the pool's counters"),
         asyncio.create_task(pool.books.run(), name="the pool's books"),
         asyncio.create_task(pool.switching.keep(), name="the pool's tier policy"),
+        asyncio.create_task(pool.keep_deciding(), name="what decides workers that wait for a policy"),
         asyncio.create_task(tokens.warm(), name="what checks tokens"),
     ]
     for task in upkeep:

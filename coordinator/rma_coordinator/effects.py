@@ -12,9 +12,9 @@ from rma_coordinator.domain.fleet import lanes_of
 from rma_coordinator.switching import AT_ONCE
 
 if TYPE_CHECKING:
+    from rma_coordinator.choices import Plan
     from rma_coordinator.domain.fleet import Worker
     from rma_coordinator.pool import Pool
-    from rma_coordinator.switching import Plan
     from rma_core.models.worker import Assignment
 
 

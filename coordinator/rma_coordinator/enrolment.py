@@ -12,6 +12,7 @@ from rma_coordinator.domain.credentials import fingerprint
 from rma_coordinator.domain.fleet import WorkerRecord
 from rma_coordinator.store import Put
 from rma_core.errors import NotAuthenticated, NotFound, Refused
+from rma_core.interfaces import PolicyInput
 from rma_core.models.hardware import HardwareReport
 from rma_core.models.worker import RegisterResponse, TokenResponse
 
@@ -24,13 +25,16 @@ logger = logging.getLogger(__name__)
 
 #: Seconds after it joined in which another registration of a worker belongs to its joining.
 JOINING_S = 10.0
+#: A machine that joins waits so long for its tier, and gets it later where that is not enough.
+DECIDED_S = 5.0
 #: What a preview calls the machine; no worker has this id, for no key has this thumbprint.
 NOBODY = "worker-00000000"
 
 
-def preview(pool: Pool, request: RegisterRequest) -> RegisterResponse:
+async def preview(pool: Pool, request: RegisterRequest) -> RegisterResponse:
     """Say what a registration would answer; nothing is kept and no token is spent."""
     report = request.report or HardwareReport(capabilities=request.capabilities)
+    await _prepare(pool, request, "")
     decision = pool.decide(report, labels=request.labels, worker_id="")
     chosen = pool.placement(request, report, decision.tier, worker_id="")
     return RegisterResponse(
@@ -56,14 +60,17 @@ async def register(
             "a registration carries the machine's public key and a proof that it holds the private one"
         )
     thumbprint = tokens.thumbprint(request.public_key)
-    token = pool.keyring.join_token(join_secret, thumbprint)
+    pool.keyring.join_token(join_secret, thumbprint)
     claims = tokens.verify_proof(
         request.proof, public_key=request.public_key, kind="rma-proof+jwt", issuer=pool.record.issuer
     )
     if claims["iss"] != thumbprint or claims.get("tkn") != fingerprint(join_secret):
         raise NotAuthenticated("the proof is for another key or another join token")
     _spend_nonce(pool, claims)
-    # Nothing waits between the look at the token and the commit's snapshot: two machines never spend one use.
+    known = pool.fleet.by_thumbprint(thumbprint)
+    await _prepare(pool, request, known.id if known else pool.fleet.new_id(thumbprint))
+    # Nothing waits between this look at the token and the commit's snapshot: two machines never spend one use.
+    token = pool.keyring.join_token(join_secret, thumbprint)
     known = pool.fleet.by_thumbprint(thumbprint)
     if known is not None and known.record.disabled:
         raise Refused("an admin has disabled this machine", hints=("ask the pool's admin",))
@@ -77,9 +84,17 @@ async def register(
 
 async def reregister(pool: Pool, worker: Worker, request: RegisterRequest, *, ip_address: str) -> RegisterResponse:
     """Take a known worker's new facts in; its worker token stands for its key."""
+    await _prepare(pool, request, worker.id)
     _enlist(pool, request, worker.record.thumbprint, worker, ip_address=ip_address)
     await pool.store.commit([Put(worker.id, worker.record)])
     return _welcome(pool, worker)
+
+
+async def _prepare(pool: Pool, request: RegisterRequest, worker_id: str) -> None:
+    """Have the policy answer for a machine before it is decided; one that takes too long is waited for later."""
+    report = request.report or HardwareReport(capabilities=request.capabilities)
+    asked = PolicyInput(report=report, labels=request.labels, worker_id=worker_id)
+    await pool.tiers.prepare([asked], within_s=DECIDED_S)
 
 
 def exchange(pool: Pool, assertion: str) -> TokenResponse:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 from datetime import UTC, datetime
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from rma_coordinator import tokens
+from rma_coordinator.audit import ITSELF
 from rma_coordinator.books import Books
 from rma_coordinator.domain import addresses
 from rma_coordinator.domain.credentials import SCOPES, JoinTokenRecord, KeyRecord, Nonces, Principal
@@ -28,12 +30,14 @@ from rma_coordinator.domain.webhooks import WebhookSecrets
 from rma_coordinator.hub import Hub
 from rma_coordinator.ledger import Ledger
 from rma_coordinator.parking import Parking
+from rma_coordinator.policy_versions import ChildPolicy
 from rma_coordinator.relay import Relay
 from rma_coordinator.spool import Spools
 from rma_coordinator.store import Delete, Put, StoreFailed
-from rma_coordinator.switching import Switching
-from rma_coordinator.tiers import FOLDER, NoDecision, Tiers
+from rma_coordinator.switching import Switching, asked_of
+from rma_coordinator.tiers import FOLDER, NoDecision, Pending, Tiers
 from rma_coordinator.webhooks import Webhooks
+from rma_core.backoff import Backoff
 from rma_core.errors import NotFound, RMAError, SettingProblem, TryLater
 from rma_core.interfaces import PolicyInput, TierDecision
 from rma_core.models.worker import HeartbeatAnswer
@@ -47,6 +51,7 @@ if TYPE_CHECKING:
     from rma_coordinator.domain.placement import Placement
     from rma_coordinator.domain.records import LedgerEntry
     from rma_coordinator.domain.tasks import Attempt, Task
+    from rma_coordinator.policy_plugins import Found, PolicyPlugins
     from rma_coordinator.spool import Body
     from rma_coordinator.store import Store
     from rma_core.catalog import CatalogEntry
@@ -68,6 +73,8 @@ SHOWN_MODELS, MOST_WAIT_S = 20, 3600.0
 SHOWN_MACHINES = 3
 #: Counters that only heartbeats and finished tasks move are written at most this often.
 FLUSH_S = 10.0
+#: Workers that no policy has decided are looked at again so often.
+DECIDED_S, DECIDED_AT_ONCE = 10.0, 10
 #: Workers' records that are whole in memory at a time, 10 KB each, when many are read or written.
 FLUSHED_AT_ONCE = 50
 #: Counts of bytes that are written in one commit.
@@ -110,6 +117,7 @@ class Pool:
         catalog: Sequence[CatalogEntry],
         models: Sequence[ModelEntry] = (),
         plugins: Callable[[], tuple[PluginReport, ...]] = tuple,
+        policy_plugins: PolicyPlugins | None = None,
         pin: str = "",
     ) -> None:
         self.settings = settings
@@ -117,6 +125,8 @@ class Pool:
         self.clock = clock
         self.wall = wall
         self.tiers = Tiers(policies, wanted=settings.tier_policy, folder=settings.home_path / FOLDER)
+        #: What plugins have of policies, each in a child; ``None`` where nobody looks for them.
+        self.policy_plugins = policy_plugins
         self.switching = Switching(self)
         self.entries = tuple(_registry(entry, settings.image_registry) for entry in catalog)
         #: One entry for each service: of several engines for its models the first.
@@ -181,6 +191,8 @@ class Pool:
         """Load what the store holds; once is enough. Raises SettingProblem for a policy that nobody has installed."""
         if self._started:
             return
+        if self.policy_plugins is not None:
+            await self.look_at_policies(first=True)
         self.tiers.check()
         await self.store.open()
         found = await self.store.load(PoolRecord)
@@ -211,6 +223,8 @@ class Pool:
         await self.books.open(self.record.starts)
         await self.webhooks.open(self.keyring, kept=self.books.known)
         await self.switching.open()
+        if self.policy_plugins is not None:
+            await self.policy_plugins.tidy(self.switching.needed, idle_s=0)
         completed = self.books.ledger.completed()
         for worker in self.fleet.workers.values():
             worker.completed = completed[worker.id]
@@ -222,6 +236,7 @@ class Pool:
 
     async def stop(self) -> None:
         """Write what is not written yet and close the store; once is enough."""
+        await self.end_policies()
         if not self._started:
             return
         self._started = False
@@ -270,6 +285,59 @@ class Pool:
             except Exception:
                 # The books must go on after one bad round; the traceback says what to mend.
                 logger.exception("the counters could not be written")
+
+    async def look_at_policies(self, *, first: bool = False, by: str = ITSELF) -> Found:
+        """Look at which policies plugins have now; what is in force stays so. Raises PluginError, SettingProblem."""
+        assert self.policy_plugins is not None  # noqa: S101 - whoever asks has looked
+        found = await self.policy_plugins.look(first=first)
+        self.tiers.take(self.policy_plugins.policies, self.policy_plugins.refused)
+        if not first:
+            words = "plugins with policies were looked at by %s: %s"
+            logger.info(words, by, found.words, extra={"action": "policies_rescanned"})
+        return found
+
+    async def end_policies(self) -> None:
+        """End every child with policies."""
+        if self.policy_plugins is not None:
+            await self.policy_plugins.close()
+
+    async def keep_deciding(self) -> None:
+        """Decide who waits for a policy's answer, and now and then once more whom it failed for. Until cancelled."""
+        again = Backoff(base_s=TICK_S, cap_s=DECIDED_S)
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.tiers.pended.wait(), DECIDED_S)
+            try:
+                if not self.tiers.pended.is_set() and isinstance(self.tiers.current, ChildPolicy):
+                    self.tiers.pending |= self.tiers.failing
+                await self.decide_pending()
+                if self.policy_plugins is not None:
+                    await self.policy_plugins.tidy(self.switching.needed)
+            except Exception:
+                logger.exception("workers that wait for their tier could not be decided")
+            if self.tiers.pended.is_set():
+                # Nobody had an answer for some: a child may be left alone for now.
+                await asyncio.sleep(again.next_s())
+            else:
+                again.reset()
+
+    async def decide_pending(self) -> None:
+        """Ask the policy about workers that wait for its answer, and decide them."""
+        waiting, self.tiers.pending = self.tiers.pending, set()
+        self.tiers.pended.clear()
+        await self.decide_all(sorted(waiting))
+
+    async def decide_all(self, worker_ids: Sequence[str]) -> None:
+        """Decide workers once more, those that there still are; other work goes on meanwhile."""
+        workers = self.fleet.workers
+        for start in range(0, len(worker_ids), DECIDED_AT_ONCE):
+            some = worker_ids[start : start + DECIDED_AT_ONCE]
+            await asyncio.sleep(0)
+            await self.tiers.ask_shadow(asked_of(workers[one]) for one in some if one in workers)
+            await self.tiers.prepare(asked_of(workers[one]) for one in some if one in workers)
+            for one in some:
+                if one in workers:
+                    self.decide_again(workers[one])
 
     def sweep(self) -> None:
         """Look for workers that fell silent: their attempts are lost, and they are given nothing new."""
@@ -418,6 +486,8 @@ class Pool:
         decision = self.tiers.decide(PolicyInput(report=report, labels=labels, worker_id=worker_id))
         if known is None or not isinstance(decision, NoDecision):
             return decision
+        if isinstance(decision, Pending):
+            return TierDecision(tier=known.tier, reason=known.tier_reason)
         return TierDecision(tier=known.tier, reason=f"{decision.reason}; the tier stays as it was")
 
     def placement(

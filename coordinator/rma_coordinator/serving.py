@@ -19,11 +19,10 @@ from rma_core.agent.state import StateFolder
 from rma_core.commands import common
 from rma_core.errors import UsageProblem
 from rma_core.host import Plugins
+from rma_core.settings import AgentSettings, CoordinatorSettings, load_settings
 
 if TYPE_CHECKING:
     from quart import Quart
-
-    from rma_core.settings import CoordinatorSettings
 
 #: Seconds that the client key of `rma up` lasts: as long as its admin key.
 CLIENT_KEY_S = 90 * 86_400.0
@@ -64,9 +63,12 @@ def make_app(settings: CoordinatorSettings, *, pin: str = "") -> Quart:
     """Return the application for these settings; its plugins are policies only, the others are the agent's."""
     StateFolder(settings.home_path).prepare()
     store = make_store(settings.store, settings.home_path)
-    return create_app(
-        settings, store=store, plugins=Plugins.discover(kinds=["policy"], **settings.plugin_rules()), pin=pin
-    )
+    plugins = Plugins.discover(kinds=["policy"], policies_apart=True, **settings.plugin_rules())
+
+    def settings_now() -> CoordinatorSettings:
+        return load_settings(CoordinatorSettings, flags={"home": settings.home}, known=(AgentSettings,))
+
+    return create_app(settings, store=store, plugins=plugins, pin=pin, settings_now=settings_now)
 
 
 async def stopped() -> None:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from rma_coordinator.audit import ITSELF, Audit, AuditEntry
+from rma_coordinator.choices import Change, Choice, Plan, PolicyRecord, Start, choice_of
 from rma_coordinator.domain.fleet import iso
 from rma_coordinator.domain.rollout import Pulse, Rollout, Steps
+from rma_coordinator.policy_versions import ChildPolicy
 from rma_coordinator.shadow import Shadow
 from rma_coordinator.store import Delete, Put
-from rma_coordinator.tiers import NoDecision, failed_for_many
+from rma_coordinator.tiers import NoDecision, Pending, failed_for_many
 from rma_core.errors import Refused, RMAError
 from rma_core.interfaces import PolicyInput
 from rma_core.policy_file import read_policy
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from rma_coordinator.domain.fleet import Worker
     from rma_coordinator.pool import Pool
-    from rma_core.interfaces import TierPolicy
+    from rma_core.interfaces import TierDecision, TierPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -33,95 +34,14 @@ logger = logging.getLogger(__name__)
 TICK_S = 0.5
 #: Workers that are decided or moved before anyone else gets a word in.
 AT_ONCE = 10
+#: How often a policy is asked about one worker that changes meanwhile.
+ASKED_AGAIN = 3
 #: Policies that a pool can go back through.
 MOST_BACK = 20
 #: The key of the one record.
 KEY = "policy"
 #: Workers that are named where a policy fails.
 NAMED = 3
-
-
-class Choice(msgspec.Struct, frozen=True, kw_only=True):
-    """A policy that was put in force: its name, its text where it is a file's, when (Unix seconds) and by whom."""
-
-    name: str
-    text: str = ""
-    at: float = 0.0
-    by: str = ""
-
-    @property
-    def digest(self) -> str:
-        """A word for this policy and no other."""
-        return hashlib.sha256(f"{self.name}\0{self.text}".encode()).hexdigest()[:16]
-
-    def same(self, other: Choice) -> bool:
-        """Whether both are the same policy, whoever chose it."""
-        return (self.name, self.text) == (other.name, other.text)
-
-
-class PolicyRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What was put in force, oldest first, and a word for what the settings said then (``wanted``).
-
-    While workers move: ``steps``, how many change in all, and why they move no further.
-    """
-
-    wanted: str
-    choices: tuple[Choice, ...]
-    steps: Steps | None = None
-    total: int = 0
-    stopped: str = ""
-    shadow: Choice | None = None
-
-
-class Change(NamedTuple):
-    """What a policy says of one worker, beside what is."""
-
-    worker_id: str
-    tier: int | None
-    new_tier: int | None
-    reason: str
-    failed: bool
-
-    @property
-    def changes(self) -> bool:
-        """Whether its tier would be another; one for which the policy fails stays where it is."""
-        return not self.failed and self.tier != self.new_tier
-
-
-class Plan(NamedTuple):
-    """What a policy says of the whole fleet, by worker."""
-
-    rows: list[Change]
-
-    @property
-    def moves(self) -> list[Change]:
-        """Those that would change."""
-        return [row for row in self.rows if row.changes]
-
-    @property
-    def failed(self) -> list[Change]:
-        """Those for which the policy fails."""
-        return [row for row in self.rows if row.failed]
-
-    @property
-    def digest(self) -> str:
-        """A word for exactly these moves: who saw a preview can say that nothing else is meant."""
-        moves = [(row.worker_id, row.tier, row.new_tier) for row in self.moves]
-        return hashlib.sha256(msgspec.json.encode(moves)).hexdigest()[:16]
-
-
-class Start(NamedTuple):
-    """What a start has found, for the first round: what is in force, how workers get there, and what is said of it."""
-
-    choices: tuple[Choice, ...]
-    steps: Steps
-    action: str
-    words: str
-    #: How many change in all, where it goes on; and why it was stopped.
-    total: int = 0
-    stopped: str = ""
-    #: Nobody did anything: it is told only where workers move.
-    quiet: bool = False
 
 
 class Switching:
@@ -151,7 +71,7 @@ class Switching:
     def _own(self) -> Choice:
         """Return the settings' own policy as a choice."""
         own = self.tiers.own
-        return Choice(name=self.tiers.wanted, text=own.text if own else "")
+        return choice_of(own.policy, own.text) if own else Choice(name=self.tiers.wanted)
 
     async def open(self) -> None:
         """Go on where the last process was. What was put in force counts until the settings name another policy.
@@ -165,24 +85,24 @@ class Switching:
         assert policy is not None  # noqa: S101 - `_usable` has looked
         self.tiers.use(policy, waiting=self._pool.fleet.workers.keys())
         self._in_force = start.choices[-1], policy
-        if self._record and self._record.shadow and (shadow := self._policy(self._record.shadow)):
-            self.tiers.shadow = Shadow(shadow, since=self._record.shadow.at, wall=self._pool.wall)
+        beside = self._record.shadow if self._record else None
+        if beside is not None and (shadow := self._policy(beside) or self._by_name(beside)):
+            self.tiers.shadow = Shadow(shadow, since=beside.at, wall=self._pool.wall)
         self._wake.set()
 
     def _found(self, record: PolicyRecord | None) -> Start:
         """Return what is in force now, as the store and the settings have it."""
         own = self._own()
         if record is None:
-            words = f"{own.name!r} is in force, as the settings say"
+            words = f"{own.words} is in force, as the settings say"
             return Start((own,), Steps(), "policy_set", words, quiet=True)
         if record.wanted != own.digest and not record.choices[-1].same(own):
             choice = msgspec.structs.replace(own, at=self._pool.wall(), by=ITSELF)
-            words = f"the settings have another policy now, {own.name!r}, which is in force"
+            words = f"the settings have another policy now, {own.words}, which is in force"
             return Start((*record.choices, choice), Steps(), "policy_set", words)
         choices, lost = self._usable(record.choices), record.choices[-1].name
         if not choices[-1].same(record.choices[-1]):
-            words = f"{lost!r} is not there any more: {choices[-1].name!r} is in force again"
-            return Start(choices, Steps(), "policy_lost", words)
+            return self._replaced(record) or self._lost(record.choices[-1], choices)
         if record.steps is None:
             return Start(choices, Steps(), "policy_differs", f"{lost!r} says something else than it did", quiet=True)
         words = f"the coordinator was restarted while workers moved to {lost!r}: "
@@ -191,6 +111,31 @@ class Switching:
             return Start(back, Steps(), "policy_rolled_back", f"{words}back to {back[-1].name!r}, as was asked for")
         words += f"it is still stopped ({record.stopped})" if record.stopped else "it goes on"
         return Start(choices, record.steps, "policy_goes_on", words, record.total, record.stopped)
+
+    def _replaced(self, record: PolicyRecord) -> Start | None:
+        """Return the version that is installed now of what was in force; the one of then nobody can start any more."""
+        was = record.choices[-1]
+        known = self._by_name(was)
+        if known is None:
+            return None
+        if record.steps and record.steps.on_restart == "rollback" and len(record.choices) > 1:
+            return None
+        now = choice_of(known, at=self._pool.wall(), by=ITSELF)
+        words = f"{was.words} was in force, and {now.version} is installed now: that is in force"
+        if now.version == was.version:
+            words = f"{was.words} is in force, and its files or settings are others than they were"
+        choices, steps = (*record.choices[:-1], now), record.steps or Steps()
+        return Start(choices, steps, "policy_differs", words, record.total, record.stopped)
+
+    def _by_name(self, choice: Choice) -> ChildPolicy | None:
+        """Return whichever version of a plugin's policy is installed now."""
+        known = self.tiers.known.get(choice.name)
+        return known.policy if choice.version and known and isinstance(known.policy, ChildPolicy) else None
+
+    def _lost(self, was: Choice, choices: tuple[Choice, ...]) -> Start:
+        why = self.tiers.refused.get(was.name, "")
+        words = f"{was.words} is not there any more{why and f' ({why})'}: {choices[-1].words} is in force again"
+        return Start(choices, Steps(), "policy_lost", words)
 
     def _usable(self, choices: tuple[Choice, ...]) -> tuple[Choice, ...]:
         """Return the choices up to the last one whose policy is still there; else the settings' own."""
@@ -212,52 +157,71 @@ class Switching:
         except RMAError as error:
             logger.warning("the tier policy %s cannot be read any more: %s", choice.name, error)
             return None
+        if choice.version:
+            plugins = self._pool.policy_plugins
+            return plugins.find(choice.name, choice.version, choice.files) if plugins else None
         known = self.tiers.known.get(choice.name)
         return known.policy if known and not known.text else None
+
+    @property
+    def needed(self) -> list[ChildPolicy]:
+        """The policies of plugins that a swap may need again, the one in force last."""
+        shadow = self.tiers.shadow
+        chosen = [self._policy(choice) for choice in self.choices if choice.version]
+        some = [*chosen, shadow.policy if shadow else None, self.tiers.current]
+        return [one for one in some if isinstance(one, ChildPolicy)]
 
     async def _first(self, start: Start) -> None:
         """Look at all workers once after a start, and let those move whose tier is another now."""
         with self._noting():
             policy = self.tiers.current or self.tiers.find().policy
             plan = await self.plan(policy)
-            if plan.moves or not start.quiet:
+            # Of a plugin's policy it is kept which version that is: the next start may find another.
+            if plan.moves or not start.quiet or (self._record is None and start.choices[-1].version):
                 moved = max(0, start.total - len(plan.moves))
                 await self._begin(
                     start.choices, policy, start.steps, start.action, start.words, by=ITSELF, plan=plan,
                     moved=moved, stopped=start.stopped,
                 )  # fmt: skip
             else:
-                self._release()
+                await self._release()
         self._start = None
         if self.tiers.shadow is not None:
             await self._ask_shadow(self.tiers.shadow)
 
-    def _release(self) -> None:
+    async def _release(self) -> None:
         """Nobody waits any more; who told something new while all did is decided now."""
         self.tiers.waiting = ()
-        for worker_id in sorted(self.tiers.asked_meanwhile or ()):
-            if worker_id in self._pool.fleet.workers:
-                self._pool.decide_again(self._pool.fleet.workers[worker_id])
+        await self._pool.decide_all(sorted(self.tiers.asked_meanwhile or ()))
 
     # -- what would change -------------------------------------------------------------------------------------
 
     async def plan(self, policy: TierPolicy) -> Plan:
         """Return what a policy says of every worker; other work goes on meanwhile."""
-        rows = [self._change(policy, worker) async for worker in self._workers()]
-        return Plan(rows)
+        return Plan([await self._change(policy, worker) async for worker in self._workers(policy)])
 
-    async def _workers(self) -> AsyncIterator[Worker]:
-        for number, worker_id in enumerate(sorted(self._pool.fleet.workers)):
-            if number % AT_ONCE == 0:
-                await asyncio.sleep(0)
-            worker = self._pool.fleet.workers.get(worker_id)
-            if worker is not None:
+    async def _workers(self, policy: TierPolicy) -> AsyncIterator[Worker]:
+        """Yield every worker, for each of which the policy has been asked."""
+        workers, worker_ids = self._pool.fleet.workers, sorted(self._pool.fleet.workers)
+        for start in range(0, len(worker_ids), AT_ONCE):
+            await asyncio.sleep(0)
+            some = [workers[one] for one in worker_ids[start : start + AT_ONCE] if one in workers]
+            await self.tiers.prepare((asked_of(worker) for worker in some), policy)
+            for worker in some:
                 yield worker
 
-    def _change(self, policy: TierPolicy, worker: Worker) -> Change:
-        record = worker.record
-        decision = self.tiers.decide(_asked(worker), policy)
-        return Change(worker.id, record.tier, decision.tier, decision.reason, isinstance(decision, NoDecision))
+    async def _change(self, policy: TierPolicy, worker: Worker) -> Change:
+        decision = await self._decision(policy, worker)
+        return Change(worker.id, worker.brief.tier, decision.tier, decision.reason, isinstance(decision, NoDecision))
+
+    async def _decision(self, policy: TierPolicy, worker: Worker) -> TierDecision:
+        """Return what a policy says of a worker, of which something else may be known by now than when it was asked."""
+        for _ in range(ASKED_AGAIN):
+            decision = self.tiers.decide(asked_of(worker), policy)
+            if not isinstance(decision, Pending):
+                break
+            await self.tiers.prepare([asked_of(worker)], policy)
+        return decision
 
     @contextlib.contextmanager
     def _noting(self) -> Iterator[None]:
@@ -287,8 +251,8 @@ class Switching:
                 if seen and seen != plan.digest:
                     raise Refused("the fleet has changed since that preview", hints=("look at it once more",))
                 _refuse_failing(policy, plan)
-                choice = Choice(name=policy.name, text=kept, at=self._pool.wall(), by=by)
-                words = f"{policy.name!r} is in force, {self.tiers.active!r} was; workers that change: "
+                choice = choice_of(policy, kept, at=self._pool.wall(), by=by)
+                words = f"{choice.words} is in force, {self.choices[-1].words} was; workers that change: "
                 await self._begin(
                     (*self.choices, choice), policy, steps, "policy_activated", f"{words}{len(plan.moves)}", by=by,
                     plan=plan,
@@ -323,7 +287,7 @@ class Switching:
         assert policy is not None  # noqa: S101 - `_usable` has looked
         with self._noting():
             plan = await self.plan(policy)
-            words = f"back to {policy.name!r} from {self.tiers.active!r}; workers that change: {len(plan.moves)}"
+            words = f"back to {choices[-1].words} from {self.choices[-1].words}; workers that change: {len(plan.moves)}"
             words += f": {why}" if why else ""
             await self._begin(choices, policy, Steps(), "policy_rolled_back", words, by=by, plan=plan)
         self._start = None
@@ -385,8 +349,8 @@ class Switching:
         """Ask a policy beside the one in force from now on. Raises NotFound, ValidationProblem."""
         async with self._one:
             policy, kept = await self._choose(name, text)
-            choice = Choice(name=policy.name, text=kept, at=self._pool.wall(), by=by)
-            words = f"{policy.name!r} is asked in the shadow of {self.tiers.active!r}"
+            choice = choice_of(policy, kept, at=self._pool.wall(), by=by)
+            words = f"{choice.words} is asked in the shadow of {self.tiers.active!r}"
             await self._commit("policy_shadow", words, by=by, shadow=choice)
             self.tiers.shadow = shadow = Shadow(policy, since=choice.at, wall=self._pool.wall)
             await self._ask_shadow(shadow)
@@ -402,8 +366,8 @@ class Switching:
 
     async def _ask_shadow(self, shadow: Shadow) -> None:
         """Ask it about every worker that there is."""
-        async for worker in self._workers():
-            decision = self.tiers.decide(_asked(worker), shadow.policy)
+        async for worker in self._workers(shadow.policy):
+            decision = await self._decision(shadow.policy, worker)
             shadow.compare(worker.id, worker.brief.tier, decision, failed=isinstance(decision, NoDecision))
 
     # -- meanwhile ---------------------------------------------------------------------------------------------
@@ -454,13 +418,15 @@ class Switching:
         rollout.stopped = trouble
 
     async def _move(self, rollout: Rollout, due: Iterable[str]) -> None:
-        for number, worker_id in enumerate(due):
-            if number % AT_ONCE == 0:
-                await asyncio.sleep(0)
-            rollout.done(worker_id)
-            worker = self._pool.fleet.workers.get(worker_id)
-            if worker is not None:
-                self._pool.decide_again(worker)
+        moving, workers = list(due), self._pool.fleet.workers
+        for start in range(0, len(moving), AT_ONCE):
+            some = moving[start : start + AT_ONCE]
+            await asyncio.sleep(0)
+            await self.tiers.prepare((asked_of(workers[one]) for one in some if one in workers), self.tiers.current)
+            for worker_id in some:
+                rollout.done(worker_id)
+                if worker_id in workers:
+                    self._pool.decide_again(workers[worker_id])
 
     async def _finish(self, rollout: Rollout) -> None:
         # Tiers are on disk before that is: a process that starts in between would not look at them again.
@@ -484,16 +450,23 @@ class Switching:
         if rollout is not None:
             moving = {"total": rollout.total, "moved": rollout.moved, "stopped": rollout.stopped}
             moving |= msgspec.to_builtins(rollout.steps)
+        elif self._start is not None and self._record is not None and self._record.steps is not None:
+            # They moved when the last process ended, and nobody has looked yet how far they are.
+            moving = {"total": self._start.total, "moved": 0, "stopped": self._start.stopped}
+            moving |= msgspec.to_builtins(self._start.steps)
         return {
+            "version": chosen.version,
             "since": iso(chosen.at),
             "by": chosen.by,
             "previous": [choice.name for choice in reversed(self.choices[:-1])],
+            "previous_versions": [choice.version for choice in reversed(self.choices[:-1])],
             "moving": moving,
             "shadow": shadow.policy.name if shadow else None,
         }
 
 
-def _asked(worker: Worker) -> PolicyInput:
+def asked_of(worker: Worker) -> PolicyInput:
+    """Return what a policy is asked about a worker."""
     record = worker.record
     return PolicyInput(report=record.report, labels=record.labels, worker_id=worker.id)
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import TYPE_CHECKING, NamedTuple
 
-import msgspec
-
-from rma_core.errors import NotFound, RMAError, SettingProblem
+from rma_coordinator.policy_versions import PREPARED_S, ChildPolicy, Failed, NotAskedYet
+from rma_core import offers
+from rma_core.errors import NotFound, Refused, RMAError, SettingProblem
 from rma_core.interfaces import TierDecision
 from rma_core.policy_file import SUFFIX, load, read_policy
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Mapping
+    from collections.abc import Container, Iterable, Mapping
     from pathlib import Path
 
     from rma_coordinator.shadow import Shadow
@@ -30,6 +31,10 @@ class NoDecision(TierDecision, frozen=True, kw_only=True):
     """What stands in for the answer of a policy that failed."""
 
 
+class Pending(NoDecision, frozen=True, kw_only=True):
+    """What stands in for an answer that is still to come: the policy has not failed."""
+
+
 class Known(NamedTuple):
     """A policy that can be chosen, and its text where it is a file's."""
 
@@ -42,7 +47,9 @@ class Tiers:
 
     def __init__(self, installed: Mapping[str, TierPolicy], *, wanted: str, folder: Path | None = None) -> None:
         """Keep what there is; ``wanted`` is the policy that the settings name. Raises what is wrong with its file."""
-        self._installed = {name: Known(policy) for name, policy in installed.items()}
+        self._installed = self._ours = {name: Known(policy) for name, policy in installed.items()}
+        #: Why a policy cannot be used that a plugin should have.
+        self.refused: dict[str, str] = {}
         self._folder = folder
         self._read: dict[Path, tuple[tuple[int, int], Known | None]] = {}
         self.wanted = wanted
@@ -57,17 +64,31 @@ class Tiers:
         self.failing: set[str] = set()
         #: While a plan is made: workers for which the policy in force was asked meanwhile.
         self.asked_meanwhile: set[str] | None = None
+        #: Workers that are decided once there is an answer for them.
+        self.pending: set[str] = set()
+        self.pended = asyncio.Event()
 
     @property
     def active(self) -> str:
         """The name of the policy in force."""
         return self.current.name if self.current else self.wanted
 
+    def take(self, plugins: Mapping[str, ChildPolicy], refused: Mapping[str, str]) -> None:
+        """Take in which policies plugins have now, and why others are refused. Raises what is wrong with a file."""
+        self._installed = {**{name: Known(policy) for name, policy in plugins.items()}, **self._ours}
+        self.refused = dict(refused)
+        self._read.clear()
+        self.known = self._found(active="" if self.own else self.wanted)
+        if self.own is None:
+            self.own = self.known.get(self.wanted)
+            self.current = self.own.policy if self.own else None
+
     def check(self) -> None:
         """Raise SettingProblem where the policy that the settings name is not there."""
         if self.own is None:
+            why = self.refused.get(self.wanted, "")
             raise SettingProblem(
-                f"there is no tier policy {self.wanted!r}",
+                f"there is no tier policy {self.wanted!r}{why and f': {why}'}",
                 hints=(f"installed: {', '.join(sorted(self.known)) or 'none'}",),
             )
 
@@ -82,12 +103,16 @@ class Tiers:
         return with_files(self._installed, self._folder, active=active, read=self._read)
 
     def find(self, name: str = "") -> Known:
-        """Return a policy, the active one unless named. Raises NotFound."""
+        """Return a policy, the active one unless named. Raises NotFound, and Refused for one that cannot be used."""
         if not name and self.current:
             return Known(self.current)
         found = self.look().get(name or self.wanted)
+        if found is None and name in self.refused:
+            raise Refused(f"{name!r} cannot be used: {self.refused[name]}", hints=("mend it: `rma policies rescan`",))
         if found is None:
-            raise NotFound(f"there is no tier policy {name!r}", hints=(f"installed: {', '.join(sorted(self.known))}",))
+            known = f"there are: {', '.join(sorted(self.known))}"
+            hints = (known, "one that was installed just now: `rma policies rescan` first")
+            raise NotFound(f"there is no tier policy {name!r}", hints=hints)
         return found
 
     def use(self, policy: TierPolicy, *, waiting: Container[str] = ()) -> None:
@@ -104,6 +129,24 @@ class Tiers:
             self._note(asked, decision)
         return decision
 
+    async def prepare(
+        self, asked: Iterable[PolicyInput], policy: TierPolicy | None = None, *, within_s: float = PREPARED_S
+    ) -> None:
+        """Have a policy in a child (the one in force unless given) answer for these machines, but wait no longer.
+
+        `decide` then need not wait for anyone's code. ``asked`` is looked at only where that may take time.
+        """
+        if policy is None:
+            asked = (one for one in asked if one.worker_id not in self.waiting)
+        policy = policy or self.current
+        if isinstance(policy, ChildPolicy):
+            await policy.prepare(asked, within_s=within_s)
+
+    async def ask_shadow(self, asked: Iterable[PolicyInput]) -> None:
+        """Have the one in the shadow answer some time; nobody waits for that."""
+        if self.shadow is not None:
+            await self.prepare(asked, self.shadow.policy, within_s=0)
+
     def waits(self, worker_id: str) -> bool:
         """Whether a known worker waits for its turn, and keeps what it has until then."""
         waiting = worker_id in self.waiting
@@ -113,15 +156,24 @@ class Tiers:
 
     def _note(self, asked: PolicyInput, decision: TierDecision) -> None:
         """Keep what else a decision for a worker tells."""
-        if isinstance(decision, NoDecision):
+        if isinstance(decision, Pending):
+            self._pend(asked.worker_id)
+        elif isinstance(decision, NoDecision):
             self.failing.add(asked.worker_id)
         else:
             self.failing.discard(asked.worker_id)
         if self.asked_meanwhile is not None:
             self.asked_meanwhile.add(asked.worker_id)
-        if self.shadow is not None:
+        if self.shadow is not None and not isinstance(decision, Pending):
             other = _decided(self.shadow.policy, asked)
-            self.shadow.compare(asked.worker_id, decision.tier, other, failed=isinstance(other, NoDecision))
+            if isinstance(other, Pending):
+                self._pend(asked.worker_id)
+            else:
+                self.shadow.compare(asked.worker_id, decision.tier, other, failed=isinstance(other, NoDecision))
+
+    def _pend(self, worker_id: str) -> None:
+        self.pending.add(worker_id)
+        self.pended.set()
 
 
 def failed_for_many(failed: int, workers: int) -> bool:
@@ -130,13 +182,16 @@ def failed_for_many(failed: int, workers: int) -> bool:
 
 
 def _decided(policy: TierPolicy, asked: PolicyInput) -> TierDecision:
+    name = f"the tier policy {policy.name!r}"
     try:
-        decision: object = policy.decide(asked)
-        # What does not have the declared types would be kept, and could not be read again at the next start.
-        return msgspec.convert(msgspec.to_builtins(decision), TierDecision)
+        return offers.decision(policy.decide(asked))
+    except NotAskedYet:
+        return Pending(tier=None, reason=f"{name} is being asked, and the tier follows")
+    except Failed as error:
+        return NoDecision(tier=None, reason=f"{name} {error}")
     except Exception as error:
         logger.debug("policy %s failed", policy.name, exc_info=True)
-        return NoDecision(tier=None, reason=f"the tier policy {policy.name!r} failed: {type(error).__name__}: {error}")
+        return NoDecision(tier=None, reason=f"{name} failed: {type(error).__name__}: {error}")
 
 
 def with_files(

@@ -174,13 +174,15 @@ def call(
     *,
     body: object = None,
     query: Mapping[str, str] | None = None,
+    timeout_s: float | None = None,
 ) -> Any:
-    """Make one call to the pool and return its JSON. Raises CoordinatorError."""
+    """Make one call to the pool and return its JSON; ``timeout_s`` where it may take long. Raises CoordinatorError."""
     from rma_core import http
 
     to = target(options)
     context = http.tls_context(to.certificate) if to.certificate else None
-    with http.open_sync_client(to.url, context=context, token=to.key) as client:
+    timeout_s = http.CALL_TIMEOUT_S if timeout_s is None else timeout_s
+    with http.open_sync_client(to.url, context=context, token=to.key, timeout_s=timeout_s) as client:
         try:
             content = None if body is None else encode(body)
             kind = {"content-type": "application/json"} if content is not None else {}

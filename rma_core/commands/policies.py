@@ -36,6 +36,8 @@ STEPS = {
 PERCENT = click.FloatRange(0, 100)
 #: How long a command waits for workers to move, and how often it looks.
 WAITED_S, LOOK_AGAIN_S = 60.0, 0.3
+#: A plugin's policy may hang, and every plugin that is new is started: such calls may take this long.
+ASKED_S = 120.0
 #: What a policy's name ends with that is a file's.
 POLICY_FILES = ".toml"
 
@@ -65,19 +67,56 @@ def _list_policies(options: dict[str, Any], *, as_json: bool) -> None:
 
 
 def _print_policies(out: Console, found: dict[str, Any]) -> None:
-    rows = [(p["name"], "active" if p["active"] else "", p["summary"]) for p in found["policies"]]
-    common.table(("policy", "", "what it does"), rows, empty="No policies.")(out)
+    rows = [(p["name"], p["version"], "active" if p["active"] else "", p["summary"]) for p in found["policies"]]
+    rows += [(p["name"], p["version"], p["state"], p["reason"]) for p in found["unused"]]
+    common.table(("policy", "version", "", "what it does"), rows, empty="No policies.")(out)
     if found["since"]:
-        before = f", {found['previous'][0]} was before" if found["previous"] else ""
-        out.print(common.safe(f"{found['active']} is in force since {found['since']}, by {found['by']}{before}."))
+        before = f", {_before(found)} was before" if found["previous"] else ""
+        active = _called(found["active"], found["version"])
+        out.print(common.safe(f"{active} is in force since {found['since']}, by {found['by']}{before}."))
     if found["moving"]:
         out.print(common.safe(_moving(found)))
+
+
+def _called(name: str, version: str) -> str:
+    """Return a policy as people read it: one of a plugin with its version."""
+    return f"{name} {version}".rstrip()
+
+
+def _before(found: dict[str, Any]) -> str:
+    return _called(found["previous"][0], found["previous_versions"][0])
 
 
 def _moving(found: dict[str, Any]) -> str:
     moving = found["moving"]
     words = f"{moving['moved']} of {moving['total']} workers have moved to {found['active']}"
     return f"{words}; it has stopped: {moving['stopped']}" if moving["stopped"] else f"{words}."
+
+
+@policies.command("rescan")
+@common.json_option
+@common.pool_options
+def policies_rescan(as_json: bool, **options: Any) -> None:
+    """Have the coordinator look for policies of plugins that were installed, replaced or uninstalled since.
+
+    Nothing is put in force by that: what is in force stays so until another is activated.
+    """
+    found = common.call(common.outer(options), "POST", "/api/admin/policies/rescan", timeout_s=ASKED_S)
+    common.show(found, as_json, lambda out: _print_rescan(out, found))
+
+
+def _print_rescan(out: Console, found: dict[str, Any]) -> None:
+    rows = [(p["name"], p["version"], "new", "") for p in found["new"]]
+    rows += [(p["name"], p["now"], "changed", _changed(p)) for p in found["changed"]]
+    rows += [(name, "", "gone", "") for name in found["gone"]]
+    rows += [(p["name"], p["version"], p["state"], p["reason"]) for p in found["unused"]]
+    common.table(("policy", "version", "", ""), rows, empty="Nothing has changed.")(out)
+    active = _called(found["active"], found["version"])
+    out.print(common.safe(f"{active} stays in force; `rma policies preview NAME` shows what another would do."))
+
+
+def _changed(policy: dict[str, Any]) -> str:
+    return f"{policy['was']} was before" if policy["was"] != policy["now"] else "other files or settings than before"
 
 
 @policies.command("show")
@@ -92,7 +131,7 @@ def policies_show(name: str, as_json: bool, **options: Any) -> None:
 
 def _print_policy(out: Console, found: dict[str, Any]) -> None:
     state = " (in force)" if found["active"] else ""
-    out.print(common.safe(f"{found['name']}{state}: {found['summary']}"))
+    out.print(common.safe(f"{_called(found['name'], found['version'])}{state}: {found['summary']}"))
     if found["text"]:
         out.print()
         out.print(common.safe(found["text"].rstrip()))
@@ -115,7 +154,9 @@ def policies_preview(name: str, report: str | None, as_json: bool, **options: An
     """
     if report is None:
         asked = _policy_text(Path(name)) if name.endswith(POLICY_FILES) else {"policy": name}
-        answer = common.call(common.outer(options), "POST", "/api/admin/policies/preview", body=asked)
+        answer = common.call(
+            common.outer(options), "POST", "/api/admin/policies/preview", body=asked, timeout_s=ASKED_S
+        )
         common.show(answer, as_json, lambda out: _print_plan(out, name, answer))
         return
     policy = _policy(name, common.outer(options).get("home"))
@@ -184,12 +225,12 @@ def policies_activate(name: str, yes: bool, as_json: bool, **options: Any) -> No
     steps = _steps({option: options.pop(option) for option in STEPS})
     asked = _policy_text(Path(name)) if name.endswith(POLICY_FILES) else {"policy": name}
     options = common.outer(options)
-    plan = common.call(options, "POST", "/api/admin/policies/preview", body=asked)
+    plan = common.call(options, "POST", "/api/admin/policies/preview", body=asked, timeout_s=ASKED_S)
     if not yes:
         _print_plan(common.console(err=True), name, plan)
         _ask(f"Put {asked['policy']} in force? Workers that change: {plan['changes']}")
     body = {**asked, "plan": plan["plan"], "steps": steps}
-    done = common.call(options, "PUT", "/api/admin/policies/active", body=body)
+    done = common.call(options, "PUT", "/api/admin/policies/active", body=body, timeout_s=ASKED_S)
     # Steps may take hours, and how far they are can be asked for.
     _told(options, done, as_json=as_json, wait=not steps.keys() & {"canary", "per_minute"})
 
@@ -203,9 +244,11 @@ def policies_rollback(yes: bool, as_json: bool, **options: Any) -> None:
     options = common.outer(options)
     found = common.call(options, "GET", "/api/admin/policies")
     if found["previous"] and not yes:
-        _ask(f"Go back from {found['active']} to {found['previous'][0]}?")
+        _ask(f"Go back from {_called(found['active'], found['version'])} to {_before(found)}?")
     # Whatever happened while you were asked: it goes back from this one and no other.
-    done = common.call(options, "POST", "/api/admin/policies/rollback", body={"active": found["active"]})
+    done = common.call(
+        options, "POST", "/api/admin/policies/rollback", body={"active": found["active"]}, timeout_s=ASKED_S
+    )
     _told(options, done, as_json=as_json, wait=True)
 
 
@@ -226,7 +269,7 @@ def policies_shadow(name: str | None, off: bool, as_json: bool, **options: Any) 
         found = common.call(options, "DELETE", "/api/admin/policies/shadow")
     elif name:
         asked = _policy_text(Path(name)) if name.endswith(POLICY_FILES) else {"policy": name}
-        found = common.call(options, "PUT", "/api/admin/policies/shadow", body=asked)
+        found = common.call(options, "PUT", "/api/admin/policies/shadow", body=asked, timeout_s=ASKED_S)
     else:
         found = common.call(options, "GET", "/api/admin/policies/shadow")
     common.show(found, as_json, lambda out: _print_shadow(out, found))
@@ -269,7 +312,8 @@ def _told(options: dict[str, Any], done: dict[str, Any], *, as_json: bool, wait:
         now = _wait(options, quiet=as_json)
         if now["active"] != done["policy"]:
             raise Refused(f"{now['active']} is in force again", hints=("`GET /api/admin/audit` says why",))
-    common.show(done, as_json, lambda out: out.print(common.safe(f"{done['policy']} is in force; {done['was']} was.")))
+    active, was = (_called(done[name], done[f"{name}_version"]) for name in ("policy", "was"))
+    common.show(done, as_json, lambda out: out.print(common.safe(f"{active} is in force; {was} was.")))
     if not wait and not as_json:
         common.say("Workers move in steps: `rma policies` shows how far, `rma policies rollback` goes back.")
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from rma_core.models.hardware import Capabilities
+from rma_core.offers import REASON_CHARACTERS, TIERS
 from rma_core.record import from_capabilities
 from rma_core.testing import watching
 from rma_core.testing.watching import NotReached, PluginCase, check_names
@@ -27,8 +28,6 @@ MACHINES = (
     Capabilities(cpu_cores=96, ram="2TB", storage="30TB", gpu_type="NVIDIA H100", gpu_memory="80GB", gpu_count=8),
 )
 LABELS = {"site": "lab"}
-#: The tiers there can be, and the longest reason.
-TIERS, MOST_CHARACTERS = range(1, 100), 1500
 #: One decision takes no longer: a coordinator asks for thousands of machines.
 DECISION_MS = 50.0
 
@@ -96,8 +95,8 @@ def _flaws(decided: dict[str, Any]) -> Iterator[str]:
         yield f"its tier is {tier!r}: give a whole number from {TIERS.start} to {TIERS.stop - 1}, or None"
     if not isinstance(reason, str) or not reason.strip():
         yield f"its reason is {reason!r}: write a sentence; owners and admins read it"
-    elif len(reason) > MOST_CHARACTERS:
-        yield f"its reason has {len(reason)} characters: at most {MOST_CHARACTERS}"
+    elif len(reason) > REASON_CHARACTERS:
+        yield f"its reason has {len(reason)} characters: at most {REASON_CHARACTERS}"
 
 
 async def it_decides_the_same_twice(case: PolicyCase) -> None:

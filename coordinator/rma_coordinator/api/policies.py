@@ -11,24 +11,29 @@ from rma_coordinator.api.bodies import PolicyActivation, PolicyPreview, PolicyRo
 from rma_coordinator.api.problems import HTTPProblem
 from rma_coordinator.domain.fleet import iso
 from rma_coordinator.effects import effects
+from rma_coordinator.policy_versions import ChildPolicy
 from rma_coordinator.tiers import Known
-from rma_core.errors import NotFound
+from rma_core.errors import NotFound, PluginError, Refused, SettingProblem, ValidationProblem
 from rma_core.interfaces import PolicyInput
 from rma_core.models.hardware import read_reports
 from rma_core.models.strict import convert, decode, parse
 from rma_core.policy_file import read_policy
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
     from rma_coordinator.api.web import Web
     from rma_coordinator.audit import AuditEntry
+    from rma_coordinator.choices import Choice, Plan
     from rma_coordinator.effects import Effects
     from rma_coordinator.pool import Pool
-    from rma_coordinator.switching import Plan
     from rma_core.interfaces import TierPolicy
     from rma_core.models.hardware import HardwareReport
 
 #: Entries of the audit that are shown unless more are asked for, and at most.
 SHOWN, MOST_SHOWN = 100, 1000
+#: Machines that are put before a policy at a time.
+ASKED_AT_ONCE = 50
 #: Entries that stand beside a policy.
 LATELY = 20
 
@@ -36,13 +41,43 @@ LATELY = 20
 async def policies(pool: Pool, web: Web) -> object:  # noqa: ARG001 - every handler has the same form
     """Tier policies; which one is in force, since when, and how far workers have moved to it."""
     active, known = pool.tiers.active, dict(pool.tiers.look())
+    installed = known.get(active)
     if pool.tiers.current is not None:
         # It may have been put in force from a text that is no file here, or is another one now.
         known[active] = Known(pool.tiers.current)
-    rows = [
-        {"name": name, "summary": one.policy.summary, "active": name == active} for name, one in sorted(known.items())
-    ]
-    return {"active": active, "policies": rows, **pool.switching.show()}
+    rows = [_row(one.policy, active=name == active) for name, one in sorted(known.items())]
+    if installed and isinstance(installed.policy, ChildPolicy) and installed.policy is not pool.tiers.current:
+        rows.append(_row(installed.policy, active=False))
+    return {"active": active, "policies": rows, "unused": _unused(pool), **pool.switching.show()}
+
+
+def _row(policy: TierPolicy, *, active: bool) -> dict[str, Any]:
+    version = policy.version if isinstance(policy, ChildPolicy) else ""
+    return {"name": policy.name, "version": version, "summary": policy.summary, "active": active}
+
+
+def _unused(pool: Pool) -> list[dict[str, Any]]:
+    """Return the plugins with policies that cannot be used, each with its reason."""
+    fields = ("name", "distribution", "version", "state", "reason")
+    unused = pool.policy_plugins.unused() if pool.policy_plugins else []
+    return [{field: getattr(one, field) for field in fields} for one in unused]
+
+
+async def rescan_policies(pool: Pool, web: Web) -> object:
+    """Look for plugins' policies that were installed, replaced or uninstalled; what is in force stays in force."""
+    by = pool.keyring.principal(web.bearer).id
+    try:
+        found = await pool.look_at_policies(by=by)
+    except (SettingProblem, ValidationProblem, PluginError) as error:
+        raise Refused(f"plugins cannot be taken in: {error}", hints=error.hints) from None
+    return {
+        "new": [{"name": one.name, "version": one.version} for one in found.new],
+        "changed": [one._asdict() for one in found.changed],
+        "gone": found.gone,
+        "unused": _unused(pool),
+        "active": pool.tiers.active,
+        "version": pool.switching.choices[-1].version,
+    }
 
 
 async def show_policy(pool: Pool, web: Web) -> object:
@@ -54,9 +89,7 @@ async def show_policy(pool: Pool, web: Web) -> object:
     else:
         known = pool.tiers.find(name)
     return {
-        "name": name,
-        "summary": known.policy.summary,
-        "active": name == pool.tiers.active,
+        **_row(known.policy, active=name == pool.tiers.active),
         "text": known.text,
         "entries": [_entry(one) for one in pool.switching.audit.latest(LATELY, prefix="policy_")],
     }
@@ -75,20 +108,26 @@ async def preview_policy(pool: Pool, web: Web) -> object:
         policy = pool.tiers.find(asked.policy).policy
     if asked.reports is not None:
         reports = read_reports(asked.reports, subject="reports")
-        return {"machines": [_machine(pool, policy, report, index) for index, report in enumerate(reports)]}
+        return {"machines": [one async for one in _machines(pool, policy, reports)]}
     plan = await pool.switching.plan(policy)
     found = await effects(pool, plan)
     return {"policy": policy.name, **_plan(plan, found), **_effects(found)}
 
 
-def _machine(pool: Pool, policy: TierPolicy, report: HardwareReport, index: int) -> dict[str, Any]:
-    decision = pool.tiers.decide(PolicyInput(report=report), policy)
-    return {
-        "index": index,
-        "tier": decision.tier,
-        "reason": decision.reason,
-        "capabilities": msgspec.to_builtins(report.capabilities),
-    }
+async def _machines(pool: Pool, policy: TierPolicy, reports: Sequence[HardwareReport]) -> AsyncIterator[dict[str, Any]]:
+    """Ask a policy about machines; other work goes on meanwhile."""
+    for start in range(0, len(reports), ASKED_AT_ONCE):
+        await asyncio.sleep(0)
+        some = [PolicyInput(report=report) for report in reports[start : start + ASKED_AT_ONCE]]
+        await pool.tiers.prepare(some, policy)
+        for index, asked in enumerate(some, start):
+            decision = pool.tiers.decide(asked, policy)
+            yield {
+                "index": index,
+                "tier": decision.tier,
+                "reason": decision.reason,
+                "capabilities": msgspec.to_builtins(asked.report.capabilities),
+            }
 
 
 def _effects(found: Effects) -> dict[str, Any]:
@@ -123,18 +162,23 @@ async def activate_policy(pool: Pool, web: Web) -> object:
     """Put a policy in force, at once or in steps; workers move in the background."""
     by = pool.keyring.principal(web.bearer).id
     asked = decode(await web.body(), PolicyActivation, subject="policy activation")
-    before = pool.tiers.active
+    before = pool.switching.choices[-1]
     plan = await pool.switching.activate(asked.policy, asked.file, asked.steps, by=by, seen=asked.plan)
-    return {"policy": pool.tiers.active, "was": before, **_plan(plan)}
+    return {**_swapped(pool, before), **_plan(plan)}
 
 
 async def rollback_policy(pool: Pool, web: Web) -> object:
     """Put the policy in force again that was before this one; workers move in the background, all at once."""
     by = pool.keyring.principal(web.bearer).id
-    before = pool.tiers.active
+    before = pool.switching.choices[-1]
     asked = decode(await web.body(), PolicyRollback, subject="policy rollback")
     plan = await pool.switching.rollback(by=by, active=asked.active)
-    return {"policy": pool.tiers.active, "was": before, **_plan(plan)}
+    return {**_swapped(pool, before), **_plan(plan)}
+
+
+def _swapped(pool: Pool, was: Choice) -> dict[str, str]:
+    now = pool.switching.choices[-1]
+    return {"policy": now.name, "policy_version": now.version, "was": was.name, "was_version": was.version}
 
 
 async def shadow_policy(pool: Pool, web: Web) -> object:

@@ -323,7 +323,7 @@ ROUTES: tuple[Route, ...] = (
         "Which tiers a policy would give, and why.",
         takes=bodies.PolicyPreview,
         gives="object",
-        fails=(404,),
+        fails=(404, 409),
     ),
     Route(
         "PUT",
@@ -344,6 +344,15 @@ ROUTES: tuple[Route, ...] = (
         takes=bodies.PolicyRollback,
         gives="object",
         fails=(409, 503),
+    ),
+    Route(
+        "POST",
+        "/api/admin/policies/rescan",
+        "rescan_policies",
+        "admin:write",
+        "Look for plugins' policies that were installed, replaced or uninstalled; what is in force stays so.",
+        gives="object",
+        fails=(409,),
     ),
     Route(
         "GET",
@@ -371,7 +380,7 @@ ROUTES: tuple[Route, ...] = (
         "Ask a policy beside the one in force, and keep where it differs.",
         takes=bodies.PolicyShadow,
         gives="object",
-        fails=(404, 503),
+        fails=(404, 409, 503),
     ),
     Route(
         "DELETE",

@@ -30,7 +30,7 @@ async def register(pool: Pool, web: Web) -> object:
     if web.query.get("preview") == "1":
         _may_preview(pool, secret)
         web.status = 200
-        return enrolment.preview(pool, await _registration(web))
+        return await enrolment.preview(pool, await _registration(web))
     if secret.startswith("rma"):
         # Before the body is parsed: its shape anyone can make up.
         check_shape(secret, "rmaj_")
