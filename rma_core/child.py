@@ -54,9 +54,6 @@ def move_stdio() -> int:
 
 def _restrain(deadline_s: float) -> None:
     """No core dumps, no crash dialogs, and an end by itself."""
-    import faulthandler
-
-    faulthandler.dump_traceback_later(deadline_s * WHERE_SHARE, exit=False)
     no_crash_reports()
     end_after(deadline_s + ORPHAN_S)
 
@@ -86,6 +83,8 @@ def end_after(seconds: float) -> None:
 
 def answer_of(request: dict[str, Any]) -> bytes:
     """Use the plugin, as a detector or as the request says, and return its answer, whatever happens."""
+    import faulthandler
+
     import msgspec
 
     from rma_core.errors import DetectionError, PluginInvalid
@@ -99,6 +98,8 @@ def answer_of(request: dict[str, Any]) -> bytes:
 
             paths = request["bounds"].items()
             confine(**{name: [os.fsdecode(path.encode("latin-1")) for path in found] for name, found in paths})
+        # A thread does this, and one that was there before would not be confined.
+        faulthandler.dump_traceback_later(request["deadline_s"] * WHERE_SHARE, exit=False)
         use(request, answer)
         return msgspec.json.encode(answer)
     except PluginInvalid as error:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import platform
 import struct
 import sys
 from typing import TYPE_CHECKING, NamedTuple
+
+from rma_core import system_calls
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -52,37 +53,14 @@ _OF_FILES = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | _IOCTL_DEV
 #: Rights over files, by the version of Landlock that has them first.
 _FIRST_RIGHTS = {1: (1 << 13) - 1, 2: 1 << 13, 3: _TRUNCATE, 5: _IOCTL_DEV}
 _TCP, _SCOPES = 0b11, 0b11
-_TCP_SINCE, _SCOPES_SINCE = 4, 6
+_TRUNCATE_SINCE, _TCP_SINCE, _SCOPES_SINCE = 3, 4, 6
 #: O_PATH, which Python knows on Linux only.
 _O_PATH = 0o10000000
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 _VERSION_FLAG, _PATH_BENEATH = 1, 1
-_SET_NO_NEW_PRIVS, _SET_SECCOMP, _SECCOMP_FILTER = 38, 22, 2
+_SET_NO_NEW_PRIVS = 38
 #: CAP_DAC_READ_SEARCH: root may have its Python in a user's closed folder.
 _CAPABILITY_VERSION_3, _MAY_READ_ALL = 0x20080522, 1 << 2
-
-
-class _Machine(NamedTuple):
-    """How system calls are numbered on a machine."""
-
-    architecture: int
-    #: socket, ptrace, process_vm_readv, process_vm_writev, add_key, request_key, keyctl, open_by_handle_at, setpgid,
-    #: setsid
-    calls: tuple[int, ...]
-
-
-_GENERIC_CALLS = (198, 117, 270, 271, 217, 218, 219, 265, 154, 157)
-_MACHINES = {
-    "x86_64": _Machine(0xC000003E, (41, 101, 310, 311, 248, 249, 250, 304, 109, 112)),
-    "aarch64": _Machine(0xC00000B7, _GENERIC_CALLS),
-    "riscv64": _Machine(0xC00000F3, _GENERIC_CALLS),
-}
-#: The same everywhere: io_uring_setup (it makes sockets too), pidfd_getfd.
-_CALLS_EVERYWHERE = (425, 438)
-#: On x86_64 the same calls have other numbers from here on.
-_X32 = 0x40000000
-_LOAD, _JUMP_EQUAL, _JUMP_AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
-_ALLOW, _DENY = 0x7FFF0000, 0x00050000 | errno.EACCES
 
 
 class Confined(NamedTuple):
@@ -121,7 +99,7 @@ def available() -> Confined:
     found = version()
     if not found:
         return Confined()
-    return Confined(files=True, network=platform.machine() in _MACHINES, signals=found >= _SCOPES_SINCE)
+    return Confined(files=True, network=system_calls.known(), signals=found >= _SCOPES_SINCE)
 
 
 def confine(reads: Iterable[str], *, writes: Iterable[str], hidden: Iterable[str]) -> Confined:
@@ -135,11 +113,13 @@ def confine(reads: Iterable[str], *, writes: Iterable[str], hidden: Iterable[str
     if not found:
         return Confined()
     _limit()
+    if len(os.listdir("/proc/self/task")) > 1:  # noqa: PTH208 - strings
+        raise OSError(errno.EBUSY, "this process cannot be confined: it has threads, which would not be")
     libc = _system()
     _checked(libc.prctl(_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
     grants = [*_grants([*SYSTEM, *_of_proc(), *reads], list(hidden)), *((path, _SCRATCH) for path in writes)]
     signals = _restrict_files(libc, found, grants)
-    network = _forbid_calls(libc)
+    network = system_calls.forbid(libc, truncation=found < _TRUNCATE_SINCE)
     _drop_capabilities(libc)
     return Confined(files=True, network=network, signals=signals)
 
@@ -197,7 +177,8 @@ def _around(path: str, hidden: list[str]) -> Iterator[str]:
         yield path
     elif path not in hidden:
         try:
-            inside = [entry.path for entry in os.scandir(path)]
+            # What a link leads to may be hidden, or hold what is.
+            inside = [entry.path for entry in os.scandir(path) if not entry.is_symlink()]
         except OSError:
             return
         for one in inside:
@@ -248,24 +229,6 @@ def _grant(libc: ctypes.CDLL, ruleset: int, path: str, rights: int) -> None:
         _checked(libc.syscall(_ADD_RULE, ruleset, _PATH_BENEATH, rule, 0))
     finally:
         os.close(descriptor)
-
-
-def _forbid_calls(libc: ctypes.CDLL) -> bool:
-    """Let all system calls that make sockets or reach into other processes fail; say whether that is done."""
-    machine = _MACHINES.get(platform.machine())
-    if machine is None:
-        return False
-    calls = (*machine.calls, *_CALLS_EVERYWHERE)
-    x32 = [(_JUMP_AT_LEAST, 0, 0, _X32)] if platform.machine() == "x86_64" else []
-    tests = [*x32, *((_JUMP_EQUAL, 0, 0, number) for number in calls)]
-    steps = [(_LOAD, 0, 0, 4), (_JUMP_EQUAL, 1, 0, machine.architecture), (_RETURN, 0, 0, _DENY), (_LOAD, 0, 0, 0)]
-    # A test that holds jumps behind those that are left and behind the line that allows.
-    steps += [(code, len(tests) - index, 0, number) for index, (code, _, _, number) in enumerate(tests)]
-    steps += [(_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _DENY)]
-    program = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *step) for step in steps))
-    filter_ = ctypes.create_string_buffer(struct.pack("@HP", len(steps), ctypes.addressof(program)))
-    _checked(libc.prctl(_SET_SECCOMP, _SECCOMP_FILTER, filter_, 0, 0))
-    return True
 
 
 def _drop_capabilities(libc: ctypes.CDLL) -> None:

@@ -39,7 +39,7 @@ def main() -> NoReturn:
     answer_to = child.move_stdio()
     request: dict[str, Any] = msgspec.json.decode(asking.readline())
     child.no_crash_reports()
-    _begin(request["deadline_s"])
+    child.end_after(request["deadline_s"] + ORPHAN_S)
     hello = child.answer_of(request)
     _end()
     child.write(answer_to, hello + b"\n")

@@ -75,15 +75,30 @@ KEPT = {
     "another process's memory": "libc('ptrace', 0x4206, os.getppid(), None, None)",
     "another process's files": "libc('syscall', 438, os.pidfd_open(os.getppid()), 0, 0)",
     "a ring": "libc('syscall', 425, 8, (ctypes.c_char * 256)())",
+    "the mode of a file": "os.chmod(config['owners'][1:], 0o666)",
+    "the times of a file": "os.utime(config['owners'][1:], (1, 1))",
+    "the owner of a file": "os.chown(config['owners'][1:], os.getuid(), os.getgid())",
+    "an attribute of a file": "os.setxattr(config['owners'][1:], 'user.a', b'x')",
+    "all that is in a file": "os.truncate(config['owners'][1:], 0)",
+    "the limits of its parent": (
+        "__import__('resource').prlimit(os.getppid(), 7, __import__('resource').prlimit(os.getppid(), 7))"
+    ),
+    "the pace of its parent": "os.setpriority(os.PRIO_PROCESS, os.getppid(), os.getpriority(os.PRIO_PROCESS, 0))",
+    "a datagram to a socket": (
+        "socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)[0].sendto(b'x', config['letters'][1:])"
+    ),
+    "memory that stays": "libc('shmctl', libc('shmget', 0, 4096, 0o1600), 0, None)",
     "an end of its own": "subprocess.Popen(['true'], start_new_session=True).wait()",
     "a large file": "tempfile.TemporaryFile().write(bytes(config['large']))",
 }
 #: What only root can do, or a kernel may have turned off; of these is not shown that they work otherwise.
-UNTRIED = {"a disk", "a packet", "a ring", "another process's memory"}
+UNTRIED = {"a disk", "a packet", "a ring", "another process's memory", "an attribute of a file"}
 LIBC = """
 def libc(name, *arguments):
-    if getattr(ctypes.CDLL(None, use_errno=True), name)(*arguments) < 0:
+    result = getattr(ctypes.CDLL(None, use_errno=True), name)(*arguments)
+    if result < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return result
 """
 
 
@@ -102,22 +117,32 @@ async def test_a_detector_gets_at_nothing_but_hardware(
     secret = tmp_path / "home" / "secret"
     secret.parent.mkdir()
     secret.write_text("s3cret")
+    secret.chmod(0o600)
     engine = socket.socket(socket.AF_UNIX)
     monkeypatch.chdir(tmp_path)
     engine.bind("engine.sock")
     engine.listen()
+    letters = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    letters.bind("letters.sock")
     body = (
         f"{LIBC}\ntry:\n    {KEPT[what]}\nexcept (OSError, subprocess.CalledProcessError) as error:\n"
         "    return board(type(error).__name__)\nreturn board('done')"
     )
     # With a letter before it no path, and so not what its owner lets it read.
-    table: dict[str, object] = {"owners": f"_{secret}", "engine": f"_{tmp_path}/engine.sock", "disk": f"_{a_disk()}"}
+    table: dict[str, object] = {
+        "owners": f"_{secret}",
+        "engine": f"_{tmp_path}/engine.sock",
+        "letters": f"_{tmp_path}/letters.sock",
+        "disk": f"_{a_disk()}",
+    }
     found = await detection(tmp_path, body, **table, port=listener, large=2**25)
+    assert secret.read_text() == "s3cret"
+    assert (secret.stat().st_mode & 0o777, secret.stat().st_mtime > 1) == (0o600, True)
     if what not in UNTRIED:
         free = await detection(tmp_path, body, **table, port=listener, large=2**25, confined=False)
         assert free.devices[0].name == "done", "what fails anyway proves nothing"
     engine.close()
-    assert secret.read_text() == "s3cret"
+    letters.close()
     assert found.state == "healthy", found.reason
     assert found.devices[0].name in ("PermissionError", "CalledProcessError", "OSError")
 
@@ -158,6 +183,34 @@ async def test_a_detector_can_look_for_hardware(look: str, tmp_path: Path) -> No
     assert found.devices[0].name
 
 
+async def test_every_thread_of_a_detector_is_confined(tmp_path: Path) -> None:
+    body = """
+    import threading
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+    states = [
+        line.split()[1]
+        for task in os.listdir("/proc/self/task")
+        for line in pathlib.Path("/proc/self/task", task, "status").read_text().splitlines()
+        if line.startswith(("Seccomp:", "NoNewPrivs:"))
+    ]
+    return board(" ".join(sorted(states)))
+    """
+    found = await detection(tmp_path, body)
+    # This one, the one that writes down where it is before its deadline, and the plugin's own.
+    assert found.devices[0].name == "1 1 1 2 2 2"
+
+
+def test_a_process_that_has_threads_is_not_confined_by_half() -> None:
+    script = (
+        "import threading; threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
+        "from rma_core import confinement as c\n"
+        "try: c.confine([], writes=[], hidden=[])\n"
+        "except OSError as error: print(error)"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert "it has threads, which would not be" in ran.stdout
+
+
 async def test_root_keeps_no_capability_but_to_read(tmp_path: Path) -> None:
     body = """
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
@@ -188,9 +241,10 @@ async def test_the_state_folder_is_kept_even_where_what_holds_it_is_given(tmp_pa
     for name in ("state", "state/agent", "tools"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "device.key").write_text(name)
+    (tmp_path / "current").symlink_to("state")
     read = "return board(pathlib.Path(config['place'], config['name'], 'device.key').read_text())"
     hidden = str(tmp_path / "state")
-    for name in ("state", "state/agent"):
+    for name in ("state", "state/agent", "current"):
         found = await detection(tmp_path, read, hidden, place=str(tmp_path), name=name)
         assert "PermissionError" in found.reason
     found = await detection(tmp_path, read, hidden, place=str(tmp_path), name="tools")
@@ -248,25 +302,33 @@ def test_what_a_system_cannot_keep_from_a_detector_is_said(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("version", range(1, 8))
-def test_each_version_of_landlock_is_asked_for_no_more_than_it_has(version: int) -> None:
+def test_each_version_of_landlock_is_asked_for_no_more_than_it_has(version: int, tmp_path: Path) -> None:
     """The kernel refuses rights that it does not know; older ones are tried on this one, which knows them all."""
+    version = min(version, confinement.version())
+    (tmp_path / "kept").write_text("x")
     script = f"""
-import sys
+import os, sys
 from rma_core import confinement
 confinement.version = lambda: {version}
 print(confinement.confine([p for p in sys.path if p] + [sys.prefix, sys.base_prefix], writes=[], hidden=[]))
-try:
-    open("/etc/passwd")
-except PermissionError:
-    print("kept")
+def kept(call, *arguments):
+    try:
+        call(*arguments)
+    except PermissionError:
+        return "kept"
+file = {str(tmp_path / "kept")!r}
+print(kept(open, "/etc/passwd"), kept(os.truncate, file, 0), kept(os.open, file, os.O_TRUNC | os.O_RDONLY))
+print(len(open("/proc/self/status").read()) > 100)
 """
-    version = min(version, confinement.version())
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert ran.returncode == 0, ran.stderr
+    signals = version >= 6
     assert ran.stdout.splitlines() == [
-        f"Confined(files=True, network=True, signals={version >= 6})",
-        "kept",
+        f"Confined(files=True, network=True, {signals=})",
+        "kept kept kept",
+        "True",
     ]
+    assert (tmp_path / "kept").read_text() == "x"
 
 
 def test_the_signal_that_ends_a_child_still_reaches_it() -> None:
