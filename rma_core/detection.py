@@ -13,7 +13,7 @@ import re
 import sys
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -246,17 +246,23 @@ async def run_one(
     built_in = detector.distribution == BUILT_IN
     beside = str(Path(detector.path).parent) if detector.path else ""
     try:
-        async with isolation.scratch_folder() as scratch:
-            more = {} if built_in else bounds(given, detector.folder, beside, writes=scratch, hidden=hidden)
-            ended = await isolation.run(
-                child_of(detector.folder),
-                request=request_for(detector.value, given, deadline_s, own=detector.folder, more=more),
-                deadline_s=deadline_s,
-                max_answer_bytes=MAX_REPORT_BYTES,
-                environment=dict.fromkeys(("TMPDIR", "TEMP", "TMP"), scratch),
+        async with isolation.Scratch.made() as scratch:
+            more = {} if built_in else bounds(given, detector.folder, beside, writes=scratch.path, hidden=hidden)
+            running = asyncio.ensure_future(
+                isolation.run(
+                    child_of(detector.folder),
+                    request=request_for(detector.value, given, deadline_s, own=detector.folder, more=more),
+                    deadline_s=deadline_s,
+                    max_answer_bytes=MAX_REPORT_BYTES,
+                    environment=dict.fromkeys(("TMPDIR", "TEMP", "TMP"), scratch.path),
+                )
             )
+            ended = await _unless_full(running, scratch)
     except OSError as error:
         return _failure(detector, f"no child process can be started for it: {error}")
+    if ended is None:
+        most = f"{isolation.MOST_SCRATCH_BYTES // 2**20} MiB or {isolation.MOST_SCRATCH_FILES} files"
+        return _failure(detector, f"put more than {most} into its temporary folder and was stopped", crashed=True)
     if ended.output:
         logger.debug("detector %s printed, at the end: %s", detector.name, ended.output)
     if ended.answer is None:
@@ -268,11 +274,24 @@ async def run_one(
     return _answered(detector, answer, ended.seconds)
 
 
+async def _unless_full(running: asyncio.Future[Ended], scratch: isolation.Scratch) -> Ended | None:
+    """Wait for a child; ``None`` when it was ended because its temporary folder was full."""
+    full = asyncio.ensure_future(scratch.full())
+    either: set[asyncio.Future[Any]] = {running, full}
+    try:
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        return await running if running.done() else None
+    finally:
+        full.cancel()
+        running.cancel()
+        await asyncio.gather(full, running, return_exceptions=True)
+
+
 def bounds(table: Mapping[str, object], *folders: str, writes: str, hidden: Sequence[str] = ()) -> dict[str, object]:
     """Return what a detector's child may read (Python, ``folders``, what its owner names in its table) and write."""
     if not table.get(CONFINED, True):
         return {}
-    python = [*sys.path, sys.prefix, sys.base_prefix, sys.exec_prefix, str(Path(__file__).parent)]
+    python = [*_path(), sys.prefix, sys.base_prefix, sys.exec_prefix, str(Path(__file__).parent)]
     libraries = [part for name in PATHS for part in os.environ.get(name, "").split(os.pathsep)]
     reads = dict.fromkeys((*python, *libraries, *folders, *_paths_in(table)))
     kept = [str(Path(folder).absolute()) for folder in [*hidden, os.path.expanduser("~")]]  # noqa: PTH111 - who has no home is no error
@@ -309,7 +328,7 @@ def request_for(
     A ``folder`` comes where an installed plugin would be: after Python's own modules. What a plugin has of its ``own``
     comes after all, so that nothing there takes the place of anything of ours.
     """
-    path = [os.fsencode(os.path.abspath(entry)) for entry in sys.path if entry]  # noqa: PTH100 - strings, not files
+    path = [os.fsencode(os.path.abspath(entry)) for entry in _path()]  # noqa: PTH100 - strings, not files
     if folder:
         site = (index for index, entry in enumerate(path) if entry.endswith((b"site-packages", b"dist-packages")))
         path.insert(next(site, len(path)), os.fsencode(folder))
@@ -317,6 +336,15 @@ def request_for(
     request = {"value": value, "config": dict(table), "deadline_s": deadline_s, **(more or {})}
     asked = msgspec.json.encode(request, enc_hook=str)
     return b"\0".join(path) + b"\n" + asked
+
+
+def _path() -> list[str]:
+    """Return where this process looks for modules, but for the folder in which it was started (`python -m`)."""
+    try:
+        here = os.getcwd()  # noqa: PTH109 - a string
+    except OSError:
+        here = ""
+    return [entry for entry in sys.path[sys.path[:1] == [here] :] if entry]
 
 
 def _answered(detector: DetectorPlugin, answer: Answer, seconds: float) -> Observation:

@@ -12,6 +12,7 @@ import logging
 import re
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import pluggy
@@ -398,7 +399,9 @@ def _installed(kinds: Collection[Kind], own: PluginFolders | None = None) -> Ite
     """
     from importlib.metadata import distributions
 
-    there: list[tuple[Distribution, OwnFolder | None]] = [(one, None) for one in distributions()]
+    # A runtime that was imported has put its own folder on the path, where another version may be by now.
+    path = [entry for entry in sys.path if own is None or own.path not in (Path(entry), *Path(entry).parents)]
+    there: list[tuple[Distribution, OwnFolder | None]] = [(one, None) for one in distributions(path=path)]
     for place in own.listed() if own else ():
         distribution = place.distribution()
         if distribution is not None:
@@ -430,8 +433,6 @@ def _announced(distribution: Distribution, groups: Mapping[str, Kind]) -> tuple[
 
 def _of_files(folder: str) -> list[_Plugin]:
     """Return the detectors of a folder; its owner chose it, which approves them."""
-    from pathlib import Path
-
     found = []
     for file in detector_files.listed(Path(folder)):
         name, module = file.name, detector_files.MODULE

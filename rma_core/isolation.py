@@ -31,7 +31,9 @@ LAST_WORDS_S = 0.5
 #: A killed program is waited for this long; one stuck in the kernel cannot be reaped, and is given up.
 REAP_S = 5.0
 #: What it left in its temporary folder is removed within this, or left to the system.
-REMOVAL_S = 60.0
+REMOVAL_S = 20.0
+#: More than this in its temporary folder ends it; looked at so often.
+MOST_SCRATCH_FILES, MOST_SCRATCH_BYTES, SCRATCH_LOOK_S = 5000, 64 * 1024 * 1024, 0.5
 
 
 class Ended(NamedTuple):
@@ -86,25 +88,58 @@ async def run(
     return Ended(answer, code, too_late, talk.too_long, talk.printed.decode(errors="replace"), seconds)
 
 
-@contextlib.asynccontextmanager
-async def scratch_folder() -> AsyncIterator[str]:
-    """Give a new folder for one program's temporary files, and remove it with all that is in it. Raises OSError."""
-    folder = await asyncio.to_thread(tempfile.mkdtemp, prefix="rma-")
+class Scratch:
+    """A folder for one program's temporary files, which is removed with all that is in it."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def made(cls) -> AsyncIterator[Scratch]:
+        """Make a new one. Raises OSError."""
+        path = await asyncio.to_thread(tempfile.mkdtemp, prefix="rma-")
+        try:
+            yield cls(path)
+        finally:
+            await surely(asyncio.to_thread(_remove, path))
+
+    async def full(self) -> None:
+        """Return once there is too much in it."""
+        while await asyncio.to_thread(_fits, self.path):  # noqa: ASYNC110 - a folder tells nobody
+            await asyncio.sleep(SCRATCH_LOOK_S)
+
+
+def _fits(folder: str) -> bool:
+    """Whether a folder has few files and bytes; what cannot be looked at counts as nothing."""
+    number = taken = 0
     try:
-        yield folder
-    finally:
-        await surely(asyncio.to_thread(_remove, folder))
+        for place, folders, files in os.walk(folder):
+            for name in (*folders, *files):
+                with contextlib.suppress(OSError):
+                    taken += os.lstat(os.path.join(place, name)).st_size  # noqa: PTH118 - many of them
+                number += 1
+                if number > MOST_SCRATCH_FILES or taken > MOST_SCRATCH_BYTES:
+                    return False
+    except RecursionError:
+        return False
+    return True
 
 
 def _remove(folder: str) -> None:
-    try:
-        shutil.rmtree(folder)
-    except (OSError, RecursionError) as error:
-        # Deeper than Python walks; `rm` has no such limit.
-        if shutil.which("rm"):
-            subprocess.run(["rm", "-rf", "--", folder], timeout=REMOVAL_S, check=False, stderr=subprocess.DEVNULL)
-        if os.path.lexists(folder):
-            logger.warning("the temporary folder %s could not be removed: %s", folder, error)
+    with contextlib.suppress(OSError):
+        os.rmdir(folder)  # noqa: PTH106 - a name
+        return
+    # In programs of their own: a tree may be deeper than descriptors and Python's stack reach, and closed to its owner.
+    steps = ([["rm", "-rf"], ["chmod", "-R", "u+rwx"], ["rm", "-rf"]]) if shutil.which("rm") else []
+    for step in steps:
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            subprocess.run([*step, "--", folder], timeout=REMOVAL_S, check=False, stderr=subprocess.DEVNULL)
+        if not os.path.lexists(folder):
+            return
+    shutil.rmtree(folder, ignore_errors=True)
+    if os.path.lexists(folder):
+        logger.warning("the temporary folder %s could not be removed", folder)
 
 
 async def _finished(talk: _Talk, deadline_s: float) -> bool:

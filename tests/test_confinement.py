@@ -106,6 +106,10 @@ def a_disk() -> str:
     return f"/dev/{min(entry.name for entry in Path('/sys/block').iterdir())}"
 
 
+def list_of(folder: Path) -> list[Path]:
+    return list(folder.iterdir())
+
+
 def is_there(path: str) -> bool:
     return Path(path).exists()
 
@@ -253,20 +257,42 @@ async def test_the_state_folder_is_kept_even_where_what_holds_it_is_given(tmp_pa
     assert "PermissionError" in found.reason
 
 
-async def test_temporary_files_are_gone_afterwards_however_deep(tmp_path: Path) -> None:
-    body = """
-    folder = tempfile.mkdtemp()
-    os.chdir(folder)
-    for _ in range(3000):
+@pytest.mark.parametrize("depth", [100, 3000])
+async def test_temporary_files_are_gone_afterwards_however_deep(
+    depth: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = f"""
+    os.chdir(tempfile.mkdtemp())
+    for _ in range({depth}):
         os.mkdir("d")
         os.chdir("d")
+    return board("deep")
+    """
+    (tmp_path / "here").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "here"))
+    found = await detection(tmp_path, body)
+    # Deeper than anyone looks is too much.
+    assert found.state == "healthy" or "its temporary folder" in found.reason
+    assert list_of(tmp_path / "here") == []
+
+
+async def test_a_closed_temporary_folder_is_removed_and_a_full_one_ends_its_detector(tmp_path: Path) -> None:
+    closed = """
+    folder = tempfile.mkdtemp()
+    pathlib.Path(folder, "x").write_text("x")
+    os.mkdir(folder + "/closed")
+    os.rename(folder + "/x", folder + "/closed/x")
     return board(folder)
     """
-    found = await detection(tmp_path, body)
-    assert found.state == "healthy", found.reason
-    own, _, _ = found.devices[0].name.rpartition("/")
-    assert "rma-" in own
-    assert not is_there(own)
+    found = await detection(tmp_path, closed)
+    assert not is_there(found.devices[0].name.rpartition("/")[0])
+    fills = """
+    import time
+    for number in range(6):
+        pathlib.Path(tempfile.gettempdir(), str(number)).write_bytes(bytes(2**24 - 1))
+    time.sleep(60)
+    """
+    assert "more than 64 MiB or 5000 files into its temporary folder" in (await detection(tmp_path, fills)).reason
 
 
 folders = st.lists(st.sampled_from(["a", "b", "c"]), min_size=1, max_size=4).map("/".join)

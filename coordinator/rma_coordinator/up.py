@@ -218,7 +218,7 @@ class Up:
         log = None if self.verbose else self._log.open("ab")
         try:
             return await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "rma_core", "agent", "--until-stdin-ends",
+                sys.executable, "-P", "-m", "rma_core", "agent", "--until-stdin-ends",
                 stdin=asyncio.subprocess.PIPE, stdout=log, stderr=log, env=environment,
                 # Ctrl-C reaches the whole terminal; we tell the worker, once, while the coordinator answers.
                 start_new_session=True,
