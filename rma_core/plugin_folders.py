@@ -153,7 +153,10 @@ class PluginFolders:
             changed = change(self.decisions())
             if max(len(changed.approved), len(changed.blocked)) > MOST:
                 raise UsageProblem(f"at most {MOST} decisions are kept: remove plugins that you do not use")
-            self._write(lambda: own_files.replace(self.path / DECISIONS, msgspec.json.encode(changed)))
+            data = msgspec.json.encode(changed)
+            # What cannot be read again would keep every program from starting.
+            decode(data, Decisions, subject="decisions")
+            self._write(lambda: own_files.replace(self.path / DECISIONS, data))
             return changed
 
     @contextlib.contextmanager
@@ -186,9 +189,11 @@ class PluginFolders:
         self.decide(lambda known: known.without(name))
 
     def _make(self) -> None:
-        """Make the folder, and the state folder that holds it, for nobody else."""
+        """Make the folder, and the state folder that holds it, for nobody else. Raises SettingProblem."""
         for folder in (self.path.parent, self.path):
             self._write(lambda folder=folder: folder.mkdir(mode=0o700, parents=True, exist_ok=True))  # type: ignore[misc]
+        if problem := others_can_change(self.path):
+            raise SettingProblem(f"the folder of plugins {self.path}: {problem}")
 
     def _write(self, step: Callable[[], object]) -> None:
         try:
@@ -243,7 +248,12 @@ def digest_of(folder: Path) -> str:
 def _files(folder: Path) -> list[Path]:
     """Return every file below a folder, in one order everywhere."""
     found: list[Path] = []
-    for place, folders, names in os.walk(folder):
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    # What cannot be listed cannot be approved.
+    for place, folders, names in os.walk(folder, onerror=refuse):
         for name in (*folders, *names):
             path = Path(place, name)
             mode = path.lstat().st_mode

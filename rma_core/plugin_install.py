@@ -1,7 +1,8 @@
 """Getting a plugin into a folder of its own: a wheel is fetched and looked at, and nothing of it runs.
 
-pip does the fetching and unpacking, by its owner's configuration; only wheels are taken, since building from source
-runs the author's code. What it needs and RMA's own environment lacks comes into the same folder.
+pip does the fetching and unpacking, by its owner's configuration, one wheel at a time and never what one depends on:
+that is looked at here first, because pip builds what a requirement names by its address, and building runs code. What
+a plugin needs and RMA's own environment lacks comes into the same folder.
 """
 
 from __future__ import annotations
@@ -13,47 +14,41 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from importlib.metadata import PathDistribution
+from importlib.metadata import PackageNotFoundError, PathDistribution, distributions, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
+
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import InvalidWheelFilename, canonicalize_version, parse_wheel_filename
 
 from rma_core import host
 from rma_core.builtin.process_install import missing_pip, pip_environment
 from rma_core.errors import PluginInstallFailed, PluginInvalid, UsageProblem
+from rma_core.plugin_folders import MOST_BYTES, digest_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable
+    from importlib.metadata import Distribution
 
     from rma_core.host import InstalledPlugin
-    from rma_core.plugin_folders import OwnFolder, PluginFolders
 
 #: pip's own time-outs are for one connection; a slow line may take this long for all of it.
 PIP_S = 900.0
 #: So much of pip's own words is shown.
 WORDS = 600
+#: Distributions that one plugin may bring along.
+MOST_NEEDS = 32
 #: Never to be replaced or imitated.
 OURS = frozenset({"rma-core", "rma-coordinator"})
 
 _METADATA = re.compile(r"[^/]+\.dist-info/METADATA")
-
-
-class Requirement(NamedTuple):
-    """A distribution that comes along because the plugin needs it: where from, with its hash."""
-
-    name: str
-    version: str
-    url: str
-    sha256: str
-
-    @property
-    def pinned(self) -> str:
-        """What pip takes for exactly this file."""
-        return f"{self.name} @ {self.url}" + (f"#sha256={self.sha256}" if self.sha256 else "")
+#: Files that would land in place of another's description.
+_FOREIGN_METADATA = re.compile(r".*\.data/.*\.(dist-info|egg-info)(/.*)?", re.IGNORECASE | re.DOTALL)
 
 
 class Wheel(NamedTuple):
-    """A plugin's wheel as its metadata describes it; nobody has vouched for a word of that."""
+    """A wheel as its metadata describes it; nobody has vouched for a word of that."""
 
     path: Path
     name: str
@@ -65,7 +60,9 @@ class Wheel(NamedTuple):
     sha256: str
     #: What it gives: kind, name and module.
     plugins: tuple[tuple[str, str, str], ...]
-    needs: tuple[Requirement, ...] = ()
+    requires: tuple[str, ...] = ()
+    #: What has to come along.
+    needs: tuple[Wheel, ...] = ()
 
     @property
     def distribution(self) -> str:
@@ -73,35 +70,29 @@ class Wheel(NamedTuple):
         return host.normalized(self.name)
 
 
+class Unpacked(NamedTuple):
+    """A wheel with all it needs, in a folder: what its files are called together."""
+
+    folder: Path
+    digest: str
+
+
 def fetch(what: str, folder: Path, tell: Callable[[str], None]) -> Wheel:
-    """Get the wheel of a file, an address or a name on the package index, and find out what it needs.
+    """Get the wheel of a file, an address or a name on the package index, and all that it needs.
 
     Raises UsageProblem for what is no wheel, PluginInvalid for one that is no plugin, PluginInstallFailed.
     """
     if reason := missing_pip():
         raise PluginInstallFailed(reason)
-    path = _file(what)
-    source = what
+    path, source = _file(what), what
     if path is None:
         tell(f"fetching {what}")
         path, source = _download(what, folder)
     wheel = _read(path, source)
-    tell(f"finding out what {wheel.name} needs")
-    return wheel._replace(needs=_needs(wheel, folder))
-
-
-def _download(what: str, folder: Path) -> tuple[Path, str]:
-    """Fetch the wheel of a name or address, and return it with the address it came from. Raises PluginInstallFailed."""
-    report, into = folder / "found.json", folder / "wheel"
-    _pip("install", "--dry-run", "--no-deps", "--ignore-installed", "--report", str(report), what, folder=folder)
-    found = [_requirement(item) for item in _items(report)]
-    if len(found) != 1:
-        raise PluginInstallFailed(f"pip finds no wheel of {what}")
-    _pip("download", "--no-deps", "--dest", str(into), found[0].pinned, folder=folder)
-    wheels = list(into.glob("*.whl"))
-    if len(wheels) != 1:
-        raise PluginInstallFailed(f"pip fetched no wheel of {what}")
-    return wheels[0], found[0].url
+    if not wheel.plugins:
+        hints = (f"a plugin has an entry point in one of {', '.join(host.KINDS.values())}",)
+        raise PluginInvalid(f"{path.name} is no plugin of RMA's", hints=hints)
+    return wheel._replace(needs=_needs(wheel, folder, tell))
 
 
 def _file(what: str) -> Path | None:
@@ -123,83 +114,140 @@ def _file(what: str) -> Path | None:
     return None
 
 
+def _download(what: str, folder: Path) -> tuple[Path, str]:
+    """Fetch the wheel of a name or address, and return it with the address it came from. Raises PluginInstallFailed."""
+    into = Path(tempfile.mkdtemp(dir=folder))
+    report = into / "found.json"
+    _pip("install", "--dry-run", "--no-deps", "--ignore-installed", "--report", str(report), what, folder=folder)
+    try:
+        [item] = json.loads(report.read_text(encoding="utf-8"))["install"]
+        name, url = str(item["metadata"]["name"]), str(item["download_info"]["url"])
+        sha256 = str(item["download_info"].get("archive_info", {}).get("hashes", {}).get("sha256", ""))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PluginInstallFailed(f"what pip finds of {what} cannot be read: {error}") from None
+    if not urlsplit(url).path.endswith(".whl"):
+        raise PluginInstallFailed(f"of {what} there is no wheel")
+    exactly = f"{name} @ {url}" + (f"#sha256={sha256}" if sha256 else "")
+    _pip("download", "--no-deps", "--dest", str(into), exactly, folder=folder)
+    wheels = list(into.glob("*.whl"))
+    if len(wheels) != 1:
+        raise PluginInstallFailed(f"pip fetched no wheel of {what}")
+    return wheels[0], url
+
+
 def _read(path: Path, source: str) -> Wheel:
     """Look into a wheel without unpacking it. Raises PluginInvalid."""
     try:
+        if path.stat().st_size > MOST_BYTES:
+            raise ValueError(f"it has more than {MOST_BYTES // 2**20} MiB")
+        named, said = parse_wheel_filename(path.name)[:2]
         with zipfile.ZipFile(path) as archive:
-            inside = [
-                name for name in archive.namelist() if name.count("/") == 1 and name.endswith(".dist-info/METADATA")
-            ]
-            if len(inside) != 1:
-                raise ValueError("it has no metadata")
-            distribution = PathDistribution(zipfile.Path(archive, inside[0].removesuffix("METADATA")))
-            about, points = distribution.metadata, list(distribution.entry_points)
-            groups = {group: kind for kind, group in host.KINDS.items()}
-            name, version = str(about["Name"] or ""), str(about["Version"] or "")
-            summary = str(about["Summary"] or "")
-            author = str(about["Author-email"] or about["Author"] or "")
-    except (OSError, ValueError, KeyError, NotImplementedError, zipfile.BadZipFile) as error:
+            files = archive.namelist()
+            inside = [name for name in files if _METADATA.fullmatch(name)]
+            if len(inside) != 1 or len(files) != len(set(files)):
+                raise ValueError("it has no metadata, or a file twice")
+            if any(_FOREIGN_METADATA.fullmatch(name) for name in files):
+                raise ValueError("it has files that would take the place of its description")
+            info = inside[0].removesuffix("METADATA")
+            distribution = PathDistribution(zipfile.Path(archive, info))
+            about = distribution.metadata
+            name, version_ = str(about["Name"] or ""), str(about["Version"] or "")
+            summary, author = str(about["Summary"] or ""), str(about["Author-email"] or about["Author"] or "")
+            plugins, requires = _plugins(distribution), tuple(distribution.requires or ())
+        folder = info.removesuffix(".dist-info/").rpartition("-")
+        names = {str(named), host.normalized(name), host.normalized(folder[0])}
+        versions = {canonicalize_version(one) for one in (str(said), version_, folder[2].replace("_", "+"))}
+        if len(names) > 1 or len(versions) > 1:
+            raise ValueError("its file, its folder and its metadata are called differently")
+    except (OSError, ValueError, KeyError, NotImplementedError, zipfile.BadZipFile, InvalidWheelFilename) as error:
         raise PluginInvalid(f"{path.name} cannot be read as a wheel: {error}") from None
-    plugins = tuple((str(groups[p.group]), p.name, p.value) for p in points if p.group in groups)
-    if not plugins:
-        hints = (f"a plugin has an entry point in one of {', '.join(host.KINDS.values())}",)
-        raise PluginInvalid(f"{path.name} is no plugin of RMA's", hints=hints)
     if host.normalized(name) in OURS:
         raise PluginInvalid(f"{path.name} calls itself {name}, which is RMA itself")
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Wheel(path, name, version, summary, author, source, sha256, plugins)
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return Wheel(path, name, version_, summary, author, source, sha256, plugins, requires)
 
 
-def _needs(wheel: Wheel, folder: Path) -> tuple[Requirement, ...]:
-    """Return what would have to come along, as pip resolves it here. Raises PluginInstallFailed."""
-    report = folder / "report.json"
-    _pip("install", "--dry-run", "--report", str(report), str(wheel.path), folder=folder)
-    found = []
-    for one in map(_requirement, _items(report)):
-        if host.normalized(one.name) == wheel.distribution:
+def _plugins(distribution: Distribution) -> tuple[tuple[str, str, str], ...]:
+    """Return what a distribution gives: kind, name and module."""
+    groups = {group: str(kind) for kind, group in host.KINDS.items()}
+    points = distribution.entry_points
+    return tuple(sorted((groups[point.group], point.name, point.value) for point in points if point.group in groups))
+
+
+def _needs(wheel: Wheel, folder: Path, tell: Callable[[str], None]) -> tuple[Wheel, ...]:
+    """Fetch what a wheel needs and RMA's environment lacks, and what that needs. Raises PluginInstallFailed."""
+    found: dict[str, Wheel] = {wheel.distribution: wheel}
+    waiting = [(wheel, need) for need in wheel.requires]
+    while waiting:
+        who, text = waiting.pop(0)
+        need = _requirement(who, text)
+        if need is None or ((there := _version_of(need, found)) and _suits(who, need, there, found)):
             continue
-        if here := _version_here(one.name):
-            message = f"{wheel.name} needs another {one.name} ({one.version}) than RMA has here ({here})"
-            raise PluginInstallFailed(message, hints=("ask its author for a version that does not",))
-        found.append(one)
-    return tuple(found)
+        if len(found) > MOST_NEEDS:
+            raise PluginInstallFailed(f"{wheel.name} needs more than {MOST_NEEDS} distributions that are not here")
+        tell(f"fetching {need.name}, which {who.name} needs")
+        wanted = f"{need.name}{need.specifier}"
+        fetched = _read(*_download(wanted, folder))
+        found[fetched.distribution] = fetched
+        waiting += [(fetched, one) for one in fetched.requires]
+    return tuple(one for one in found.values() if one is not wheel)
 
 
-def _requirement(item: dict[str, Any]) -> Requirement:
-    """Return one line of pip's report."""
-    about, names = item["download_info"], item["metadata"]
-    hashes = about.get("archive_info", {}).get("hashes", {})
-    return Requirement(str(names["name"]), str(names["version"]), str(about["url"]), str(hashes.get("sha256", "")))
-
-
-def _items(report: Path) -> Iterator[dict[str, Any]]:
+def _requirement(who: Wheel, text: str) -> Requirement | None:
+    """Return what a line of a wheel asks for, ``None`` where not of this machine. Raises PluginInstallFailed."""
     try:
-        yield from json.loads(report.read_text(encoding="utf-8"))["install"]
-    except (OSError, ValueError, KeyError) as error:
-        raise PluginInstallFailed(f"what pip says it would install cannot be read: {error}") from None
+        need = Requirement(text)
+        if need.marker is not None and not need.marker.evaluate({"extra": ""}):
+            return None
+    except (InvalidRequirement, ValueError) as error:
+        raise PluginInstallFailed(f"what {who.name} needs cannot be read: {text}: {error}") from None
+    if need.url:
+        hints = ("ask its author for one that names versions on a package index",)
+        raise PluginInstallFailed(
+            f"{who.name} needs {need.name} from {need.url}, which is no wheel's name", hints=hints
+        )
+    return need
 
 
-def _version_here(name: str) -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
+def _version_of(need: Requirement, found: dict[str, Wheel]) -> str:
+    """Return the version that is here, or that comes along; nothing where there is none."""
+    coming = found.get(host.normalized(need.name))
+    if coming is not None:
+        return coming.version
     try:
-        return version(name)
+        return version(need.name)
     except PackageNotFoundError:
         return ""
 
 
-def install(wheel: Wheel, folders: PluginFolders, staging: Path, tell: Callable[[str], None]) -> OwnFolder:
-    """Unpack a wheel and what it needs into its own folder, in place of an older one. Raises PluginInstallFailed."""
-    tell(f"installing {wheel.name} {wheel.version}")
+def _suits(who: Wheel, need: Requirement, there: str, found: dict[str, Wheel]) -> bool:
+    """Return that a version does. Raises PluginInstallFailed where it does not: there is room for one."""
+    if need.specifier.contains(there, prereleases=True):
+        return True
+    where = "comes along" if host.normalized(need.name) in found else "RMA has here"
+    message = f"{who.name} needs {need.name} {need.specifier}, and {there} {where}"
+    raise PluginInstallFailed(message, hints=("ask its author for a version that does not",))
+
+
+def unpack(wheel: Wheel, staging: Path, tell: Callable[[str], None]) -> Unpacked:
+    """Unpack a wheel and what it needs into a new folder. Raises PluginInstallFailed, PluginInvalid."""
+    tell(f"unpacking {wheel.name} {wheel.version}")
     made = staging / "made"
     made.mkdir(mode=0o700)
-    needs = [one.pinned for one in wheel.needs]
-    arguments = ("install", "--no-deps", "--no-warn-script-location", "--target", str(made), str(wheel.path), *needs)
-    _pip(*arguments, folder=staging)
-    return folders.put(wheel.distribution, made)
+    files = [str(one.path) for one in (wheel, *wheel.needs)]
+    _pip("install", "--no-deps", "--no-warn-script-location", "--target", str(made), *files, folder=staging)
+    expected = {one.distribution: one.plugins for one in (wheel, *wheel.needs)}
+    found = [(host.normalized(one.metadata["Name"] or ""), _plugins(one)) for one in distributions(path=[str(made)])]
+    if len(found) != len(expected) or dict(found) != expected:
+        raise PluginInvalid(f"{wheel.name} unpacks to something else than it says")
+    try:
+        return Unpacked(made, digest_of(made))
+    except (OSError, ValueError) as error:
+        raise PluginInstallFailed(f"{wheel.name} cannot be installed: {error}") from None
 
 
-def taken(wheel: Wheel, there: tuple[InstalledPlugin, ...]) -> str:
+def taken(wheel: Wheel, there: Iterable[InstalledPlugin]) -> str:
     """Say which of a wheel's plugins cannot be used beside those that are there, or nothing."""
     for kind, name, _ in wheel.plugins:
         for one in there:
@@ -209,8 +257,8 @@ def taken(wheel: Wheel, there: tuple[InstalledPlugin, ...]) -> str:
     return ""
 
 
-def _pip(*arguments: str, folder: Path) -> str:
-    """Run pip to its end, with wheels only, and return what it said. Raises PluginInstallFailed."""
+def _pip(*arguments: str, folder: Path) -> None:
+    """Run pip to its end, with wheels only. Raises PluginInstallFailed."""
     quiet = ("--no-input", "--disable-pip-version-check", "--progress-bar", "off", "--only-binary", ":all:")
     compiled = ("--no-compile",) if arguments[0] == "install" else ()
     command = [sys.executable, "-P", "-m", "pip", arguments[0], *quiet, *compiled, *arguments[1:]]
@@ -228,4 +276,3 @@ def _pip(*arguments: str, folder: Path) -> str:
         errors = [line.removeprefix("ERROR: ") for line in words.splitlines() if line.startswith(("ERROR", "error:"))]
         hints = ("what pip may fetch, and from where, is in your pip configuration",)
         raise PluginInstallFailed(" ".join(errors or words.splitlines()[-3:])[:WORDS] or "pip failed", hints=hints)
-    return words

@@ -12,6 +12,7 @@ import subprocess
 import threading
 import time
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
@@ -19,6 +20,9 @@ import pytest
 from rma_core.agent.attach import nearby
 from rma_core.agent.attach.nearby import USUAL, Nearby, Usual, find
 from rma_core.commands.sharing import sentence
+from rma_core.diagnosis import examine
+from rma_core.host import Plugins
+from rma_core.settings import AgentSettings
 from tests.attached_servers import LM_STUDIO, OLLAMA, VLLM, EndlessAnswer, Server, running
 from tests.ollama_stand_in import ollama
 from tests.pools import NO_ENGINE, Running, environment, pool, rma
@@ -266,14 +270,17 @@ def typed(command: list[str], env: Mapping[str, str], answers: Mapping[str, str]
         os.close(ours)
 
 
-def test_an_owner_who_wants_nobody_to_look_is_left_alone(tmp_path: Path) -> None:
-    with at_a_usual_port(VLLM) as server:
-        env = environment(tmp_path / "rma", {**NO_ENGINE, "RMA_FIND_MODEL_SERVERS": "false"})
-        done = subprocess.run(
-            rma("doctor", "--json"), env=env, capture_output=True, text=True, timeout=PATIENCE_S, check=False
-        )
-        assert "model server" not in done.stdout
-        assert server.asked == []
+@pytest.mark.asyncio
+async def test_an_owner_who_wants_nobody_to_look_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running(VLLM) as server:
+        # Not at a usual port: other agents of this machine look there, whatever this one does.
+        port = urlsplit(server.url).port or 0
+        monkeypatch.setitem(find.__kwdefaults__ or {}, "usual", (Usual(port, "vLLM"),))
+        for looks in (False, True):
+            settings = AgentSettings(home=str(tmp_path / "rma"), runtimes=[], find_model_servers=looks)
+            findings = await examine(settings, Plugins())
+            assert any("model server" in one.subject for one in findings) is looks
+            assert bool(server.asked) is looks
 
 
 def test_rma_up_says_what_could_be_shared(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from rma_core.host import Plugins
+from rma_core.plugin_folders import PluginFolders
 from tests.pools import environment
 from tests.wheels import BOARD, detector, wheel
 
@@ -64,16 +66,19 @@ def test_a_plugin_runs_once_its_owner_approves_it(tmp_path: Path) -> None:
     assert told("plugins", "check", "odd", folder=tmp_path)["broken"] == 0
 
 
-def test_yes_approves_what_is_installed_and_nothing_that_comes_later(tmp_path: Path) -> None:
+def test_an_update_takes_the_place_of_what_runs_only_with_a_yes(tmp_path: Path) -> None:
     assert told("plugins", "install", detector(tmp_path), "--yes", folder=tmp_path)["approved"]
-    assert boards(tmp_path) == ["Odd board"]
     newer = detector(tmp_path, "Odder board", "1.1")
-    assert not told("plugins", "install", newer, folder=tmp_path)["approved"]
-    state, reason = state_of("odd", tmp_path)
-    assert (state, boards(tmp_path)) == ("unapproved", [])
-    assert "not those of 1.0 that you approved" in reason
-    assert told("plugins", "approve", ODD, "--yes", folder=tmp_path)["version"] == "1.1"
+    found = told("plugins", "install", newer, folder=tmp_path)
+    assert (found["installed"], found["approved"]) == (False, False)
+    assert "1.0 that you approved stays" in rma("plugins", "install", newer, folder=tmp_path).stderr
+    assert boards(tmp_path) == ["Odd board"]
+    assert told("plugins", "install", newer, "--yes", folder=tmp_path)["installed"]
     assert boards(tmp_path) == ["Odder board"]
+    (tmp_path / "home" / "plugins" / ODD / "more.py").write_text("")
+    assert told("plugins", "install", detector(tmp_path), folder=tmp_path)["installed"], "what ran does not any more"
+    assert state_of("odd", tmp_path)[0] == "unapproved"
+    assert boards(tmp_path) == []
 
 
 @pytest.mark.parametrize("change", ["changed", "added", "cached", "linked", "opened"])
@@ -160,7 +165,7 @@ def test_a_plugin_is_fetched_by_its_name(tmp_path: Path) -> None:
 def test_what_cannot_be_installed_is_refused_with_what_to_do_and_changes_nothing(tmp_path: Path) -> None:
     pip = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}
     (tmp_path / "odd").mkdir()
-    (tmp_path / "odd.whl").write_text("no wheel")
+    (tmp_path / "odd-1.0-py3-none-any.whl").write_text("no wheel")
     plain = wheel(tmp_path, "odd-thing")
     ours = wheel(tmp_path / "a", "RMA.Core", points=POINTS)
     twin = wheel(tmp_path / "b", "rma-detect-other", points={"rma.detectors": {"host": "other"}})
@@ -168,7 +173,7 @@ def test_what_cannot_be_installed_is_refused_with_what_to_do_and_changes_nothing
     for what, words in {
         "odd": "installing from source would run its code",
         "odd-1.0.tar.gz": "no wheel",
-        "odd.whl": "plugin_invalid odd.whl cannot be read as a wheel",
+        "odd-1.0-py3-none-any.whl": "plugin_invalid odd-1.0-py3-none-any.whl cannot be read as a wheel",
         "nowhere.whl": "there is no file nowhere.whl",
         "./nowhere": "there is no file",
         "http://example.org/odd-1.0-py3-none-any.whl": "not an https address",
@@ -176,13 +181,85 @@ def test_what_cannot_be_installed_is_refused_with_what_to_do_and_changes_nothing
         str(plain): "no plugin of RMA's",
         str(ours): "which is RMA itself",
         str(twin): "plugin_conflict rma-detect-other has a detector called 'host', and so has rma-core",
-        str(older): "plugin_install",
+        str(older): "plugin_install rma-detect-odd needs click <8, and ",
         "nobody-has-this": "plugin_install Could not find a version",
     }.items():
         assert words in refused("plugins", "install", what, folder=tmp_path, **pip)
     assert "no such option" in refused("plugins", "install", "-r", folder=tmp_path).lower()
     assert "neither a wheel nor a name" in rma("plugins", "install", "--", "-r", folder=tmp_path).stderr
     assert [path.name for path in (tmp_path / "home" / "plugins").iterdir() if path.name != ".lock"] == []
+
+
+def test_what_a_wheel_needs_by_an_address_is_not_fetched_for_building_it_would_run_its_code(tmp_path: Path) -> None:
+    mark, source = tmp_path / "mark", tmp_path / "evil"
+    source.mkdir()
+    (source / "pyproject.toml").write_text(
+        '[build-system]\nrequires = []\nbuild-backend = "back"\nbackend-path = ["."]\n'
+    )
+    (source / "back.py").write_text(f"open({str(mark)!r}, 'w').write('ran')\n")
+    evil = f"evil @ file://{source}"
+    direct = wheel(tmp_path / "a", ODD, points=POINTS, needs=[evil])
+    helper = wheel(tmp_path / "index", "odd-helper", needs=[evil])
+    through = wheel(tmp_path / "b", ODD, points=POINTS, needs=["odd-helper"])
+    pip = {"PIP_FIND_LINKS": str(helper.parent), "PIP_NO_INDEX": "1"}
+    for made, who in ((direct, ODD), (through, "odd-helper")):
+        assert f"{who} needs evil from an address" in refused(
+            "plugins", "install", made, "--yes", folder=tmp_path, **pip
+        )
+    assert not mark.exists()
+    assert state_of("odd", tmp_path)[0] == "absent"
+
+
+def test_what_is_shown_is_what_is_installed(tmp_path: Path) -> None:
+    module = {"rma_detect_odd": BOARD.format(name="x")}
+    info = "rma_detect_odd-1.0.dist-info/entry_points.txt"
+    hidden = "[rma.runtimes]\nodd = rma_detect_odd\n"
+    over = {f"rma_detect_odd-1.0.data/purelib/{info}": hidden}
+    made = wheel(tmp_path / "a", ODD, modules=module, points=POINTS, extra=over)
+    assert "take the place of its description" in refused("plugins", "install", made, "--yes", folder=tmp_path)
+    second = {
+        "rma_other-1.0.dist-info/entry_points.txt": hidden,
+        "rma_other-1.0.dist-info/METADATA": "Name: rma-other\n",
+    }
+    made = wheel(tmp_path / "b", ODD, modules=module, points=POINTS, extra=second)
+    assert "no metadata, or a file twice" in refused("plugins", "install", made, "--yes", folder=tmp_path)
+    made = wheel(tmp_path / "c", ODD, modules=module, points=POINTS)
+    renamed = made.with_name("nvidia_official-1.0-py3-none-any.whl")
+    made.rename(renamed)
+    assert "are called differently" in refused("plugins", "install", renamed, "--yes", folder=tmp_path)
+    assert state_of("odd", tmp_path)[0] == "absent"
+
+
+def test_a_plugin_that_is_too_large_is_refused_before_anybody_is_asked(tmp_path: Path) -> None:
+    many = {f"odd_{number}.txt": "" for number in range(20_001)}
+    made = wheel(tmp_path, ODD, modules={"rma_detect_odd": ""}, points=POINTS, extra=many)
+    assert "more than 20000 files" in refused("plugins", "install", made, "--yes", folder=tmp_path)
+    assert state_of("odd", tmp_path)[0] == "absent"
+
+
+def test_a_folder_of_plugins_that_others_can_change_is_not_used(tmp_path: Path) -> None:
+    told("plugins", "install", detector(tmp_path), "--yes", folder=tmp_path)
+    (tmp_path / "home" / "plugins").chmod(0o775)
+    assert "chmod go-w" in refused("plugins", "install", detector(tmp_path), "--yes", folder=tmp_path)
+    assert (state_of("odd", tmp_path)[0], boards(tmp_path)) == ("unapproved", [])
+
+
+def test_a_new_version_beside_an_imported_runtime_is_not_taken_for_one_of_pythons_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = {"rma.detectors": {"odd": "rma_detect_odd"}, "rma.runtimes": {"odd": "rma_runtime_odd"}}
+    source = {"rma_detect_odd": BOARD.format(name="x"), "rma_runtime_odd": ""}
+    told("plugins", "install", wheel(tmp_path, ODD, modules=source, points=both), "--yes", folder=tmp_path)
+    own = PluginFolders(tmp_path / "home" / "plugins")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "dont_write_bytecode", sys.dont_write_bytecode)
+    first = Plugins.discover(kinds=["detector", "runtime"], own=own)
+    assert str(own.path / ODD) in sys.path
+    assert [one.folder for one in first.detectors() if one.name == "odd"] == [str(own.path / ODD)]
+    (own.path / ODD / "rma_detect_odd.py").write_text("raise SystemExit")
+    again = Plugins.discover(kinds=["detector"], own=own)
+    assert [one.name for one in again.detectors() if one.name == "odd"] == []
+    sys.modules.pop("rma_runtime_odd", None)
 
 
 def test_a_blocked_plugin_does_not_run_until_that_is_taken_back(tmp_path: Path) -> None:
@@ -200,6 +277,9 @@ def test_a_blocked_plugin_does_not_run_until_that_is_taken_back(tmp_path: Path) 
 
 def test_a_removed_plugin_is_gone_and_is_asked_about_anew(tmp_path: Path) -> None:
     told("plugins", "install", detector(tmp_path), "--yes", folder=tmp_path)
+    told("plugins", "block", "odd", folder=tmp_path)
+    told("plugins", "install", detector(tmp_path), "--yes", folder=tmp_path)
+    assert state_of("odd", tmp_path)[0] == "active", "a yes takes back that it was blocked"
     told("plugins", "remove", "odd", folder=tmp_path)
     assert state_of("odd", tmp_path)[0] == "absent"
     assert not told("plugins", "install", detector(tmp_path), folder=tmp_path)["approved"]

@@ -18,7 +18,7 @@ from rma_core.plugin_folders import Approval
 from rma_core.publisher import publisher_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Collection, Iterable, Iterator
 
     from rich.console import Console
 
@@ -65,23 +65,34 @@ def plugins_install(what: str, yes: bool, home: str | None, as_json: bool) -> No
     Only wheels are taken, and nothing of them runs while they are installed.
     """
     folders, as_json = _folders(home), _json(as_json)
-    with folders.staging() as staging, _telling(quiet=as_json) as tell:
-        wheel = plugin_install.fetch(what, staging, tell)
-        if words := plugin_install.taken(wheel, host.installed(folders)):
-            raise PluginConflict(words, hints=("rma plugins remove, or pip uninstall",))
-        tell(f"asking who published {wheel.name}")
-        publisher = publisher_of(wheel.source, wheel.name, wheel.version)
-        made = plugin_install.install(wheel, folders, staging, tell)
-    rows = _of_wheel(wheel, made, publisher)
-    approved = _agreed(folders, made, wheel.version, rows, yes=yes, as_json=as_json)
-    value = {
-        **_about(made, wheel.version),
-        "source": wheel.source,
-        "wheel_sha256": wheel.sha256,
-        "publisher": publisher,
-        "approved": approved,
-    }
-    common.show(value, as_json, _nothing)
+    with folders.staging() as staging:
+        with _telling(quiet=as_json) as tell:
+            wheel = plugin_install.fetch(what, staging, tell)
+            if words := plugin_install.taken(wheel, host.installed(folders)):
+                raise PluginConflict(words, hints=("rma plugins remove, or pip uninstall",))
+            tell(f"asking who published {wheel.name}")
+            publisher = publisher_of(wheel.source, wheel.name, wheel.version)
+            new = plugin_install.unpack(wheel, staging, tell)
+        about = {
+            "plugin": wheel.distribution,
+            "version": wheel.version,
+            "source": wheel.source,
+            "wheel_sha256": wheel.sha256,
+            "publisher": publisher,
+            "sha256": new.digest,
+        }
+        names = {name for _, name, _ in wheel.plugins} | {wheel.distribution}
+        rows = _of_wheel(wheel, new.digest, publisher, blocked=names & set(folders.decisions().blocked))
+        yes = _asked(f"{wheel.name} {wheel.version}", rows, yes=yes, as_json=as_json)
+        if not yes and (before := _approved(folders, wheel.distribution)):
+            _say(f"Nothing has changed: {before} that you approved stays.", as_json=as_json)
+            common.show({**about, "installed": False, "approved": False}, as_json, _nothing)
+            return
+        made = folders.put(wheel.distribution, new.folder)
+        if yes:
+            _approve(folders, wheel.distribution, new.digest, wheel.version, names)
+        _say_what_follows(wheel.distribution, approved=yes, as_json=as_json)
+    common.show({**about, "folder": str(made.path), "installed": True, "approved": yes}, as_json, _nothing)
 
 
 @click.command("approve")
@@ -112,8 +123,12 @@ def plugins_approve(name: str, yes: bool, home: str | None, as_json: bool) -> No
     version = found[0].shipped_by.partition(" ")[2]
     if made.problem:
         raise UsageProblem(made.problem)
-    approved = _agreed(folders, made, version, _of_folder(made, found), yes=yes, as_json=as_json, free=names)
-    common.show({**_about(made, version), "approved": approved}, as_json, _nothing)
+    yes = _asked(f"{distribution} {version}", _of_folder(made, found), yes=yes, as_json=as_json)
+    if yes:
+        _approve(folders, distribution, made.digest, version, names)
+    _say_what_follows(distribution, approved=yes, as_json=as_json)
+    about = {"plugin": made.name, "version": version, "folder": str(made.path), "sha256": made.digest}
+    common.show({**about, "approved": yes}, as_json, _nothing)
 
 
 @click.command("block")
@@ -168,44 +183,50 @@ def _named(name: str, folders: PluginFolders) -> list[InstalledPlugin]:
     return [one for one in there if one.shipped_by in owners]
 
 
-def _agreed(
-    folders: PluginFolders,
-    made: OwnFolder,
-    version: str,
-    rows: list[tuple[str, str]],
-    *,
-    yes: bool,
-    as_json: bool,
-    free: set[str] | None = None,
-) -> bool:
-    """Show what it is, ask, and keep a yes; say what a no means."""
+def _asked(title: str, rows: list[tuple[str, str]], *, yes: bool, as_json: bool) -> bool:
+    """Show what it is and ask whether it may run; where nobody can be asked it may not."""
     if not as_json:
-        common.table(("", f"{made.name} {version}"), rows, empty="")(common.console(err=True))
-    if not yes and sys.stdin.isatty() and not as_json:
-        yes = click.confirm("Let it run on this machine?", default=False, err=True)
-    if not yes:
-        _say(f"It is installed and does not run: `rma plugins approve {made.name}` lets it.", as_json=as_json)
-        return False
+        common.table(("", title), rows, empty="")(common.console(err=True))
+    if yes or as_json or not sys.stdin.isatty():
+        return yes
+    return click.confirm("Let it run on this machine?", default=False, err=True)
+
+
+def _approved(folders: PluginFolders, distribution: str) -> str:
+    """Return the version of a distribution that is there and may run; nothing where none may."""
+    with contextlib.suppress(NotFound):
+        there = folders.get(distribution)
+        if folders.approves(there):
+            return folders.decisions().approved[distribution].version
+    return ""
+
+
+def _approve(folders: PluginFolders, distribution: str, digest: str, version: str, names: set[str]) -> None:
+    """Keep that these files may run, and that none of these names is blocked."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    approval = Approval(sha256=made.digest, version=version[:100], at=now)
-    folders.decide(lambda known: known.without(*(free or ())).approve(made.name, approval))
-    _say(f"It may run. {AGAIN}", as_json=as_json)
-    return True
+    approval = Approval(sha256=digest, version=version[:100], at=now)
+    folders.decide(lambda known: known.without(*names).approve(distribution, approval))
 
 
-def _of_wheel(wheel: Wheel, made: OwnFolder, publisher: str) -> list[tuple[str, str]]:
+def _say_what_follows(distribution: str, *, approved: bool, as_json: bool) -> None:
+    no = f"It is installed and does not run: `rma plugins approve {distribution}` lets it."
+    _say(f"It may run. {AGAIN}" if approved else no, as_json=as_json)
+
+
+def _of_wheel(wheel: Wheel, digest: str, publisher: str, *, blocked: Collection[str]) -> list[tuple[str, str]]:
     """Return what a person should know of a wheel before it may run."""
-    needs = ", ".join(f"{one.name} {one.version} ({urlsplit(one.url).hostname or 'a file'})" for one in wheel.needs)
+    needs = (f"{one.name} {one.version} ({urlsplit(one.source).hostname or 'a file'})" for one in wheel.needs)
     return [
         ("says of itself", wheel.summary),
         ("author, as it says", wheel.author or "not said"),
         ("from", wheel.source),
         ("sha256 of the wheel", wheel.sha256),
         ("published by", publisher),
-        ("comes with", needs or "nothing else"),
+        ("comes with", ", ".join(needs) or "nothing else"),
         *[("gives", f"{kind} {name} ({value})") for kind, name, value in wheel.plugins],
         *_may(kind for kind, _, _ in wheel.plugins),
-        ("sha256 of its files", made.digest),
+        *[("blocked", f"{name}: you blocked it, and a yes takes that back") for name in sorted(blocked)],
+        ("sha256 of its files", digest),
     ]
 
 
@@ -228,10 +249,6 @@ def _may(kinds: Iterable[str]) -> Iterator[tuple[str, str]]:
         yield "may", MAY[kind]
         if kind == "detector":
             yield "", confinement.available().words()
-
-
-def _about(made: OwnFolder, version: str) -> dict[str, str]:
-    return {"plugin": made.name, "version": version, "folder": str(made.path), "sha256": made.digest}
 
 
 def _prints(words: str) -> Callable[[Console], None]:
