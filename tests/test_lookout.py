@@ -226,3 +226,15 @@ def test_a_running_agent_tells_its_pool_when_a_gpu_vanishes_and_when_it_is_back(
         made.json("detect", "--rescan")
         until(lambda: made.workers()[0]["tier"] == 1, within_s=PATIENCE_S, what="the tier with its GPU")
         assert "gpu:" in (home / "agent.log").read_text()
+
+
+async def test_a_bug_in_a_look_is_told_to_who_asked_and_the_next_look_goes_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    well, more = report(gpu()), report(gpu(), gpu("1"))
+    found = Watched(well, ZeroDivisionError("no such luck"))
+    await found.all_seen()
+    assert "something went wrong in rma itself (ZeroDivisionError: no such luck)" in found.error
+    assert "a look at the hardware failed" in caplog.text
+    found = await Watched(well, ZeroDivisionError("no such luck"), more).all_seen()
+    assert (found.told, found.error) == ([more], "")

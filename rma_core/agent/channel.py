@@ -168,15 +168,15 @@ class Channel:
             await self.send(frames.pack(frame))
         except LinkLostError:
             return False
-        return await self._reached()
+        return await self.reached()
 
     async def confirm(self) -> None:
         """Make sure that the answers that were sent until now have been read."""
         marks = self._answers.marks()
-        if marks and await self._reached():
+        if marks and await self.reached():
             self._answers.confirm(marks)
 
-    async def _reached(self) -> bool:
+    async def reached(self) -> bool:
         """Say whether everything sent until now was read: the other side reads in order, pings too."""
         from websockets.exceptions import ConnectionClosed
 

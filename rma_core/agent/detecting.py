@@ -29,10 +29,14 @@ class Detecting:
 
     async def look(self) -> HardwareReport:
         """Detect this machine's hardware, or take the recording that stands in for it. Raises SettingProblem."""
+        detectors = self._detectors
         if self._looked and not self._given:
-            self._detectors = await asyncio.to_thread(self._again)
+            detectors = await asyncio.to_thread(self._again)
         self._looked = True
-        return await look(self._settings, self._detectors, self._quarantine)
+        report = await look(self._settings, detectors, self._quarantine)
+        # Only now does each of them say how it went.
+        self._detectors = detectors
+        return report
 
     def _again(self) -> Plugins:
         return Plugins.discover(kinds=["detector"], **self._settings.plugin_rules())

@@ -29,7 +29,10 @@ GATHER_CHANNEL_S, GATHER_HTTP_S = 0.05, 0.25
 
 
 class Heart:
-    """Sends heartbeats; ``make`` gives the next one, ``answered`` is told what came back."""
+    """Sends heartbeats; ``make`` gives the next one with all news, ``bare`` one without, ``answered`` what came back.
+
+    ``told`` is given each one that was read. Those with news go one after the other, so that none overtakes another.
+    """
 
     def __init__(
         self,
@@ -37,13 +40,15 @@ class Heart:
         channel: Channel,
         *,
         make: Callable[[], Heartbeat],
+        bare: Callable[[], Heartbeat],
+        told: Callable[[Heartbeat], None],
         answered: Callable[[HeartbeatAnswer], None],
         forgotten: Callable[[], None],
         link: Link,
         clock: Callable[[], float] = time.monotonic,
         uniform: Callable[[float, float], float] = random.uniform,
     ) -> None:
-        self._client, self._channel, self._make = client, channel, make
+        self._client, self._channel, self._make, self._bare, self._told = client, channel, make, bare, told
         self._answered, self._forgotten, self._link = answered, forgotten, link
         self._clock, self._uniform = clock, uniform
         self._soon = asyncio.Event()
@@ -76,24 +81,35 @@ class Heart:
 
     async def beat(self) -> bool:
         """Send one heartbeat, over the channel when there is one; say whether it got through."""
+        beat = self._make()
         if self._channel.up:
             try:
-                await self._channel.beat(self._make())
+                await self._channel.beat(beat)
             except LinkLostError as error:
                 logger.debug("no heartbeat over the channel: %s", error)
             else:
+                if _has_news(beat) and await self._channel.reached():
+                    self._told(beat)
                 return True
-        return await self.beat_by_http()
+        return await self._by_http(beat)
 
     async def beat_by_http(self) -> bool:
-        """Send one heartbeat by HTTP; say whether it was answered."""
+        """Send one heartbeat without news by HTTP, at any time; say whether it was answered."""
+        return await self._by_http(self._bare())
+
+    async def _by_http(self, beat: Heartbeat) -> bool:
         try:
-            answer = await self._client.heartbeat(self._make())
+            answer = await self._client.heartbeat(beat)
         except (NotAuthenticated, NotFound):
             self._forgotten()
             return False
         except CoordinatorError as error:
             self._link.failed(error)
             return False
+        self._told(beat)
         self._answered(answer)
         return True
+
+
+def _has_news(beat: Heartbeat) -> bool:
+    return beat.report is not None or beat.runtimes is not None or beat.plugins is not None

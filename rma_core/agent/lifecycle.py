@@ -7,6 +7,8 @@ import logging
 import random
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import msgspec
+
 import rma_core
 from rma_core import http
 from rma_core.agent.answers import Answers
@@ -138,6 +140,8 @@ class Agent:
             self.client,
             self.channel,
             make=self.heartbeat,
+            bare=self.sign_of_life,
+            told=self._was_told,
             answered=self.assigned,
             forgotten=self.forgotten,
             link=self.link,
@@ -162,8 +166,8 @@ class Agent:
         self._hurried = asyncio.Event()
         self._plain_way = asyncio.Event()
         self._messages = Messages()
-        #: What the coordinator knows, and what it will know once the heartbeat on its way is answered.
-        self._told, self._telling, self._registering = Told(), Told(), Told()
+        #: What the coordinator knows, and what it will know once the registration on its way is answered.
+        self._told, self._registering = Told(), Told()
         self._minor: set[asyncio.Task[None]] = set()
         self.owner = Owner(self)
         self._ending = Ending(self, hurried=self._hurried)
@@ -339,7 +343,6 @@ class Agent:
             self.channel.hurry()
         self.answers.heard()
         self.heart.heard()
-        self._told = self._telling
         self.heart.pace(answer.heartbeat_interval_s)
         self.client.keep_nonce(answer.nonce)
         self._set_tier(answer.tier, answer.tier_reason)
@@ -366,11 +369,20 @@ class Agent:
     # What it says of itself.
 
     def heartbeat(self) -> Heartbeat:
-        """Return the next heartbeat."""
+        """Return the next heartbeat, with everything that the coordinator does not know yet."""
+        now, known = self._all(), self._told
+        return msgspec.structs.replace(
+            self.sign_of_life(),
+            report=now.report if now.report is not known.report else None,
+            runtimes=now.runtimes if now.runtimes != known.runtimes else None,
+            plugins=now.plugins if now.states != known.states else None,
+        )
+
+    def sign_of_life(self) -> Heartbeat:
+        """Return what every heartbeat says."""
         engine_down = next((e.health.reason for e in self.engines if e.health.state == "unhealthy"), "")
         usable = any(e.health.state == "healthy" for e in self.engines) or self.attached.healthy
         broken = bool(engine_down) and not usable
-        self._telling = now = self._all()
         return Heartbeat(
             worker_id=self.client.worker_id,
             status="degraded" if broken else "healthy",
@@ -381,9 +393,15 @@ class Agent:
             generation=max(0, self.reconciler.generation),
             draining=self.draining,
             paused=self.paused,
-            report=now.report if now.report is not self._told.report else None,
-            runtimes=now.runtimes if now.runtimes != self._told.runtimes else None,
-            plugins=now.plugins if now.states != self._told.states else None,
+        )
+
+    def _was_told(self, beat: Heartbeat) -> None:
+        """Keep what the coordinator knows now; what has changed meanwhile it does not."""
+        known = self._told
+        self._told = Told(
+            known.report if beat.report is None else beat.report,
+            known.runtimes if beat.runtimes is None else beat.runtimes,
+            known.plugins if beat.plugins is None else beat.plugins,
         )
 
     def _all(self) -> Told:

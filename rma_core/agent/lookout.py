@@ -47,6 +47,8 @@ class Lookout:
         #: Looks that have ended, and how many of the last ones found something wrong.
         self.rounds, self._troubles = 0, 0
         self._looking = False
+        #: Why the last look gave nothing.
+        self.error = ""
 
     def ask(self) -> int:
         """Look now; return how many looks will have ended before that one."""
@@ -61,9 +63,14 @@ class Lookout:
             self._looking = True
             try:
                 await self._round()
+                self.error = ""
             except RMAError as error:
                 # Settings that are wrong just now, say: what was seen before still holds.
                 logger.warning("the hardware cannot be looked at now: %s", error, extra={"action": "hardware"})
+                self.error = str(error)
+            except Exception as error:
+                logger.exception("a look at the hardware failed", extra={"action": "bug"})
+                self.error = f"something went wrong in rma itself ({type(error).__name__}: {error})"
             self._looking = False
             self.rounds += 1
 

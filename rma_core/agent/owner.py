@@ -90,6 +90,8 @@ class Owner:
         if since is not None and not isinstance(since, int):
             raise UsageProblem(f"since is a number of looks, not {since!r}")
         rounds = lookout.ask() if since is None else lookout.rounds
+        if since is not None and rounds > since and lookout.error:
+            raise UsageProblem(f"the agent cannot look at its hardware now: {lookout.error}")
         return {"rounds": rounds, "report": lookout.report if since is not None and rounds > since else None}
 
     async def _on_drain(self, _: dict[str, Any]) -> dict[str, int]:
