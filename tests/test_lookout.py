@@ -12,11 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rma_core.agent.detecting import Detecting
 from rma_core.agent.lookout import CONFIRM_S, TROUBLE_S, Lookout
 from rma_core.changes import changes, has_trouble, worse
 from rma_core.detection import Observation, assemble, without
 from rma_core.errors import SettingProblem
 from rma_core.models.hardware import Capabilities, Detection, Device, HardwareReport, ProbeReport, summarize
+from rma_core.settings import AgentSettings
 from tests.coordinator_fixtures import until as soon_true
 from tests.pools import NO_ENGINE, notes_alone, pool, until
 
@@ -196,6 +198,24 @@ def test_what_its_owner_keeps_back_is_not_the_pools_and_is_said() -> None:
     assert without([cpu, cards], []) == (cpu, cards)
     assert [device.id for device in assemble(without([cpu, cards], ["*"])).devices] == []
     assert assemble(without([cards], ["gpu:*"])).capabilities == Capabilities(cpu_cores=0, ram="0.0GB")
+
+
+async def test_what_the_settings_say_of_devices_counts_from_the_next_look_on(tmp_path: Path) -> None:
+    (tmp_path / "found").mkdir(mode=0o755)
+    device = tmp_path / "found" / "board.json"
+    device.write_text(
+        '[{"id": "npu:0", "kind": "npu", "name": "Board"}, {"id": "npu:1", "kind": "npu", "name": "Other"}]'
+    )
+    device.chmod(0o644)
+    first = AgentSettings(home=str(tmp_path), detectors=str(tmp_path / "found"), only_plugins=["none"])
+    now = first
+    detecting = Detecting(first, again=lambda: now)
+    assert [one.id for one in (await detecting.look()).devices] == []
+    now = msgspec.structs.replace(first, only_plugins=["board"])
+    assert [one.id for one in (await detecting.look()).devices] == ["npu:0", "npu:1"]
+    now = msgspec.structs.replace(now, exclude_devices=["npu:1"])
+    assert [one.id for one in (await detecting.look()).devices] == ["npu:0"]
+    assert {one.name: one.state for one in detecting.reports()}["board"] == "active"
 
 
 def test_a_running_agent_tells_its_pool_when_a_gpu_vanishes_and_when_it_is_back(

@@ -7,21 +7,39 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from rma_core.host import Plugins
 from rma_core.quarantine import Quarantine
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rma_core.models.hardware import HardwareReport
     from rma_core.models.worker import PluginReport
     from rma_core.settings import AgentSettings
 
 
+#: Settings that count for the next look; all others are those of the start.
+OF_LOOKS = ("approve_plugins", "block_plugins", "only_plugins", "plugins", "detectors", "detect_deadline_s",
+            "exclude_devices")  # fmt: skip
+
+
 class Detecting:
     """Looks at this machine, and says how its plugins stand; a detector that keeps failing is left alone a while."""
 
-    def __init__(self, settings: AgentSettings, plugins: Plugins | None = None) -> None:
-        """Take the detectors and runtimes that the settings allow; given ``plugins`` stay the only ones."""
-        self._settings, self._given = settings, plugins is not None
+    def __init__(
+        self,
+        settings: AgentSettings,
+        plugins: Plugins | None = None,
+        *,
+        again: Callable[[], AgentSettings] | None = None,
+    ) -> None:
+        """Take the detectors and runtimes that the settings allow; given ``plugins`` stay the only ones.
+
+        ``again`` reads the settings anew: what they say of detectors and devices counts from the next look on.
+        """
+        self._settings, self._given, self._read = settings, plugins is not None, again
         self.plugins = plugins or discover(settings)
         self._detectors = self.plugins
         self._quarantine = Quarantine(clock=time.monotonic)
@@ -39,6 +57,9 @@ class Detecting:
         return report
 
     def _again(self) -> Plugins:
+        if self._read is not None:
+            new = self._read()
+            self._settings = msgspec.structs.replace(self._settings, **{name: getattr(new, name) for name in OF_LOOKS})
         return Plugins.discover(kinds=["detector"], **self._settings.plugin_rules())
 
     def reports(self) -> tuple[PluginReport, ...]:

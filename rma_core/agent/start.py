@@ -42,6 +42,7 @@ async def run_agent(
     settings: AgentSettings,
     *,
     plugins: Plugins | None = None,
+    again: Callable[[], AgentSettings] | None = None,
     consent: Consent | None = None,
     handle_signals: bool = True,
     use_channel: bool = True,
@@ -50,7 +51,8 @@ async def run_agent(
     """Run the agent until it is stopped by a signal, `Agent.stop` or ``rma drain``.
 
     A machine that is not enrolled yet enrols with ``settings.join_token``, agreeing to ``consent`` (by default to what
-    ``settings.services`` lists, or to whatever the pool chooses). ``ready`` is given the agent before it works.
+    ``settings.services`` lists, or to whatever the pool chooses). ``again`` reads the settings anew for each further
+    look at the hardware. ``ready`` is given the agent before it works.
     Raises UsageProblem when there is no coordinator to work for, or when what is attached is elsewhere;
     SettingProblem for an unusable state folder.
     """
@@ -58,7 +60,7 @@ async def run_agent(
     addresses(settings.attach)
     own_files(settings.models)
     os.umask(0o077)
-    detecting = Detecting(settings, plugins)
+    detecting = Detecting(settings, plugins, again=again)
     runtimes = detecting.plugins.runtimes(plugin_tables(settings))
     async with opened(settings, detecting.look, consent=consent) as (folder, record, key, report):
         agent = Agent(

@@ -270,8 +270,12 @@ def agent(
 
 def _run_agent(settings: AgentSettings, *, ready: Callable[[Agent], None] | None = None) -> None:
     from rma_core.agent.start import run_agent
+    from rma_core.settings import AgentSettings, CoordinatorSettings, load_settings
 
-    common.run_async(run_agent(settings, ready=ready or _untied))
+    def again() -> AgentSettings:
+        return load_settings(AgentSettings, flags={"home": settings.home}, known=(CoordinatorSettings,))
+
+    common.run_async(run_agent(settings, again=again, ready=ready or _untied))
 
 
 def _untied(_: Agent) -> None:
