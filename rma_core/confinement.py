@@ -32,13 +32,15 @@ DEVICES = (
     "/dev/dri", "/dev/kfd", "/dev/accel", "/dev/nvidia", "/dev/nvhost", "/dev/nvmap", "/dev/dxg", "/dev/davinci",
     "/dev/apex_", "/dev/hailo", "/dev/mali", "/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom",
 )  # fmt: skip
-#: Entries of /proc that are the machine's memory or its log.
+#: Entries of /proc that are the machine's memory or its log, or tell of what others share.
 NOT_OF_PROC = frozenset(
-    {"kcore", "kmsg", "kpagecount", "kpageflags", "kpagecgroup", "keys", "key-users", "sysrq-trigger"}
+    {"kcore", "kmsg", "kpagecount", "kpageflags", "kpagecgroup", "keys", "key-users", "sysvipc", "sysrq-trigger"}
 )
 
 #: A temporary file gets no larger.
 MOST_FILE_BYTES = 16 * 1024 * 1024
+#: Files that are open at one time.
+MOST_OPEN = 128
 #: Memory that one process can write to. Drivers map far more; what they only reserve, or share, does not count.
 MOST_MEMORY_BYTES = 1024 * 1024 * 1024
 
@@ -131,6 +133,8 @@ def _limit() -> None:
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (MOST_FILE_BYTES, MOST_FILE_BYTES))
         resource.setrlimit(resource.RLIMIT_DATA, (MOST_MEMORY_BYTES, MOST_MEMORY_BYTES))
+        # Files that have no name any more take room as long as they are open.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (MOST_OPEN, MOST_OPEN))
 
 
 def _system() -> ctypes.CDLL:

@@ -68,10 +68,14 @@ class Decisions(msgspec.Struct, frozen=True, kw_only=True):
         """Return these with one more name that never runs."""
         return msgspec.structs.replace(self, blocked=tuple(sorted({*self.blocked, name})))
 
-    def without(self, *names: str) -> Decisions:
-        """Return these as if nothing had been decided about ``names``."""
-        approved = {name: one for name, one in self.approved.items() if name not in names}
-        return msgspec.structs.replace(self, approved=approved, blocked=tuple(set(self.blocked) - set(names)))
+    def free(self, *names: str) -> Decisions:
+        """Return these with none of the names blocked."""
+        return msgspec.structs.replace(self, blocked=tuple(sorted(set(self.blocked) - set(names))))
+
+    def forget(self, name: str) -> Decisions:
+        """Return these as if nothing had been decided about a distribution."""
+        approved = {one: approval for one, approval in self.approved.items() if one != name}
+        return msgspec.structs.replace(self.free(name), approved=approved)
 
 
 class OwnFolder(NamedTuple):
@@ -186,7 +190,7 @@ class PluginFolders:
         out = self.path / f"{HIDDEN}old-{secrets.token_hex(6)}"
         self._write(lambda: gone.path.rename(out))
         shutil.rmtree(out, ignore_errors=True)
-        self.decide(lambda known: known.without(name))
+        self.decide(lambda known: known.forget(name))
 
     def _make(self) -> None:
         """Make the folder, and the state folder that holds it, for nobody else. Raises SettingProblem."""

@@ -84,15 +84,20 @@ def fetch(what: str, folder: Path, tell: Callable[[str], None]) -> Wheel:
     """
     if reason := missing_pip():
         raise PluginInstallFailed(reason)
-    path, source = _file(what), what
+    path, source, extras = _file(what), what, frozenset[str]()
     if path is None:
         tell(f"fetching {what}")
-        path, source = _download(what, folder)
+        if "://" in what:
+            path, source = _download(what, folder)
+        else:
+            wanted = _wanted(what)
+            path, source = _download(_named(wanted), folder)
+            extras = frozenset(wanted.extras)
     wheel = _read(path, source)
     if not wheel.plugins:
         hints = (f"a plugin has an entry point in one of {', '.join(host.KINDS.values())}",)
         raise PluginInvalid(f"{path.name} is no plugin of RMA's", hints=hints)
-    return wheel._replace(needs=_needs(wheel, folder, tell))
+    return wheel._replace(needs=_needs(wheel, extras, folder, tell))
 
 
 def _file(what: str) -> Path | None:
@@ -106,12 +111,33 @@ def _file(what: str) -> Path | None:
     if path.suffix == ".whl" and "://" not in what:
         if not path.is_file():
             raise UsageProblem(f"there is no file {what}")
-        return path
+        return path.absolute()
     if "://" in what and not (urlsplit(what).scheme == "https" and urlsplit(what).path.endswith(".whl")):
         raise UsageProblem(f"{what} is not an https address of a wheel", hints=hints)
     if "://" not in what and ("/" in what or "\\" in what or "@" in what):
         raise UsageProblem(f"there is no file {what}")
     return None
+
+
+def _wanted(what: str) -> Requirement:
+    """Return what a name on the command line asks for. Raises UsageProblem."""
+    try:
+        wanted = Requirement(what)
+    except InvalidRequirement:
+        raise UsageProblem(f"{what!r} is neither a wheel nor a name, such as rma-detect-coral==1.0") from None
+    if wanted.marker is not None or not _comparable(wanted):
+        raise UsageProblem(f"{what!r} says more than a name and its versions")
+    return wanted
+
+
+def _comparable(need: Requirement) -> bool:
+    """Whether versions are compared as versions: ``===`` takes any text, and pip a path for one."""
+    return all(one.operator != "===" for one in need.specifier)
+
+
+def _named(need: Requirement) -> str:
+    """Return a requirement as pip is asked for it: by a name that cannot be taken for a file's."""
+    return f"{host.normalized(need.name)}{need.specifier}"
 
 
 def _download(what: str, folder: Path) -> tuple[Path, str]:
@@ -175,38 +201,39 @@ def _plugins(distribution: Distribution) -> tuple[tuple[str, str, str], ...]:
     return tuple(sorted((groups[point.group], point.name, point.value) for point in points if point.group in groups))
 
 
-def _needs(wheel: Wheel, folder: Path, tell: Callable[[str], None]) -> tuple[Wheel, ...]:
+def _needs(wheel: Wheel, extras: frozenset[str], folder: Path, tell: Callable[[str], None]) -> tuple[Wheel, ...]:
     """Fetch what a wheel needs and RMA's environment lacks, and what that needs. Raises PluginInstallFailed."""
     found: dict[str, Wheel] = {wheel.distribution: wheel}
-    waiting = [(wheel, need) for need in wheel.requires]
+    waiting = [(wheel, text, extras) for text in wheel.requires]
     while waiting:
-        who, text = waiting.pop(0)
-        need = _requirement(who, text)
+        who, text, with_ = waiting.pop(0)
+        need = _requirement(who, text, with_)
         if need is None or ((there := _version_of(need, found)) and _suits(who, need, there, found)):
             continue
         if len(found) > MOST_NEEDS:
             raise PluginInstallFailed(f"{wheel.name} needs more than {MOST_NEEDS} distributions that are not here")
         tell(f"fetching {need.name}, which {who.name} needs")
-        wanted = f"{need.name}{need.specifier}"
-        fetched = _read(*_download(wanted, folder))
+        fetched = _read(*_download(_named(need), folder))
+        if fetched.distribution != host.normalized(need.name):
+            raise PluginInstallFailed(f"pip fetched {fetched.name} for {need.name}, which {who.name} needs")
         found[fetched.distribution] = fetched
-        waiting += [(fetched, one) for one in fetched.requires]
+        waiting += [(fetched, one, frozenset(need.extras)) for one in fetched.requires]
     return tuple(one for one in found.values() if one is not wheel)
 
 
-def _requirement(who: Wheel, text: str) -> Requirement | None:
+def _requirement(who: Wheel, text: str, extras: frozenset[str]) -> Requirement | None:
     """Return what a line of a wheel asks for, ``None`` where not of this machine. Raises PluginInstallFailed."""
     try:
         need = Requirement(text)
-        if need.marker is not None and not need.marker.evaluate({"extra": ""}):
+        if need.marker is not None and not any(need.marker.evaluate({"extra": one}) for one in ("", *extras)):
             return None
     except (InvalidRequirement, ValueError) as error:
         raise PluginInstallFailed(f"what {who.name} needs cannot be read: {text}: {error}") from None
+    hints = ("ask its author for one that names versions on a package index",)
     if need.url:
-        hints = ("ask its author for one that names versions on a package index",)
-        raise PluginInstallFailed(
-            f"{who.name} needs {need.name} from {need.url}, which is no wheel's name", hints=hints
-        )
+        raise PluginInstallFailed(f"{who.name} needs {need.name} from {need.url}, an address", hints=hints)
+    if not _comparable(need):
+        raise PluginInstallFailed(f"{who.name} needs {text}, whose version may be anything", hints=hints)
     return need
 
 
@@ -262,11 +289,13 @@ def _pip(*arguments: str, folder: Path) -> None:
     quiet = ("--no-input", "--disable-pip-version-check", "--progress-bar", "off", "--only-binary", ":all:")
     compiled = ("--no-compile",) if arguments[0] == "install" else ()
     command = [sys.executable, "-P", "-m", "pip", arguments[0], *quiet, *compiled, *arguments[1:]]
+    # What pip takes for a file is not to be found here.
+    empty = tempfile.mkdtemp(dir=folder)
     with tempfile.TemporaryFile(dir=folder) as said:
         try:
             done = subprocess.run(
                 command, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT, timeout=PIP_S, check=False,
-                env=pip_environment(folder),
+                env=pip_environment(folder), cwd=empty,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             raise PluginInstallFailed(f"pip was stopped after {PIP_S:.0f} s") from None

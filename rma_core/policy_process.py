@@ -143,7 +143,7 @@ class PolicyProcess:
 
     def lives(self) -> bool:
         """Say whether it has not ended, as far as is known."""
-        return not self.ended
+        return not self.ended and not self._talk.over.is_set()
 
     async def ask(self, questions: Sequence[bytes], deadline_s: float) -> list[Answer]:
         """Return the answers to encoded questions, in order; ``deadline_s`` is for each.
@@ -163,7 +163,7 @@ class PolicyProcess:
                 break
             answers.append(answer)
         self.answered += len(answers)
-        if self.lives():
+        if not self.ended:
             self.ended = self._talk.wrong
         if not self.lives():
             await self.close()

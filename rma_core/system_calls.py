@@ -33,37 +33,42 @@ _NUMBERS: dict[str, tuple[int | None, int | None]] = {
     "utime": (132, None), "utimes": (235, None), "futimesat": (261, None), "utimensat": (280, 88),
     "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "setxattrat": (463, 463),
     "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16), "removexattrat": (466, 466),
-    # Memory that stays when nobody is there any more.
-    "shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186), "mq_open": (240, 180),
+    # Memory and messages that others share, or that stay when nobody is there any more.
+    "shmget": (29, 194), "shmat": (30, 196), "shmctl": (31, 195),
+    "semget": (64, 190), "semop": (65, 193), "semctl": (66, 191), "semtimedop": (220, 192),
+    "msgget": (68, 186), "msgsnd": (69, 189), "msgrcv": (70, 188), "msgctl": (71, 187),
+    "mq_open": (240, 180), "mq_unlink": (241, 181),
 }  # fmt: skip
 
 
 class _Check(NamedTuple):
-    """A call that is decided by one of its arguments: allowed, or else refused, where its bits in ``mask`` are so."""
+    """A call that is decided by one of its arguments: which end it has where its bits in ``mask`` are so, and else."""
 
     x86_64: int | None
     generic: int
     argument: int
     mask: int
     value: int
-    allowed: bool
+    so: str
+    otherwise: str
 
 
 _ANY, _ITSELF = 0xFFFFFFFF, 0
 _STREAM, _TYPE = 1, 0xF
 _TRUNCATE, _TRUNCATE_OR_WRITE = 0o1000, 0o1003
 _CHECKS = (
-    _Check(53, 199, 1, _TYPE, _STREAM, allowed=True),  # socketpair
-    _Check(302, 261, 0, _ANY, _ITSELF, allowed=True),  # prlimit64
-    _Check(203, 122, 0, _ANY, _ITSELF, allowed=True),  # sched_setaffinity
-    _Check(142, 118, 0, _ANY, _ITSELF, allowed=True),  # sched_setparam
-    _Check(144, 119, 0, _ANY, _ITSELF, allowed=True),  # sched_setscheduler
-    _Check(314, 274, 0, _ANY, _ITSELF, allowed=True),  # sched_setattr
+    _Check(53, 199, 1, _TYPE, _STREAM, "allow", "refuse"),  # socketpair
+    _Check(302, 261, 0, _ANY, _ITSELF, "allow", "refuse"),  # prlimit64
+    # Libraries name their own threads here, of which no filter can know that they are: nothing is done, and no error.
+    _Check(203, 122, 0, _ANY, _ITSELF, "allow", "ignore"),  # sched_setaffinity
+    _Check(142, 118, 0, _ANY, _ITSELF, "allow", "ignore"),  # sched_setparam
+    _Check(144, 119, 0, _ANY, _ITSELF, "allow", "ignore"),  # sched_setscheduler
+    _Check(314, 274, 0, _ANY, _ITSELF, "allow", "ignore"),  # sched_setattr
 )
 #: Where Landlock does not settle that: files that are only read are not to be emptied as they are opened.
 _OPENING = (
-    _Check(2, -1, 1, _TRUNCATE_OR_WRITE, _TRUNCATE, allowed=False),  # open
-    _Check(257, 56, 2, _TRUNCATE_OR_WRITE, _TRUNCATE, allowed=False),  # openat
+    _Check(2, -1, 1, _TRUNCATE_OR_WRITE, _TRUNCATE, "refuse", "allow"),  # open
+    _Check(257, 56, 2, _TRUNCATE_OR_WRITE, _TRUNCATE, "refuse", "allow"),  # openat
 )
 _OPENAT2 = 437
 
@@ -72,6 +77,8 @@ _ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7, "riscv64": 0xC000
 _X32 = 0x40000000
 _LOAD, _AND, _JUMP_EQUAL, _JUMP_AT_LEAST, _RETURN = 0x20, 0x54, 0x15, 0x35, 0x06
 _ALLOW, _REFUSE = 0x7FFF0000, 0x00050000
+#: How a call may end: the kernel's own answer first, which is where the last step leads.
+_ENDS = {"allow": _ALLOW, "refuse": _REFUSE | errno.EACCES, "absent": _REFUSE | errno.ENOSYS, "ignore": _REFUSE}
 _NUMBER_AT, _ARCHITECTURE_AT, _ARGUMENTS_AT = 0, 4, 16
 _SET_SECCOMP, _SECCOMP_FILTER = 22, 2
 
@@ -109,12 +116,8 @@ def forbid(libc: ctypes.CDLL, *, truncation: bool) -> bool:
 def _program(machine: str, *, truncation: bool) -> list[tuple[int, int, int, int]]:
     """Return the filter as the kernel takes it: code, two jumps, value."""
     steps = list(_steps(machine, truncation=truncation))
-    ends = {"allow": len(steps), "refuse": len(steps) + 1, "absent": len(steps) + 2}
-    steps += [
-        _Step(_RETURN, _ALLOW),
-        _Step(_RETURN, _REFUSE | errno.EACCES),
-        _Step(_RETURN, _REFUSE | errno.ENOSYS),
-    ]
+    ends = {name: len(steps) + number for number, name in enumerate(_ENDS)}
+    steps += [_Step(_RETURN, answer) for answer in _ENDS.values()]
 
     def jump(at: int, to: int | str) -> int:
         return ends[to] - at - 1 if isinstance(to, str) else to
@@ -139,7 +142,7 @@ def _steps(machine: str, *, truncation: bool) -> Iterator[_Step]:
             yield _Step(_JUMP_EQUAL, number, 0, 3)
             yield _Step(_LOAD, _ARGUMENTS_AT + 8 * check.argument)
             yield _Step(_AND, check.mask)
-            yield _Step(_JUMP_EQUAL, check.value, *(("allow", "refuse") if check.allowed else ("refuse", "allow")))
+            yield _Step(_JUMP_EQUAL, check.value, check.so, check.otherwise)
     if truncation:
         # Its flags are where no filter can look; who asks learns that it is not there, and takes the older one.
         yield _Step(_JUMP_EQUAL, _OPENAT2, "absent")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import signal
 import socket
@@ -87,6 +88,7 @@ KEPT = {
     "a datagram to a socket": (
         "socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)[0].sendto(b'x', config['letters'][1:])"
     ),
+    "memory that others share": "libc('shmctl', config['shared'], 2, (ctypes.c_char * 256)())",
     "memory that stays": "libc('shmctl', libc('shmget', 0, 4096, 0o1600), 0, None)",
     "an end of its own": "subprocess.Popen(['true'], start_new_session=True).wait()",
     "a large file": "tempfile.TemporaryFile().write(bytes(config['large']))",
@@ -139,14 +141,17 @@ async def test_a_detector_gets_at_nothing_but_hardware(
         "letters": f"_{tmp_path}/letters.sock",
         "disk": f"_{a_disk()}",
     }
-    found = await detection(tmp_path, body, **table, port=listener, large=2**25)
+    shared = ctypes.CDLL(None).shmget(0, 4096, 0o1600)
+    numbers = {"port": listener, "large": 2**25, "shared": shared}
+    found = await detection(tmp_path, body, **table, **numbers)
     assert secret.read_text() == "s3cret"
     assert (secret.stat().st_mode & 0o777, secret.stat().st_mtime > 1) == (0o600, True)
     if what not in UNTRIED:
-        free = await detection(tmp_path, body, **table, port=listener, large=2**25, confined=False)
+        free = await detection(tmp_path, body, **table, **numbers, confined=False)
         assert free.devices[0].name == "done", "what fails anyway proves nothing"
     engine.close()
     letters.close()
+    ctypes.CDLL(None).shmctl(shared, 0, None)
     assert found.state == "healthy", found.reason
     assert found.devices[0].name in ("PermissionError", "CalledProcessError", "OSError")
 
@@ -179,6 +184,8 @@ def listener() -> Iterator[int]:
         "os.statvfs('/').f_bavail",
         "__import__('json').dumps(1)",
         "[one.close() for one in socket.socketpair()]",
+        "os.sched_setaffinity(0, os.sched_getaffinity(0)) or 'its own'",
+        "os.sched_setaffinity(os.getpid(), os.sched_getaffinity(0)) or 'one of its threads, by its number'",
     ],
 )
 async def test_a_detector_can_look_for_hardware(look: str, tmp_path: Path) -> None:

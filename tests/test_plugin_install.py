@@ -7,6 +7,7 @@ import os
 import pty
 import subprocess
 import sys
+import tarfile
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -203,11 +204,52 @@ def test_what_a_wheel_needs_by_an_address_is_not_fetched_for_building_it_would_r
     through = wheel(tmp_path / "b", ODD, points=POINTS, needs=["odd-helper"])
     pip = {"PIP_FIND_LINKS": str(helper.parent), "PIP_NO_INDEX": "1"}
     for made, who in ((direct, ODD), (through, "odd-helper")):
-        assert f"{who} needs evil from an address" in refused(
-            "plugins", "install", made, "--yes", folder=tmp_path, **pip
-        )
+        assert f"{who} needs evil from file://" in refused("plugins", "install", made, "--yes", folder=tmp_path, **pip)
     assert not mark.exists()
     assert state_of("odd", tmp_path)[0] == "absent"
+
+
+def test_what_pip_would_take_for_a_file_is_not_asked_for(tmp_path: Path) -> None:
+    mark, source = tmp_path / "mark", tmp_path / "evil"
+    source.mkdir()
+    built = ["[build-system]", "requires = []", 'build-backend = "back"', 'backend-path = ["."]', ""]
+    (source / "pyproject.toml").write_text("\n".join(built))
+    (source / "back.py").write_text(f"open({str(mark)!r}, 'w').write('ran')\n")
+    with tarfile.open(tmp_path / "payload.tgz", "w:gz") as archive:
+        archive.add(source, "payload-1.0")
+    pip = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path / "nothing")}
+    assert "plugin_install" in refused("plugins", "install", "payload.tgz", "--yes", folder=tmp_path, **pip)
+    assert "more than a name" in refused("plugins", "install", "payload===1.tgz", "--yes", folder=tmp_path, **pip)
+    for number, need in enumerate(("payload.tgz", f"x==={tmp_path}/payload.tgz", "x===../payload.tgz")):
+        made = wheel(tmp_path / str(number), ODD, points=POINTS, needs=[need])
+        assert "plugin_install" in refused("plugins", "install", made, "--yes", folder=tmp_path, **pip)
+    assert not mark.exists()
+
+
+def test_what_an_extra_needs_comes_along(tmp_path: Path) -> None:
+    fast = wheel(tmp_path / "index", "odd-fast", modules={"odd_fast": "NAME = 'Fast board'"})
+    wheel(fast.parent, "odd-helper", modules={"odd_helper": ""}, needs=['odd-fast; extra == "fast"'])
+    source = BOARD.replace("{name!r}", "NAME").replace("from rma_core", "from odd_fast import NAME\nfrom rma_core", 1)
+    made = wheel(tmp_path, ODD, modules={"rma_detect_odd": source}, points=POINTS, needs=["odd-helper[fast]>=1"])
+    pip = {"PIP_FIND_LINKS": str(fast.parent), "PIP_NO_INDEX": "1"}
+    told("plugins", "install", made, "--yes", folder=tmp_path, **pip)
+    assert boards(tmp_path) == ["Fast board"]
+
+
+def test_approving_one_plugin_decides_nothing_about_another(tmp_path: Path) -> None:
+    other = wheel(
+        tmp_path,
+        "odd",
+        modules={"odd_other": BOARD.format(name="Other")},
+        points={"rma.detectors": {"o2": "odd_other"}},
+    )
+    told("plugins", "install", other, "--yes", folder=tmp_path)
+    told("plugins", "block", "o2", folder=tmp_path)
+    folders = PluginFolders(tmp_path / "home" / "plugins")
+    folders.decide(lambda known: known.block("odd"))
+    told("plugins", "install", detector(tmp_path), "--yes", folder=tmp_path)
+    decisions = folders.decisions()
+    assert (decisions.blocked, set(decisions.approved)) == (("o2", "odd"), {"odd", ODD})
 
 
 def test_what_is_shown_is_what_is_installed(tmp_path: Path) -> None:

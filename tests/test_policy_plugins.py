@@ -13,6 +13,7 @@ from rma_coordinator import policy_versions
 from rma_core.errors import SettingProblem
 from rma_core.models.hardware import Capabilities, HardwareReport
 from rma_core.plugin_folders import Approval, PluginFolders
+from rma_core.policy_process import PolicyProcess
 from tests.coordinator_fixtures import running, soon, until
 from tests.policy_plugins import BROKEN, children, install, source, uninstall
 
@@ -346,7 +347,8 @@ async def test_one_that_hangs_for_all_is_refused_soon(tmp_path: Path, folder: Pa
         assert (tiers(pool, machines), pool.pool.tiers.active) == (before, "threshold")
         again = (await pool.client.post("/api/admin/policies/preview", json={"policy": "night"})).json()
         assert any(
-            "has failed 3 times in a row, the last time it did not answer" in row["reason"] for row in again["workers"]
+            "has failed for 3 machines in a row, the last time it did not answer" in row["reason"]
+            for row in again["workers"]
         )
 
 
@@ -520,3 +522,102 @@ async def test_what_is_kept_and_what_waits_is_bounded(
         [policy] = pool.pool.policy_plugins.policies.values()
         assert len(policy.of._kept) <= 4
         assert policy.of._waiting == {}
+
+
+async def test_a_machine_that_cannot_start_a_child_now_costs_no_policy_its_place(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(folder)
+    async with pool_of(tmp_path / "home") as (pool, machines):
+        await in_force(pool)
+        working, tries = PolicyProcess.start, 0
+
+        async def none(*_: Any, **__: Any) -> Any:
+            nonlocal tries
+            tries += 1
+            raise BlockingIOError("fork: no more processes")
+
+        monkeypatch.setattr(PolicyProcess, "start", none)
+        for child in children():
+            child.kill()
+        for machine in machines:
+            told_more_cores(pool, machine)
+        await until(lambda: tries >= 3)
+        assert (await standing(pool))["active"] == "night"
+        assert not pool.pool.tiers.failing
+        monkeypatch.setattr(PolicyProcess, "start", working)
+        await until(lambda: not pool.pool.tiers.pending and not pool.pool.tiers.pended.is_set())
+        assert tiers(pool, machines) == [7, 7, 7]
+
+
+async def test_one_machine_of_which_a_policy_dies_costs_the_others_nothing(tmp_path: Path, folder: Path) -> None:
+    install(folder)
+    async with pool_of(tmp_path / "home") as (pool, machines):
+        await in_force(pool)
+        bad = pool.pool.fleet.workers[machines[0].id]
+        bad.record = msgspec.structs.replace(bad.record, labels={"does": "die"})
+        for cores in range(10, 16):
+            told_more_cores(pool, machines[0], cores)
+            await until(lambda: not pool.pool.tiers.pending and "tier stays" in reason(pool, machines[0]))
+        assert "for this machine" in reason(pool, machines[0])
+        told_more_cores(pool, machines[1])
+        await until(lambda: not pool.pool.tiers.pending)
+        fresh = await enrol(pool)
+        assert (tiers(pool, [machines[1], fresh]), (await standing(pool))["active"]) == ([7, 7], "night")
+        assert "left alone" not in reason(pool, machines[0])
+
+
+async def test_a_child_that_was_killed_while_nobody_asked_it_is_replaced_and_nobody_blamed(
+    tmp_path: Path, folder: Path
+) -> None:
+    install(folder)
+    async with pool_of(tmp_path / "home", machines=1) as (pool, machines):
+        await rescan(pool)
+        for child in children():
+            child.kill()
+            await asyncio.to_thread(child.wait, 30)
+        await in_force(pool)
+        assert tiers(pool, machines) == [7]
+
+
+async def test_for_whom_it_fails_while_it_is_put_in_force_is_told_so_and_asked_again(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policy_versions, "FAILED_S", 1.0)
+    install(folder)
+    async with pool_of(tmp_path / "home", machines=4) as (pool, machines):
+        odd = await enrol(pool, "raise")
+        await in_force(pool)
+        assert "failed: ValueError: no idea; the tier stays as it was" in reason(pool, odd)
+        worker = pool.pool.fleet.workers[odd.id]
+        worker.record = msgspec.structs.replace(worker.record, labels={"does": "decide"})
+        pool.pool.decide_again(worker)
+        await until(lambda: tiers(pool, [odd]) == [7])
+        assert tiers(pool, machines) == [7] * 4
+
+
+def with_a_record_that_never_ends(folder: Path) -> None:
+    [info] = folder.glob("rma_policy_night-*.dist-info")
+    (folder / "loop").symlink_to("/dev/zero")
+    lines = ["rma_policy_night.py,,", "/dev/zero,,", "../../../../../../../../dev/zero,,", "loop,,", "nothing,,", ""]
+    (info / "RECORD").write_text("\n".join(lines))
+
+
+async def test_a_list_of_files_that_never_ends_is_not_read(tmp_path: Path, folder: Path) -> None:
+    install(folder)
+    with_a_record_that_never_ends(folder)
+    async with pool_of(tmp_path / "home") as (pool, machines):
+        await in_force(pool)
+        assert tiers(pool, machines) == [7, 7, 7]
+
+
+async def test_a_plan_is_of_the_version_that_was_seen(tmp_path: Path, folder: Path) -> None:
+    install(folder)
+    async with pool_of(tmp_path / "home") as (pool, _):
+        await rescan(pool)
+        seen = (await pool.client.post("/api/admin/policies/preview", json={"policy": "night"})).json()["plan"]
+        install(folder, "1.1")
+        await rescan(pool)
+        body = {"policy": "night", "plan": seen}
+        refused = await pool.client.put("/api/admin/policies/active", json=body, timeout=60)
+        assert (refused.status_code, "or the policy, has changed" in refused.text) == (409, True)

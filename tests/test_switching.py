@@ -163,7 +163,7 @@ async def test_a_fleet_that_changed_since_its_preview_is_looked_at_again(tmp_pat
         body = {"policy": "cores", "file": CORES, "plan": seen["plan"]}
         refused = await pool.client.put("/api/admin/policies/active", json=body)
         assert refused.status_code == 409
-        assert "the fleet has changed" in refused.json()["detail"]
+        assert "the fleet, or the policy, has changed" in refused.json()["detail"]
         assert (await standing(pool))["active"] == "threshold"
         assert tiers_of(pool, machines)[2] == 2
 

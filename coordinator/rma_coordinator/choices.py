@@ -38,6 +38,11 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
         return mine == (other.name, other.text, other.version, other.files)
 
     @property
+    def word(self) -> str:
+        """A word for exactly this version of it."""
+        return hashlib.sha256(msgspec.json.encode([self.name, self.text, self.version, self.files])).hexdigest()[:16]
+
+    @property
     def words(self) -> str:
         """What it is called where people read it."""
         return f"{self.name!r} {self.version}".rstrip()
@@ -72,6 +77,7 @@ class Change(NamedTuple):
     new_tier: int | None
     reason: str
     failed: bool
+    pending: bool = False
 
     @property
     def changes(self) -> bool:
@@ -80,9 +86,10 @@ class Change(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a policy says of the whole fleet, by worker."""
+    """What a policy says of the whole fleet, by worker; ``policy`` is a word for which one that is."""
 
     rows: list[Change]
+    policy: str = ""
 
     @property
     def moves(self) -> list[Change]:
@@ -92,13 +99,18 @@ class Plan(NamedTuple):
     @property
     def failed(self) -> list[Change]:
         """Those for which the policy fails."""
-        return [row for row in self.rows if row.failed]
+        return [row for row in self.rows if row.failed and not row.pending]
+
+    @property
+    def pending(self) -> list[Change]:
+        """Those for which it has no answer yet."""
+        return [row for row in self.rows if row.pending]
 
     @property
     def digest(self) -> str:
-        """A word for exactly these moves: who saw a preview can say that nothing else is meant."""
+        """A word for this policy and exactly these moves: who saw a preview can say that nothing else is meant."""
         moves = [(row.worker_id, row.tier, row.new_tier) for row in self.moves]
-        return hashlib.sha256(msgspec.json.encode(moves)).hexdigest()[:16]
+        return hashlib.sha256(msgspec.json.encode([self.policy, moves])).hexdigest()[:16]
 
 
 class Start(NamedTuple):

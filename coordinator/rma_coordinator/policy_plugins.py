@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import importlib
 import importlib.machinery
+import stat
 import sys
 from importlib.metadata import distributions
 from itertools import islice
@@ -21,7 +22,7 @@ import msgspec
 from rma_coordinator.policy_versions import PolicyVersion, Unusable
 from rma_core.errors import PluginError
 from rma_core.host import Plugins
-from rma_core.plugin_folders import digest_of
+from rma_core.plugin_folders import MOST_BYTES, digest_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -259,18 +260,27 @@ def _look_at(plugin: PolicyPlugin, table: Mapping[str, object]) -> tuple[str, st
         return "", ""
     said = msgspec.json.encode([plugin, found.version, dict(table)], enc_hook=str, order="sorted")
     digest = hashlib.sha256(said)
-    listed = [Path(str(found.locate_file(one))) for one in found.files or () if ".dist-info/" not in one.as_posix()]
     if plugin.folder:
         # What it needs is there too, and its owner has approved all of it.
         with contextlib.suppress(OSError, ValueError):
             digest.update(digest_of(Path(plugin.folder)).encode())
-    for path in islice(sorted({*listed, *_module(plugin.value, where)}), MOST_FILES):
+        return found.version or "", digest.hexdigest()[:16]
+    home = Path(str(found.locate_file("")))
+    listed = [Path(str(found.locate_file(one))) for one in found.files or () if ".dist-info/" not in one.as_posix()]
+    # Its list of files is a stranger's: it may name anything, and what never ends.
+    own = [path for path in listed if ".." not in path.parts and path.is_relative_to(home)]
+    room = MOST_BYTES
+    for path in islice(sorted({*own, *_module(plugin.value, where)}), MOST_FILES):
         if path.suffix == ".pyc":
             continue
         digest.update(f"\0{path.name}\0".encode(errors="replace"))
         # One that is not there, or no longer, is told from one that is.
-        with contextlib.suppress(OSError), path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        with contextlib.suppress(OSError):
+            about = path.lstat()
+            room -= about.st_size
+            if stat.S_ISREG(about.st_mode) and room >= 0:
+                with path.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
     return found.version or "", digest.hexdigest()[:16]
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 #: Machines that a child is asked about at a time.
-AT_ONCE = 50
+AT_ONCE = 10
 #: Answers that are kept of one version; about 350 bytes each.
 KEPT = 10_000
 #: Questions that wait, and their bytes; what is more than that is not asked now.
@@ -62,6 +62,10 @@ class Unusable(Exception):
         self.state: State = state
 
 
+class NotNow(Exception):
+    """This machine cannot start a child just now; nobody's policy is to blame."""
+
+
 class _Kept(NamedTuple):
     """A decision, or the words why there is none, and until when that counts."""
 
@@ -71,9 +75,10 @@ class _Kept(NamedTuple):
 
 
 class _Waiting(NamedTuple):
-    """A question that waits, and who waits for its answer."""
+    """A question that waits, the worker that it is about, and who waits for its answer."""
 
     line: bytes
+    worker_id: str
     asked: asyncio.Future[None]
 
 
@@ -99,7 +104,7 @@ class ChildPolicy:
 
     async def prepare(self, asked: Iterable[PolicyInput], *, within_s: float = PREPARED_S) -> None:
         """Ask about these machines, and wait until `decide` has an answer or a failure for each, but no longer."""
-        await self.of.prepare([self._line(one) for one in asked], within_s)
+        await self.of.prepare([(self._line(one), one.worker_id) for one in asked], within_s)
 
     def _line(self, asked: PolicyInput) -> bytes:
         question = Question(policy=self.name, deadline_s=self.of.deadline_s, asked=asked)
@@ -138,7 +143,9 @@ class PolicyVersion:
         self._starting = asyncio.Lock()
         self._again = Backoff(base_s=AGAIN_S, cap_s=LONGEST_AGAIN_S)
         self._alone = Backoff(base_s=ALONE_S, cap_s=LONGEST_ALONE_S)
-        self._row = 0
+        #: Workers of whom its child died, one after the other; how often of each lately, and until when that counts.
+        self._row: set[str] = set()
+        self._blamed: dict[str, tuple[int, float]] = {}
         self._deaths: deque[float] = deque(maxlen=DEATHS)
         #: Until when it is left alone, and why.
         self._left: tuple[float, str] = (0.0, "")
@@ -146,7 +153,7 @@ class PolicyVersion:
     @property
     def alive(self) -> bool:
         """Whether it has a child, as far as is known."""
-        return self._process is not None and not self._process.ended
+        return self._process is not None and self._process.lives()
 
     @property
     def busy(self) -> bool:
@@ -155,7 +162,10 @@ class PolicyVersion:
 
     async def open(self) -> None:
         """Start its child and take in which policies it has. Raises Unusable."""
-        process = await self._living()
+        try:
+            process = await self._living()
+        except NotNow as error:
+            raise Unusable("failed", str(error)) from None
         self.import_seconds = process.hello.import_seconds
         self.policies = {one.name: ChildPolicy(self, one.name, one.summary) for one in process.hello.given}
 
@@ -170,15 +180,15 @@ class PolicyVersion:
             raise Failed(found.words)
         return found.decision
 
-    async def prepare(self, lines: Iterable[bytes], within_s: float) -> None:
-        """Ask what has no answer yet, and wait for that."""
+    async def prepare(self, lines: Iterable[tuple[bytes, str]], within_s: float) -> None:
+        """Ask what has no answer yet, each line about a worker, and wait for that."""
         self.used_at = self._clock()
-        futures = {asked for line in lines if (asked := self._enqueue(line)) is not None}
+        futures = {asked for line, worker_id in lines if (asked := self._enqueue(line, worker_id)) is not None}
         if futures:
             # Whoever else waits for the same still does when this one is cancelled.
             await asyncio.wait(futures, timeout=within_s)
 
-    def _enqueue(self, line: bytes) -> asyncio.Future[None] | None:
+    def _enqueue(self, line: bytes, worker_id: str) -> asyncio.Future[None] | None:
         """Have a question wait, unless there is an answer; ``None`` too where too many wait."""
         with contextlib.suppress(NotAskedYet):
             try:
@@ -189,12 +199,17 @@ class PolicyVersion:
             self._kept[_key(line)] = self._kept.pop(_key(line))
             return None
         key = _key(line)
+        times, until = self._blamed.get(worker_id, (0, 0.0))
+        if times >= IN_A_ROW and until > self._clock():
+            # Whatever else it says of itself: it must not cost the others their policy.
+            self._settle(key, _Kept(None, f"failed {times} times for this machine, and does not look at it now", until))
+            return None
         if key in self._waiting:
             return self._waiting[key].asked
         if len(self._waiting) >= MOST_WAITING or self._waiting_bytes + len(line) > MOST_WAITING_BYTES:
             return None
         asked = asyncio.get_running_loop().create_future()
-        self._waiting[key] = _Waiting(line, asked)
+        self._waiting[key] = _Waiting(line, worker_id, asked)
         self._waiting_bytes += len(line)
         if not self.busy:
             self._work = asyncio.create_task(self._ask_all(), name=f"what asks the policies of {self.plugin.name}")
@@ -241,6 +256,12 @@ class PolicyVersion:
                 return
             try:
                 process = await self._living()
+            except NotNow as error:
+                logger.warning("policies of %s: %s", self.plugin.name, error, extra={"action": "policy"})
+                # They are asked later: whoever waits for an answer does not get one now.
+                for key in list(self._waiting):
+                    self._let_go(key)
+                return
             except Unusable as error:
                 self._leave_alone(f"cannot be asked: {error}")
                 continue
@@ -248,10 +269,10 @@ class PolicyVersion:
             for answer in answers:
                 self._settle(todo.popleft(), self._taken(answer))
             if answers:
-                self._row = 0
+                self._row.clear()
                 self._again.reset()
             if process.ended:
-                self._died(process, todo)
+                self._died(process, todo, batch)
             else:
                 self._alone.reset()
 
@@ -260,30 +281,44 @@ class PolicyVersion:
             return _Kept(None, f"failed: {answer.error}", self._clock() + FAILED_S)
         return _Kept(TierDecision(tier=answer.tier, reason=answer.reason))
 
-    def _died(self, process: PolicyProcess, todo: deque[bytes]) -> None:
+    def _died(self, process: PolicyProcess, todo: deque[bytes], batch: Mapping[bytes, _Waiting]) -> None:
         """Blame a machine only where it was the first that the child was asked about: others may have brought it on."""
         words = "policies of %s: their child %s"
         logger.info(words, self.plugin.name, process.ended, extra={"action": "policy", "plugin": self.plugin.name})
         now = self._clock()
-        self._deaths.append(now)
         if todo and not process.answered:
+            worker_id = batch[todo[0]].worker_id
             self._settle(todo.popleft(), _Kept(None, process.ended, now + FAILED_S))
-            self._row += 1
+            self._blame(worker_id, now)
+            self._row.add(worker_id)
+        # One machine that is asked about again and again has its own bound.
+        if len(self._row) != 1:
+            self._deaths.append(now)
         last = f"the last time it {process.ended}"
-        if self._row >= IN_A_ROW:
-            self._leave_alone(f"has failed {self._row} times in a row, {last}")
+        if len(self._row) >= IN_A_ROW:
+            self._leave_alone(f"has failed for {len(self._row)} machines in a row, {last}")
         elif len(self._deaths) == DEATHS and now - self._deaths[0] < DEATHS_WITHIN_S:
             self._leave_alone(f"has failed {DEATHS} times within a minute, {last}")
+
+    def _blame(self, worker_id: str, now: float) -> None:
+        """Count that its child died of a worker; those of previews have no id, and are not counted."""
+        times, until = self._blamed.pop(worker_id, (0, 0.0))
+        if worker_id:
+            self._blamed[worker_id] = (times + 1 if until > now else 1, now + FAILED_S)
+        if len(self._blamed) > KEPT:
+            del self._blamed[next(iter(self._blamed))]
 
     def _leave_alone(self, why: str) -> None:
         self._left = self._clock() + self._alone.next_s(), why
 
     async def _living(self) -> PolicyProcess:
-        """Return the child; start one where there is none. Raises Unusable."""
+        """Return the child; start one where there is none. Raises Unusable, NotNow."""
         async with self._starting:
-            if self._process is not None and not self._process.ended:
+            if self._process is not None and self._process.lives():
                 return self._process
             if self._process is not None:
+                # It may have died while nobody asked it anything.
+                await self._process.close()
                 await asyncio.sleep(self._again.next_s())
             self._process = await self._started()
             return self._process
@@ -297,7 +332,7 @@ class PolicyVersion:
                 self.plugin.value, self._table, folder=self.plugin.folder, hidden=self._hidden
             )
         except OSError as error:
-            raise Unusable("failed", f"no child process can be started: {error}") from None
+            raise NotNow(f"no child process can be started: {error}") from None
         if process.ended:
             raise _unusable(process.hello, process.ended)
         try:

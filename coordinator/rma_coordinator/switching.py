@@ -60,6 +60,9 @@ class Switching:
         self._start: Start | None = None
         self._one = asyncio.Lock()
         self._wake = asyncio.Event()
+        #: After a start the one in the shadow is asked beside everything else.
+        self._shadow_due = False
+        self._beside: asyncio.Task[None] | None = None
 
     # -- after a start -----------------------------------------------------------------------------------------
 
@@ -184,21 +187,21 @@ class Switching:
                     moved=moved, stopped=start.stopped,
                 )  # fmt: skip
             else:
-                await self._release()
+                await self._release({row.worker_id for row in plan.rows if row.failed})
         self._start = None
-        if self.tiers.shadow is not None:
-            await self._ask_shadow(self.tiers.shadow)
+        self._shadow_due = self.tiers.shadow is not None
 
-    async def _release(self) -> None:
-        """Nobody waits any more; who told something new while all did is decided now."""
+    async def _release(self, failed: set[str]) -> None:
+        """Nobody waits any more; who told something new while all did, or failed, is decided now."""
         self.tiers.waiting = ()
-        await self._pool.decide_all(sorted(self.tiers.asked_meanwhile or ()))
+        await self._pool.decide_all(sorted(failed | (self.tiers.asked_meanwhile or set())))
 
     # -- what would change -------------------------------------------------------------------------------------
 
-    async def plan(self, policy: TierPolicy) -> Plan:
-        """Return what a policy says of every worker; other work goes on meanwhile."""
-        return Plan([await self._change(policy, worker) async for worker in self._workers(policy)])
+    async def plan(self, policy: TierPolicy, text: str = "") -> Plan:
+        """Return what a policy (of this text, where it is a file's) says of every worker; other work goes on."""
+        rows = [await self._change(policy, worker) async for worker in self._workers(policy)]
+        return Plan(rows, choice_of(policy, text).word)
 
     async def _workers(self, policy: TierPolicy) -> AsyncIterator[Worker]:
         """Yield every worker, for each of which the policy has been asked."""
@@ -212,7 +215,10 @@ class Switching:
 
     async def _change(self, policy: TierPolicy, worker: Worker) -> Change:
         decision = await self._decision(policy, worker)
-        return Change(worker.id, worker.brief.tier, decision.tier, decision.reason, isinstance(decision, NoDecision))
+        return Change(
+            worker.id, worker.brief.tier, decision.tier, decision.reason, isinstance(decision, NoDecision),
+            isinstance(decision, Pending),
+        )  # fmt: skip
 
     async def _decision(self, policy: TierPolicy, worker: Worker) -> TierDecision:
         """Return what a policy says of a worker, of which something else may be known by now than when it was asked."""
@@ -247,9 +253,13 @@ class Switching:
                 raise Refused(f"workers are still moving to {self.tiers.active!r}", hints=hints)
             policy, kept = await self._choose(name, text)
             with self._noting():
-                plan = await self.plan(policy)
+                plan = await self.plan(policy, kept)
+                if plan.pending:
+                    words = f"{policy.name!r} has no answer yet for {len(plan.pending)} of {len(plan.rows)} workers"
+                    raise Refused(words, hints=("it is still being asked: try again in a while",))
                 if seen and seen != plan.digest:
-                    raise Refused("the fleet has changed since that preview", hints=("look at it once more",))
+                    words = "the fleet, or the policy, has changed since that preview"
+                    raise Refused(words, hints=("look at it once more",))
                 _refuse_failing(policy, plan)
                 choice = choice_of(policy, kept, at=self._pool.wall(), by=by)
                 words = f"{choice.words} is in force, {self.choices[-1].words} was; workers that change: "
@@ -314,6 +324,8 @@ class Switching:
         # Who came or was asked meanwhile was decided by the policy before.
         late = self._pool.fleet.workers.keys() - {row.worker_id for row in plan.rows}
         late |= (self.tiers.asked_meanwhile or set()) & self._pool.fleet.workers.keys()
+        # For whom it fails keeps the tier, and is told so when its turn comes.
+        late |= {row.worker_id for row in plan.rows if row.failed} & self._pool.fleet.workers.keys()
         waiting = [*(row.worker_id for row in plan.moves), *sorted(late)]
         self.rollout = Rollout(steps, waiting, now=self._pool.clock(), pulse=self._pulse(), moved=moved)
         self.rollout.stopped = stopped
@@ -353,7 +365,8 @@ class Switching:
             words = f"{choice.words} is asked in the shadow of {self.tiers.active!r}"
             await self._commit("policy_shadow", words, by=by, shadow=choice)
             self.tiers.shadow = shadow = Shadow(policy, since=choice.at, wall=self._pool.wall)
-            await self._ask_shadow(shadow)
+        # However long it takes: nobody who wants to go back waits for this.
+        await self._ask_shadow(shadow)
 
     async def end_shadow(self, *, by: str) -> None:
         """Ask it no more. Raises Refused where there is none."""
@@ -365,8 +378,10 @@ class Switching:
             self.tiers.shadow = None
 
     async def _ask_shadow(self, shadow: Shadow) -> None:
-        """Ask it about every worker that there is."""
+        """Ask it about every worker that there is, as long as it is the one in the shadow."""
         async for worker in self._workers(shadow.policy):
+            if self.tiers.shadow is not shadow:
+                return
             decision = await self._decision(shadow.policy, worker)
             shadow.compare(worker.id, worker.brief.tier, decision, failed=isinstance(decision, NoDecision))
 
@@ -374,7 +389,19 @@ class Switching:
 
     async def keep(self) -> None:
         """Give workers their turns, and look whether it goes well. Runs until it is cancelled."""
+        try:
+            await self._keep()
+        finally:
+            if self._beside is not None:
+                self._beside.cancel()
+                await asyncio.gather(self._beside, return_exceptions=True)
+
+    async def _keep(self) -> None:
         while True:
+            if self._shadow_due and self.tiers.shadow is not None:
+                self._shadow_due = False
+                self._beside = asyncio.create_task(self._ask_shadow(self.tiers.shadow), name="the policy in the shadow")
+                self._beside.add_done_callback(_tell_failure)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), TICK_S)
             self._wake.clear()
@@ -469,6 +496,11 @@ def asked_of(worker: Worker) -> PolicyInput:
     """Return what a policy is asked about a worker."""
     record = worker.record
     return PolicyInput(report=record.report, labels=record.labels, worker_id=worker.id)
+
+
+def _tell_failure(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        logger.error("%s failed", task.get_name(), exc_info=task.exception(), extra={"action": "bug"})
 
 
 def _refuse_failing(policy: TierPolicy, plan: Plan) -> None:

@@ -33,6 +33,7 @@ MAY = {
     "policy": "decides which tier machines get",
 }
 AGAIN = "A running agent goes by that when it looks again (`rma detect --rescan`: now); runtimes when it restarts."
+RESCAN = "A running coordinator goes by that after `rma policies rescan`."
 
 
 def _folders(home: str | None) -> PluginFolders:
@@ -81,7 +82,7 @@ def plugins_install(what: str, yes: bool, home: str | None, as_json: bool) -> No
             "publisher": publisher,
             "sha256": new.digest,
         }
-        names = {name for _, name, _ in wheel.plugins} | {wheel.distribution}
+        names = _own_names(wheel.distribution, (name for _, name, _ in wheel.plugins), folders)
         rows = _of_wheel(wheel, new.digest, publisher, blocked=names & set(folders.decisions().blocked))
         yes = _asked(f"{wheel.name} {wheel.version}", rows, yes=yes, as_json=as_json)
         if not yes and (before := _approved(folders, wheel.distribution)):
@@ -91,7 +92,7 @@ def plugins_install(what: str, yes: bool, home: str | None, as_json: bool) -> No
         made = folders.put(wheel.distribution, new.folder)
         if yes:
             _approve(folders, wheel.distribution, new.digest, wheel.version, names)
-        _say_what_follows(wheel.distribution, approved=yes, as_json=as_json)
+        _say_what_follows(wheel.distribution, {kind for kind, _, _ in wheel.plugins}, approved=yes, as_json=as_json)
     common.show({**about, "folder": str(made.path), "installed": True, "approved": yes}, as_json, _nothing)
 
 
@@ -108,13 +109,13 @@ def plugins_approve(name: str, yes: bool, home: str | None, as_json: bool) -> No
     folders, as_json = _folders(home), _json(as_json)
     found = _named(name, folders)
     distribution = found[0].shipped_by.partition(" ")[0]
-    names = {one.name for one in found} | {distribution}
+    names = _own_names(distribution, (one.name for one in found), folders)
     blocked = names & set(folders.decisions().blocked)
     if not found[0].folder:
         if not blocked:
             hints = ("`approve_plugins` in your settings says which of those may run",)
             raise UsageProblem(f"{distribution} is installed in Python's own environment", hints=hints)
-        folders.decide(lambda known: known.without(*blocked))
+        folders.decide(lambda known: known.free(*blocked))
         common.show(
             {"plugin": distribution, "approved": True}, as_json, lambda out: out.print(f"{name} may run again.")
         )
@@ -123,10 +124,11 @@ def plugins_approve(name: str, yes: bool, home: str | None, as_json: bool) -> No
     version = found[0].shipped_by.partition(" ")[2]
     if made.problem:
         raise UsageProblem(made.problem)
-    yes = _asked(f"{distribution} {version}", _of_folder(made, found), yes=yes, as_json=as_json)
+    rows = [*_of_folder(made, found), *_blocked(blocked)]
+    yes = _asked(f"{distribution} {version}", rows, yes=yes, as_json=as_json)
     if yes:
         _approve(folders, distribution, made.digest, version, names)
-    _say_what_follows(distribution, approved=yes, as_json=as_json)
+    _say_what_follows(distribution, {one.kind for one in found}, approved=yes, as_json=as_json)
     about = {"plugin": made.name, "version": version, "folder": str(made.path), "sha256": made.digest}
     common.show({**about, "approved": yes}, as_json, _nothing)
 
@@ -205,12 +207,25 @@ def _approve(folders: PluginFolders, distribution: str, digest: str, version: st
     """Keep that these files may run, and that none of these names is blocked."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     approval = Approval(sha256=digest, version=version[:100], at=now)
-    folders.decide(lambda known: known.without(*names).approve(distribution, approval))
+    folders.decide(lambda known: known.free(*names).approve(distribution, approval))
 
 
-def _say_what_follows(distribution: str, *, approved: bool, as_json: bool) -> None:
-    no = f"It is installed and does not run: `rma plugins approve {distribution}` lets it."
-    _say(f"It may run. {AGAIN}" if approved else no, as_json=as_json)
+def _own_names(distribution: str, plugins: Iterable[str], folders: PluginFolders) -> set[str]:
+    """Return the names under which a distribution may be blocked, but for those that mean another one too."""
+    others = [one for one in host.installed(folders) if one.shipped_by.partition(" ")[0] != distribution]
+    return {distribution, *plugins} - {name for one in others for name in (one.name, one.shipped_by.partition(" ")[0])}
+
+
+def _blocked(names: Iterable[str]) -> list[tuple[str, str]]:
+    return [("blocked", f"{name}: you blocked it, and a yes takes that back") for name in sorted(names)]
+
+
+def _say_what_follows(distribution: str, kinds: Collection[str], *, approved: bool, as_json: bool) -> None:
+    if not approved:
+        _say(f"It is installed and does not run: `rma plugins approve {distribution}` lets it.", as_json=as_json)
+        return
+    of_agents = [AGAIN] if set(kinds) - {"policy"} else []
+    _say(" ".join(["It may run.", *of_agents, *([RESCAN] if "policy" in kinds else [])]), as_json=as_json)
 
 
 def _of_wheel(wheel: Wheel, digest: str, publisher: str, *, blocked: Collection[str]) -> list[tuple[str, str]]:
@@ -225,7 +240,7 @@ def _of_wheel(wheel: Wheel, digest: str, publisher: str, *, blocked: Collection[
         ("comes with", ", ".join(needs) or "nothing else"),
         *[("gives", f"{kind} {name} ({value})") for kind, name, value in wheel.plugins],
         *_may(kind for kind, _, _ in wheel.plugins),
-        *[("blocked", f"{name}: you blocked it, and a yes takes that back") for name in sorted(blocked)],
+        *_blocked(blocked),
         ("sha256 of its files", digest),
     ]
 

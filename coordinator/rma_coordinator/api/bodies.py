@@ -78,7 +78,7 @@ class PolicyPreview(msgspec.Struct, frozen=True, kw_only=True):
 class PolicyActivation(msgspec.Struct, frozen=True, kw_only=True):
     """A policy to be put in force: an installed one, or a ``file`` in TOML, of that name.
 
-    ``plan`` is that of a preview: where the fleet has changed since, nothing is done.
+    ``plan`` is that of a preview: where the fleet or the policy has changed since, nothing is done.
     """
 
     policy: Annotated[str, Meta(min_length=1, max_length=100)]

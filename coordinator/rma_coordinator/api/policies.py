@@ -104,12 +104,13 @@ async def preview_policy(pool: Pool, web: Web) -> object:
         policy: TierPolicy = await asyncio.to_thread(
             read_policy, asked.file, name=asked.policy or "file", subject="the policy"
         )
+        text = asked.file
     else:
-        policy = pool.tiers.find(asked.policy).policy
+        policy, text = pool.tiers.find(asked.policy)
     if asked.reports is not None:
         reports = read_reports(asked.reports, subject="reports")
         return {"machines": [one async for one in _machines(pool, policy, reports)]}
-    plan = await pool.switching.plan(policy)
+    plan = await pool.switching.plan(policy, text)
     found = await effects(pool, plan)
     return {"policy": policy.name, **_plan(plan, found), **_effects(found)}
 
