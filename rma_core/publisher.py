@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import subprocess
+import sys
 from typing import TYPE_CHECKING
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import msgspec
 
@@ -13,12 +17,21 @@ from rma_core.models.strict import decode
 if TYPE_CHECKING:
     import httpx2
 
-#: Where PyPI keeps files, and where it says who published one.
-FILES_HOST = "files.index.example"
-INTEGRITY = "https://index.example"
-#: Seconds for an answer, and its most bytes.
-ANSWER_S, MOST_BYTES = 10.0, 1024 * 1024
-NOT_FOUND = 404
+#: How an index is asked for what programs read (PEP 691).
+SIMPLE = "application/vnd.pypi.simple.v1+json"
+#: Seconds for an answer, and its most bytes: large projects have thousands of files.
+ANSWER_S, MOST_BYTES = 10.0, 16 * 1024 * 1024
+PIP_S = 30.0
+
+
+class _File(msgspec.Struct, frozen=True):
+    filename: str
+    hashes: dict[str, str]
+    provenance: str | None = None
+
+
+class _Files(msgspec.Struct, frozen=True):
+    files: list[_File]
 
 
 class _Publisher(msgspec.Struct, frozen=True):
@@ -29,7 +42,7 @@ class _Publisher(msgspec.Struct, frozen=True):
     email: str = ""
 
     def words(self) -> str:
-        where = "/".join(filter(None, (self.kind, self.repository))) or self.kind
+        where = "/".join(filter(None, (self.kind, self.repository)))
         how = self.workflow or self.workflow_filepath or self.email
         return f"{where} ({how})" if how else where
 
@@ -42,34 +55,61 @@ class _Provenance(msgspec.Struct, frozen=True):
     attestation_bundles: list[_Bundle]
 
 
-def publisher_of(source: str, name: str, version: str, *, integrity: str = INTEGRITY, files: str = FILES_HOST) -> str:
-    """Say who published the file that came from ``source``, as far as anybody vouches for it."""
+def index_of_pip() -> str:
+    """Return the package index that pip goes by: its owner's, else pip's own; nothing where that cannot be told."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        asked = [sys.executable, "-P", "-m", "pip", "config", "list"]
+        told = subprocess.run(
+            asked, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PIP_S, check=False
+        )
+        lines = (line.partition("=") for line in told.stdout.splitlines())
+        named = {name: value.strip("'\"") for name, _, value in lines}
+        # As pip has it: the environment counts for more than what is said of one command, and that than all of them.
+        for section in (":env:", "install", "global"):
+            if value := named.get(f"{section}.index-url"):
+                return value
+    with contextlib.suppress(ImportError, AttributeError):
+        return str(importlib.import_module("pip._internal.models.index").PyPI.simple_url)
+    return ""
+
+
+def publisher_of(source: str, name: str, sha256: str, *, index: str | None = None) -> str:
+    """Say who published the file that came from ``source``, as far as its index vouches for it.
+
+    ``name`` is the distribution's normalized one; ``index`` is pip's, unless given.
+    """
     parts = urlsplit(source)
     if not parts.hostname:
         return "nobody vouches for it: it is a file"
-    if parts.hostname != files:
-        return f"not known: {parts.hostname} does not say"
+    index = index_of_pip() if index is None else index
+    where = urlsplit(index).hostname
+    if urlsplit(index).scheme not in ("https", "http") or not where:
+        return "not known: the package index is none that could say"
     import httpx2
 
-    file = quote(unquote(parts.path.rpartition("/")[2]))
-    url = f"{integrity}/integrity/{quote(name)}/{quote(version)}/{file}/provenance"
-    headers = {"Accept": "application/vnd.pypi.integrity.v1+json"}
     try:
-        with httpx2.Client(timeout=ANSWER_S) as client, client.stream("GET", url, headers=headers) as answer:
-            return _words(answer)
-    except (httpx2.HTTPError, ValidationProblem) as error:
-        return f"not known: PyPI could not be asked ({type(error).__name__})"
-
-
-def _words(answer: httpx2.Response) -> str:
-    if answer.status_code == NOT_FOUND:
-        return "not known: whoever uploaded it to PyPI did not sign it"
-    answer.raise_for_status()
-    content = b""
-    for piece in answer.iter_bytes():
-        content += piece
-        if len(content) > MOST_BYTES:
-            return "not known: PyPI's answer does not end"
-    found = decode(content, _Provenance, subject="provenance")
+        with httpx2.Client(timeout=ANSWER_S, follow_redirects=True) as client:
+            listed = decode(_read(client, f"{index.rstrip('/')}/{name}/", SIMPLE), _Files, subject="index")
+            file = next((one for one in listed.files if one.hashes.get("sha256") == sha256), None)
+            if file is None:
+                return f"not known: {where} has no such file"
+            if not file.provenance:
+                return f"not known: whoever uploaded it to {where} did not sign it"
+            said = _read(client, urljoin(index, file.provenance), "application/json")
+            found = decode(said, _Provenance, subject="provenance")
+    except (httpx2.HTTPError, httpx2.InvalidURL, ValidationProblem) as error:
+        return f"not known: {where} does not say ({type(error).__name__})"
     names = dict.fromkeys(bundle.publisher.words() for bundle in found.attestation_bundles)
-    return f"{', '.join(names)}, as PyPI has checked" if names else "not known: nobody signed it"
+    return f"{', '.join(names)}, as {where} has checked" if names else f"not known: nobody signed it at {where}"
+
+
+def _read(client: httpx2.Client, url: str, form: str) -> bytes:
+    """Return an answer of a bounded size. Raises HTTPError, ValidationProblem."""
+    content = bytearray()
+    with client.stream("GET", url, headers={"Accept": form}) as answer:
+        answer.raise_for_status()
+        for piece in answer.iter_bytes():
+            content += piece
+            if len(content) > MOST_BYTES:
+                raise ValidationProblem("the index's answer does not end", [])
+    return bytes(content)

@@ -72,7 +72,7 @@ def plugins_install(what: str, yes: bool, home: str | None, as_json: bool) -> No
             if words := plugin_install.taken(wheel, host.installed(folders)):
                 raise PluginConflict(words, hints=("rma plugins remove, or pip uninstall",))
             tell(f"asking who published {wheel.name}")
-            publisher = publisher_of(wheel.source, wheel.name, wheel.version)
+            publisher = publisher_of(wheel.source, wheel.distribution, wheel.sha256)
             new = plugin_install.unpack(wheel, staging, tell)
         about = {
             "plugin": wheel.distribution,
