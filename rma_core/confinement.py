@@ -1,8 +1,8 @@
 """What a plugin's child may see of a Linux machine: its hardware and its programs, no file of its owner, no network.
 
-Landlock takes files, TCP and signals away, seccomp all sockets, the ways into another process's memory and those out
-of the group that is killed with it, and root loses its capabilities. A kernel that lacks one of these leaves that open,
-and `confine` says so; other systems have none of it.
+Landlock takes files, TCP and signals away, seccomp what Landlock leaves open (`rma_core.system_calls`), and root loses
+its capabilities. A kernel that lacks one of these leaves that open, and `confine` says so; other systems have none of
+it.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def confine(reads: Iterable[str], *, writes: Iterable[str], hidden: Iterable[str
 
 
 def _limit() -> None:
-    """Bound what this process can write: files, and memory."""
+    """Bound what this process can take: bytes of a file, open files, and memory."""
     if sys.platform != "win32":
         import resource
 

@@ -330,6 +330,17 @@ def test_a_removed_plugin_is_gone_and_is_asked_about_anew(tmp_path: Path) -> Non
     assert "not_found" in refused("plugins", "remove", "../home", folder=tmp_path)
 
 
+def test_what_is_decided_about_a_policy_is_taken_up_by_a_coordinator(tmp_path: Path) -> None:
+    points = {"rma.policies": {"odd_tiers": "rma_policy_odd"}}
+    made = wheel(tmp_path, "rma-policy-odd", modules={"rma_policy_odd": ""}, points=points)
+    for words in (("install", made, "--yes"), ("block", "odd_tiers"), ("remove", "odd_tiers")):
+        said = rma("plugins", *words, folder=tmp_path).stderr
+        assert "`rma policies rescan`" in said
+        assert "rma detect" not in said
+    told("plugins", "install", detector(tmp_path), folder=tmp_path)
+    assert "rma policies" not in rma("plugins", "block", "odd", folder=tmp_path).stderr
+
+
 def test_decisions_that_cannot_be_read_end_the_program_rather_than_let_a_blocked_one_run(tmp_path: Path) -> None:
     told("plugins", "install", detector(tmp_path), folder=tmp_path)
     told("plugins", "block", "odd", folder=tmp_path)

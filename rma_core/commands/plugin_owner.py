@@ -116,9 +116,7 @@ def plugins_approve(name: str, yes: bool, home: str | None, as_json: bool) -> No
             hints = ("`approve_plugins` in your settings says which of those may run",)
             raise UsageProblem(f"{distribution} is installed in Python's own environment", hints=hints)
         folders.decide(lambda known: known.free(*blocked))
-        common.show(
-            {"plugin": distribution, "approved": True}, as_json, lambda out: out.print(f"{name} may run again.")
-        )
+        common.show({"plugin": distribution, "approved": True}, as_json, _prints(f"{name} may run again."))
         return
     made = folders.get(distribution)
     version = found[0].shipped_by.partition(" ")[2]
@@ -143,10 +141,10 @@ def plugins_block(name: str, home: str | None, as_json: bool) -> None:
     NAME is the plugin's name or its distribution's.
     """
     folders, as_json = _folders(home), _json(as_json)
-    _named(name, folders)
+    found = _named(name, folders)
     folders.decide(lambda known: known.block(name))
     common.show({"plugin": name, "blocked": True}, as_json, _prints(f"{name} does not run any more."))
-    _say(AGAIN, as_json=as_json)
+    _say(_taken_up({one.kind for one in found}), as_json=as_json)
 
 
 @click.command("remove")
@@ -159,7 +157,7 @@ def plugins_remove(name: str, home: str | None, as_json: bool) -> None:
     NAME is the plugin's name or its distribution's.
     """
     folders, as_json = _folders(home), _json(as_json)
-    distribution = name
+    distribution, found = name, list[host.InstalledPlugin]()
     with contextlib.suppress(NotFound):
         found = _named(name, folders)
         distribution = found[0].shipped_by.partition(" ")[0]
@@ -168,7 +166,7 @@ def plugins_remove(name: str, home: str | None, as_json: bool) -> None:
             raise UsageProblem(f"{distribution} is installed in Python's own environment", hints=hints)
     folders.remove(distribution)
     common.show({"plugin": distribution, "removed": True}, as_json, _prints(f"{distribution} is gone."))
-    _say(AGAIN, as_json=as_json)
+    _say(_taken_up({one.kind for one in found}), as_json=as_json)
 
 
 def _named(name: str, folders: PluginFolders) -> list[InstalledPlugin]:
@@ -224,8 +222,14 @@ def _say_what_follows(distribution: str, kinds: Collection[str], *, approved: bo
     if not approved:
         _say(f"It is installed and does not run: `rma plugins approve {distribution}` lets it.", as_json=as_json)
         return
-    of_agents = [AGAIN] if set(kinds) - {"policy"} else []
-    _say(" ".join(["It may run.", *of_agents, *([RESCAN] if "policy" in kinds else [])]), as_json=as_json)
+    _say(f"It may run. {_taken_up(kinds)}", as_json=as_json)
+
+
+def _taken_up(kinds: Collection[str]) -> str:
+    """Say when programs that run go by a decision about plugins of these kinds."""
+    # Of one that is not listed any more nobody knows the kind.
+    of_agents = [AGAIN] if set(kinds) != {"policy"} else []
+    return " ".join([*of_agents, *([RESCAN] if "policy" in kinds else [])])
 
 
 def _of_wheel(wheel: Wheel, digest: str, publisher: str, *, blocked: Collection[str]) -> list[tuple[str, str]]:
