@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol, runtime_checkable
 
 import msgspec
+from msgspec import Meta
 
-from rma_core.catalog import Limits, ProcessForm
+from rma_core.catalog import Limits, ProcessForm, ServiceName
 from rma_core.models.hardware import ContainerAccess, HardwareReport
 
 if TYPE_CHECKING:
@@ -26,10 +27,15 @@ class PolicyInput(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TierDecision(msgspec.Struct, frozen=True, kw_only=True):
-    """A tier (``None``: below the lowest bar) and the sentence that the admin and the owner read."""
+    """A tier (``None``: below the lowest bar) and the sentence that the admin and the owner read.
+
+    ``prefers`` are services that the machine should get before all others, in order: what else it gets is said by the
+    catalog, which knows tiers by number.
+    """
 
     tier: int | None
     reason: str
+    prefers: Annotated[tuple[ServiceName, ...], Meta(max_length=32)] = ()
 
 
 @runtime_checkable

@@ -38,7 +38,7 @@ def decision(given: object) -> TierDecision:
         last = TIERS.stop - 1
         raise ValueError(f"the tier is {found.tier}: give a whole number from {TIERS.start} to {last}, or None")
     if len(found.reason) > REASON_CHARACTERS:
-        return TierDecision(tier=found.tier, reason=f"{found.reason[: REASON_CHARACTERS - 1]}…")
+        return msgspec.structs.replace(found, reason=f"{found.reason[: REASON_CHARACTERS - 1]}…")
     return found
 
 

@@ -90,7 +90,7 @@ def _answer(policies: dict[str, TierPolicy], question: Question) -> Answer:
     _begin(question.deadline_s)
     try:
         found = decision(policies[question.policy].decide(question.asked))
-        return Answer(tier=found.tier, reason=found.reason)
+        return Answer(tier=found.tier, reason=found.reason, prefers=found.prefers)
     except MemoryError:
         # Whatever it holds is gone with this process only.
         os._exit(OUT_OF_MEMORY)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import msgspec
 from msgspec import Meta
 
+from rma_core.catalog import ServiceName
 from rma_core.detection import CONFINED, bounds, deadline_of, died, request_for
 from rma_core.interfaces import PolicyInput
 from rma_core.isolation import LAST_WORDS_S, OUTPUT_BYTES, REAP_S, Ended, settle, surely
@@ -56,6 +57,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 
     tier: Annotated[int, Meta(ge=TIERS.start, lt=TIERS.stop)] | None
     reason: Annotated[str, Meta(max_length=CHARACTERS)] = ""
+    prefers: Annotated[tuple[ServiceName, ...], Meta(max_length=32)] = ()
     error: Annotated[str, Meta(max_length=CHARACTERS)] = ""
 
 

@@ -270,8 +270,9 @@ async def test_the_whole_life_of_a_kept_task_outlives_a_restart(tmp_path: Path) 
 
 def change(pool: Running, changed: CatalogEntry) -> None:
     """Have the pool's catalog say something else of a service."""
-    pool.pool.entries = (changed, *(one for one in pool.pool.entries if one.service != changed.service))
-    pool.pool.catalog[changed.service] = changed
+    now = pool.pool.arranging.now
+    entries = (changed, *(one for one in now.entries if one.service != changed.service))
+    pool.pool.arranging.now = now._replace(entries=entries, catalog={**now.catalog, changed.service: changed})
 
 
 async def test_a_service_that_no_machine_could_run_is_refused_at_once_and_one_that_nobody_runs_now_is_not(

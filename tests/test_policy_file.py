@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from rma_coordinator.tiers import FOLDER, with_files
 from rma_core.errors import SettingProblem, ValidationProblem
 from rma_core.interfaces import PolicyInput
-from rma_core.policy_file import line_of, read_file, read_policy
+from rma_core.policy_file import read_file, read_policy
 from rma_core.record import read_report
+from rma_core.toml_lines import line_of
 from tests.coordinator_fixtures import running
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from quart import Quart, Response
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from rma_coordinator import enrolment, tokens
-from rma_coordinator.api import admin, browsers, channel, inference, plain, policies, tasks, worker
+from rma_coordinator.api import admin, browsers, channel, inference, plain, policies, services, tasks, worker
 from rma_coordinator.api.asgi import CONTROL_BYTES, Call, Gone, too_slow
 from rma_coordinator.api.problems import STATUS_WORDS, HTTPProblem, problem, unexpected, wrong_method
 from rma_coordinator.api.routes import ROUTES, Route, Router
@@ -166,9 +166,8 @@ def _never_silent(task: asyncio.Task[None]) -> None:
 
 def _add(app: Quart, pool: Pool, route: Route) -> None:
     """Put one route of the table behind Quart: access is checked here, and only here."""
-    handler: Handler = next(
-        getattr(module, route.handler) for module in (worker, policies, admin) if hasattr(module, route.handler)
-    )
+    modules = (worker, policies, services, admin)
+    handler: Handler = next(getattr(module, route.handler) for module in modules if hasattr(module, route.handler))
 
     async def view(**parts: str) -> Response:
         web = Web(parts, status=route.status, proxies=pool.settings.trusted_proxies)

@@ -78,11 +78,13 @@ class Change(NamedTuple):
     reason: str
     failed: bool
     pending: bool = False
+    #: What it should run before other services, where that would be something else.
+    prefers: tuple[str, ...] | None = None
 
     @property
     def changes(self) -> bool:
-        """Whether its tier would be another; one for which the policy fails stays where it is."""
-        return not self.failed and self.tier != self.new_tier
+        """Whether it would have another tier, or other services; one for which the policy fails stays where it is."""
+        return not self.failed and (self.tier != self.new_tier or self.prefers is not None)
 
 
 class Plan(NamedTuple):
@@ -109,7 +111,7 @@ class Plan(NamedTuple):
     @property
     def digest(self) -> str:
         """A word for this policy and exactly these moves: who saw a preview can say that nothing else is meant."""
-        moves = [(row.worker_id, row.tier, row.new_tier) for row in self.moves]
+        moves = [(row.worker_id, row.tier, row.new_tier, row.prefers) for row in self.moves]
         return hashlib.sha256(msgspec.json.encode([self.policy, moves])).hexdigest()[:16]
 
 

@@ -8,13 +8,18 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
+from rma_coordinator.domain.census import Census
 from rma_coordinator.domain.fleet import lanes_of
 from rma_coordinator.switching import AT_ONCE
 
 if TYPE_CHECKING:
-    from rma_coordinator.choices import Plan
+    from collections.abc import Mapping
+
+    from rma_coordinator.choices import Change, Plan
     from rma_coordinator.domain.fleet import Worker
+    from rma_coordinator.domain.worker_records import WorkerRecord
     from rma_coordinator.pool import Pool
+    from rma_core.catalog import CatalogEntry
     from rma_core.models.worker import Assignment
 
 
@@ -53,28 +58,43 @@ async def effects(pool: Pool, plan: Plan) -> Effects:
 
     Placement looks at what the pool has, so this is what would come of it if nothing else changed.
     """
-    counts, moved = Counter(pool.fleet.assigned()), dict[str, Moved]()
+    counts, moves, census = Counter(pool.fleet.assigned()), dict[str, Moved](), Census()
+    for one in pool.fleet.workers.values():
+        census.add(one.stood)
     for number, row in enumerate(plan.moves):
         if number % AT_ONCE == 0:
             await asyncio.sleep(0)
         worker = pool.fleet.workers.get(row.worker_id)
         if worker is not None:
-            moved[worker.id] = _move(pool, worker, row.new_tier, counts)
-    now = pool.fleet.assigned()
-    capacity = [
-        Capacity(service=name, wanted=entry.wanted, now=now.get(name, 0), then=counts.get(name, 0))
-        for name, entry in sorted(pool.catalog.items())
+            moves[worker.id] = _move(pool, worker, row, counts, census)
+    return Effects(moves, capacity(pool.catalog, pool.fleet.assigned(), counts))
+
+
+def capacity(catalog: Mapping[str, CatalogEntry], now: Mapping[str, int], then: Mapping[str, int]) -> list[Capacity]:
+    """Return every service, with its copies now and then."""
+    return [
+        Capacity(service=name, wanted=entry.wanted, now=now.get(name, 0), then=then.get(name, 0))
+        for name, entry in sorted(catalog.items())
     ]
-    return Effects(moved, capacity)
 
 
-def _move(pool: Pool, worker: Worker, tier: int | None, counts: Counter[str]) -> Moved:
-    """Return what a worker would do in that tier, and count it so."""
+def _move(pool: Pool, worker: Worker, row: Change, counts: Counter[str], census: Census) -> Moved:
+    """Return what a worker would do as a policy says of it, and count it so."""
     record = worker.record
     counts.subtract(worker.counted)
-    chosen = pool.placement(record, record.report, tier, worker_id=worker.id, counts=counts).assignments
+    census.remove(worker.stood)
+    chosen = pool.placement(
+        record, record.report, row.new_tier, worker_id=worker.id, counts=counts, census=census,
+        prefers=record.prefers if row.prefers is None else row.prefers,
+    )  # fmt: skip
     if worker.present:
-        counts.update(lanes_of(chosen, worker.containers))
+        counts.update(lanes_of(chosen.assignments, worker.containers))
+        census.add(chosen.standing)
+    return moved(record, chosen.assignments)
+
+
+def moved(record: WorkerRecord, chosen: tuple[Assignment, ...]) -> Moved:
+    """Return what a worker with this record would do to run what was chosen."""
     now, then = _by_lane(record.assignment), _by_lane(chosen)
     new = [then[lane] for lane in then if lane not in now]
     return Moved(

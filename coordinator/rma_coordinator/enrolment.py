@@ -9,7 +9,7 @@ import msgspec
 
 from rma_coordinator import tokens
 from rma_coordinator.domain.credentials import fingerprint
-from rma_coordinator.domain.fleet import WorkerRecord
+from rma_coordinator.domain.worker_records import WorkerRecord, differs
 from rma_coordinator.store import Put
 from rma_core.errors import NotAuthenticated, NotFound, Refused
 from rma_core.interfaces import PolicyInput
@@ -36,7 +36,7 @@ async def preview(pool: Pool, request: RegisterRequest) -> RegisterResponse:
     report = request.report or HardwareReport(capabilities=request.capabilities)
     await _prepare(pool, request, "")
     decision = pool.decide(report, labels=request.labels, worker_id="")
-    chosen = pool.placement(request, report, decision.tier, worker_id="")
+    chosen = pool.placement(request, report, decision.tier, worker_id="", prefers=decision.prefers)
     return RegisterResponse(
         worker_id=NOBODY,
         tier=decision.tier,
@@ -157,12 +157,13 @@ def _enlist(
         plugins=request.plugins,
         tier=decision.tier,
         tier_reason=decision.reason,
+        prefers=decision.prefers,
         owner=owner or base.owner,
         last_seen_at=pool.wall(),
     )
     _tell(pool, record, known, ip_address=ip_address, token_id=token_id)
     worker = pool.fleet.add(record, ip_address=ip_address)
-    pool.place(worker, anew=decision.tier != base.tier)
+    pool.place(worker, anew=differs(base, record))
     return worker
 
 

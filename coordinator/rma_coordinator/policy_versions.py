@@ -279,7 +279,7 @@ class PolicyVersion:
     def _taken(self, answer: Answer) -> _Kept:
         if answer.error:
             return _Kept(None, f"failed: {answer.error}", self._clock() + FAILED_S)
-        return _Kept(TierDecision(tier=answer.tier, reason=answer.reason))
+        return _Kept(TierDecision(tier=answer.tier, reason=answer.reason, prefers=answer.prefers))
 
     def _died(self, process: PolicyProcess, todo: deque[bytes], batch: Mapping[bytes, _Waiting]) -> None:
         """Blame a machine only where it was the first that the child was asked about: others may have brought it on."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from rma_coordinator import tokens
+from rma_coordinator.arranging import Arranging
 from rma_coordinator.audit import ITSELF
 from rma_coordinator.books import Books
 from rma_coordinator.domain import addresses
@@ -22,11 +23,13 @@ from rma_coordinator.domain.fleet import ATTACHABLE, SWEEP_S, Fleet, Worker, Wor
 from rma_coordinator.domain.keyring import Keyring
 from rma_coordinator.domain.limits import Limiter, counted
 from rma_coordinator.domain.models import ModelRecord, Models
-from rma_coordinator.domain.placement import could_run, place
+from rma_coordinator.domain.placement import Ruling, could_run, place
 from rma_coordinator.domain.repeats import Repeats
+from rma_coordinator.domain.rules import Machine
 from rma_coordinator.domain.tasks import NO_LANES, NO_SHARES
 from rma_coordinator.domain.traffic import Traffic, TrafficRecord
 from rma_coordinator.domain.webhooks import WebhookSecrets
+from rma_coordinator.domain.worker_records import differs
 from rma_coordinator.hub import Hub
 from rma_coordinator.ledger import Ledger
 from rma_coordinator.parking import Parking
@@ -46,6 +49,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
     from pathlib import Path
 
+    from rma_coordinator.arranging import Arranged
+    from rma_coordinator.domain.census import Census
     from rma_coordinator.domain.limits import Limits, Reservation
     from rma_coordinator.domain.models import ModelView
     from rma_coordinator.domain.placement import Placement
@@ -128,10 +133,7 @@ class Pool:
         #: What plugins have of policies, each in a child; ``None`` where nobody looks for them.
         self.policy_plugins = policy_plugins
         self.switching = Switching(self)
-        self.entries = tuple(_registry(entry, settings.image_registry) for entry in catalog)
-        #: One entry for each service: of several engines for its models the first.
-        self.catalog = {entry.service: entry for entry in reversed(self.entries)}
-        self.model_entries = tuple(models)
+        self.arranging = Arranging(self, [_registry(entry, settings.image_registry) for entry in catalog], models)
         self.hub = Hub(on_accepted=self._accepted, on_closing=self._closing, on_finished=self._finished)
         self.dispatcher = Dispatcher(
             self.hub, clock=clock, max_queued=settings.max_queued_tasks, lease_s=settings.lease_s
@@ -143,7 +145,7 @@ class Pool:
             disk_bytes=settings.spool_bytes,
         )
         self.parking = Parking(self.hub, self.dispatcher, most=settings.max_channels, usable=self._usable)
-        self.seen_models = Models(wall=wall, offered=self.model_entries)
+        self.seen_models = Models(wall=wall, offered=models)
         self.webhooks = Webhooks(store=store, clock=clock, wall=wall, allowed=_networks(settings.webhook_networks))
         self.limiter = Limiter()
         #: Tokens that were reserved for tasks which have not ended.
@@ -173,6 +175,21 @@ class Pool:
         self._renewing = asyncio.Lock()
         self._writing = asyncio.Lock()
         self._need = 0
+
+    @property
+    def entries(self) -> tuple[CatalogEntry, ...]:
+        """The catalog, with as many copies wanted as the rules say."""
+        return self.arranging.now.entries
+
+    @property
+    def catalog(self) -> dict[str, CatalogEntry]:
+        """One entry for each service: of several engines for its models the first."""
+        return self.arranging.now.catalog
+
+    @property
+    def model_entries(self) -> tuple[ModelEntry, ...]:
+        """The models of the catalog, with as many copies wanted as the rules say."""
+        return self.arranging.now.models
 
     @property
     def unwell(self) -> str:
@@ -223,6 +240,7 @@ class Pool:
         await self.books.open(self.record.starts)
         await self.webhooks.open(self.keyring, kept=self.books.known)
         await self.switching.open()
+        await self.arranging.open()
         if self.policy_plugins is not None:
             await self.policy_plugins.tidy(self.switching.needed, idle_s=0)
         completed = self.books.ledger.completed()
@@ -482,13 +500,13 @@ class Pool:
         A ``known`` worker stays where it was while it waits for its turn, and where the policy fails.
         """
         if known is not None and self.tiers.waits(worker_id):
-            return TierDecision(tier=known.tier, reason=known.tier_reason)
+            return _stays(known, known.tier_reason)
         decision = self.tiers.decide(PolicyInput(report=report, labels=labels, worker_id=worker_id))
         if known is None or not isinstance(decision, NoDecision):
             return decision
         if isinstance(decision, Pending):
-            return TierDecision(tier=known.tier, reason=known.tier_reason)
-        return TierDecision(tier=known.tier, reason=f"{decision.reason}; the tier stays as it was")
+            return _stays(known, known.tier_reason)
+        return _stays(known, f"{decision.reason}; the tier stays as it was")
 
     def placement(
         self,
@@ -497,20 +515,27 @@ class Pool:
         tier: int | None,
         *,
         worker_id: str,
+        prefers: Sequence[str] = (),
         current: Sequence[str] = (),
         counts: Mapping[str, int] | None = None,
+        arranged: Arranged | None = None,
+        census: Census | None = None,
+        counted: bool = False,
     ) -> Placement:
         """Choose what a machine should run; ``current`` lanes stay as long as they fit.
 
-        ``counts`` are what the pool has beside it, where that is not what it has now.
+        ``counts`` and ``census`` are what the pool has beside it, where that is not what it has now, ``arranged`` the
+        rules, where others than those in force are looked at.
         """
-        url = self.settings.public_url
+        url, arranged = self.settings.public_url, arranged or self.arranging.now
+        subject = Machine(worker_id, tier, machine.labels, prefers)
         return place(
-            self.entries,
+            arranged.entries,
             report,
             tier,
-            models=self.model_entries,
+            models=arranged.models,
             pool=self.fleet.assigned(besides=worker_id) if counts is None else counts,
+            ruling=Ruling(arranged.rules, subject, census or self.fleet.census, counted),
             allowed=machine.services,
             agreed=machine.agreed_models,
             own=machine.own_models,
@@ -530,7 +555,15 @@ class Pool:
         if worker.could is None:
             worker.could = could_run(self.entries, record)
         current = () if anew else tuple(assignment.lane for assignment in record.assignment)
-        chosen = self.placement(record, record.report, record.tier, worker_id=worker.id, current=current)
+        with self.fleet.census.without(worker.stood):
+            chosen = self.placement(
+                record, record.report, record.tier, worker_id=worker.id, prefers=record.prefers, current=current
+            )
+        self.give(worker, record, chosen)
+        worker.placed = self._need
+
+    def give(self, worker: Worker, record: WorkerRecord, chosen: Placement) -> None:
+        """Give a worker the services that were chosen for its record as it is now."""
         changed = chosen.assignments != record.assignment
         if changed or chosen.reasons != record.placement:
             worker.record = msgspec.structs.replace(
@@ -542,9 +575,14 @@ class Pool:
             self.fleet.changed.add(worker.id)
         if changed:
             self.fleet.recount(worker)
+        if changed or chosen.standing != worker.standing:
             # What one machine runs changes what the pool lacks: the others are looked at with their next heartbeat.
             self._need += 1
-        worker.placed = self._need
+        self.fleet.stand(worker, chosen.standing)
+
+    def look_at_all_again(self) -> None:
+        """Have every worker's services looked at with its next heartbeat."""
+        self._need += 1
 
     def heartbeat(self, worker: Worker, beat: Heartbeat, *, ip_address: str, nonce: bool = True) -> HeartbeatAnswer:
         """Take a sign of life in and say what the worker should do next, with a ``nonce`` if it will need one soon."""
@@ -586,9 +624,11 @@ class Pool:
         if (decision.tier, decision.reason) != (record.tier, record.tier_reason):
             about = {"action": "tier", "worker": worker.id, "tier": decision.tier}
             logger.info("%s: %s", worker.id, decision.reason, extra=about)
-        worker.record = msgspec.structs.replace(record, tier=decision.tier, tier_reason=decision.reason)
+        worker.record = decided = msgspec.structs.replace(
+            record, tier=decision.tier, tier_reason=decision.reason, prefers=decision.prefers
+        )
         self.fleet.changed.add(worker.id)
-        self.place(worker, anew=decision.tier != record.tier)
+        self.place(worker, anew=differs(record, decided))
 
     def unwanted(self, worker: Worker, refs: Collection[AttemptRef]) -> tuple[AttemptRef, ...]:
         """Return those of a worker's attempts that nobody wants any more."""
@@ -788,6 +828,10 @@ class Pool:
         worker = self.fleet.workers.get(entry.worker_id)
         if worker is not None:
             worker.completed += 1
+
+
+def _stays(known: WorkerRecord, reason: str) -> TierDecision:
+    return TierDecision(tier=known.tier, reason=reason, prefers=known.prefers)
 
 
 def _networks(texts: Sequence[str]) -> tuple[addresses.Network, ...]:

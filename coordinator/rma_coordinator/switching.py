@@ -217,7 +217,7 @@ class Switching:
         decision = await self._decision(policy, worker)
         return Change(
             worker.id, worker.brief.tier, decision.tier, decision.reason, isinstance(decision, NoDecision),
-            isinstance(decision, Pending),
+            isinstance(decision, Pending), decision.prefers if decision.prefers != worker.brief.prefers else None,
         )  # fmt: skip
 
     async def _decision(self, policy: TierPolicy, worker: Worker) -> TierDecision:

@@ -9,6 +9,8 @@ The table is configuration; ``[[plugins.threshold.tiers]]`` replaces it as a who
     cpu_cores = 8
     ram = "16GB"
 
+A tier may name services that its machines should get before others: ``prefers = ["ocr", "notes"]``.
+
 ``[[plugins.threshold.exceptions]]`` come before the table: the first that fits a machine decides::
 
     [[plugins.threshold.exceptions]]
@@ -25,7 +27,7 @@ import msgspec
 from msgspec import Meta
 
 from rma_core import TierDecision, hookimpl
-from rma_core.catalog import NOMINAL_SHARE
+from rma_core.catalog import NOMINAL_SHARE, ServiceName
 from rma_core.errors import Problem, ValidationProblem
 from rma_core.models import strict
 from rma_core.models.hardware import Name, Size
@@ -46,6 +48,10 @@ NO_TIER = "none"
 SIZE_PATTERN = "([KMGTPkmgtp]i?)?B"
 
 
+#: Services that machines should get before others, in order.
+Prefers = Annotated[tuple[ServiceName, ...], Meta(max_length=32)]
+
+
 class Tier(msgspec.Struct, frozen=True, kw_only=True):
     """One tier and its bars; sizes are nominal ("16GB" is cleared by 15.4 GiB), a bar that is left out is no bar."""
 
@@ -55,6 +61,7 @@ class Tier(msgspec.Struct, frozen=True, kw_only=True):
     cpu_cores: Annotated[int, Meta(ge=0, le=65_536)] = 0
     ram: Size = "0B"
     storage: Size = "0B"
+    prefers: Prefers = ()
 
 
 class Exemption(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,6 +71,7 @@ class Exemption(msgspec.Struct, frozen=True, kw_only=True):
     workers: Annotated[tuple[Name, ...], Meta(max_length=1000)] = ()
     labels: Annotated[dict[Name, Annotated[str, Meta(max_length=200)]], Meta(max_length=32)] = {}
     reason: Annotated[str, Meta(max_length=500)] = ""
+    prefers: Prefers = ()
 
     def fits(self, asked: PolicyInput) -> bool:
         """Say whether it is for this machine."""
@@ -76,7 +84,8 @@ class Exemption(msgspec.Struct, frozen=True, kw_only=True):
         whom += [f"for {label} = {value}" for label, value in sorted(self.labels.items())]
         why = " ".join(self.reason.split()) or f"an exception {' and '.join(whom)}"
         number = self.tier if isinstance(self.tier, int) else None
-        return TierDecision(tier=number, reason=f"no tier: {why}" if number is None else f"tier {number}: {why}")
+        reason = f"no tier: {why}" if number is None else f"tier {number}: {why}"
+        return TierDecision(tier=number, reason=reason, prefers=self.prefers)
 
 
 class Table(msgspec.Struct, frozen=True, kw_only=True):
@@ -126,7 +135,8 @@ class ThresholdPolicy(msgspec.Struct, frozen=True, kw_only=True):
         for tier in ranked:
             missing = gaps(tier, report)
             if not missing:
-                return TierDecision(tier=tier.tier, reason=_reached(tier, report, missed) + _unwell(report))
+                reason = _reached(tier, report, missed) + _unwell(report)
+                return TierDecision(tier=tier.tier, reason=reason, prefers=tier.prefers)
             missed.append((tier, missing))
         lowest, missing = missed[-1]
         lacks = "; ".join(f"{gap.has}, tier {lowest.tier} needs {gap.bar}" for gap in missing)
@@ -253,6 +263,8 @@ def _unusable(table: Table) -> list[Problem]:
     for index, one in enumerate(table.exceptions):
         if not one.workers and not one.labels:
             problems.append(Problem(f"$.exceptions[{index}]", "is for nobody: it needs workers or labels"))
+        if one.tier == NO_TIER and one.prefers:
+            problems.append(Problem(f"$.exceptions[{index}].prefers", "a machine without a tier gets no service"))
         if one.tier not in numbers:
             problems.append(Problem(f"$.exceptions[{index}].tier", f"there is no tier {one.tier} among the tiers"))
     return problems

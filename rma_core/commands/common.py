@@ -397,3 +397,11 @@ def outer(options: dict[str, Any]) -> dict[str, Any]:
     """Return a subcommand's options, with those given before its name where it has none itself."""
     given = click.get_current_context().obj or {}
     return {name: value or given.get(name) for name, value in options.items()}
+
+
+def ask(question: str) -> None:
+    """Ask; raises UsageProblem for a no, and where nobody can be asked."""
+    if not sys.stdin.isatty():
+        raise UsageProblem("nobody can be asked here, and nothing was changed", hints=("--yes does not ask",))
+    if not click.confirm(printable(question), default=False, err=True):
+        raise UsageProblem("nothing was changed")

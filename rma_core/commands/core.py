@@ -10,8 +10,9 @@ from rma_core.commands.machine import detect, doctor
 from rma_core.commands.models import models
 from rma_core.commands.plugins import plugins
 from rma_core.commands.policies import policies
-from rma_core.commands.pool import backup, keys, services, tokens, workers
+from rma_core.commands.pool import backup, keys, tokens, workers
 from rma_core.commands.results import cancel, result
+from rma_core.commands.services import services
 from rma_core.commands.tasks import tasks
 
 if TYPE_CHECKING:

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rma_core.commands import common
+from rma_core.commands import common, effects
 from rma_core.errors import Problem, Refused, UsageProblem, ValidationProblem
-from rma_core.models.sizes import human
 from rma_core.settings import AgentSettings, CoordinatorSettings, load_settings
 
 if TYPE_CHECKING:
@@ -185,18 +184,9 @@ def _print_plan(out: Console, name: str, answer: dict[str, Any]) -> None:
     ]
     empty = f"{name} would change nothing (workers: {len(answer['workers'])})."
     common.table(("worker", "from", "to", "why", "stops", "starts"), rows, empty=empty)(out)
-    capacity = [
-        (s["service"], s["wanted"], s["now"], s["then"], "too few" if s["short"] else "")
-        for s in answer["services"]
-        if s["now"] != s["then"]
-    ]
-    if capacity:
-        common.table(("service", "wanted", "now", "then", ""), capacity, empty="")(out)
-    if answer["images"] or answer["model_bytes"]:
-        models = f", {human(answer['model_bytes'])} of models" if answer["model_bytes"] else ""
-        out.print(
-            common.safe(f"To be fetched by these machines, where they lack it: {answer['images']} images{models}.")
-        )
+    if answer["unknown_services"]:
+        out.print(common.safe(f"It prefers what this pool does not have: {', '.join(answer['unknown_services'])}."))
+    effects.show(out, answer)
 
 
 @policies.command("activate")
@@ -228,7 +218,7 @@ def policies_activate(name: str, yes: bool, as_json: bool, **options: Any) -> No
     plan = common.call(options, "POST", "/api/admin/policies/preview", body=asked, timeout_s=ASKED_S)
     if not yes:
         _print_plan(common.console(err=True), name, plan)
-        _ask(f"Put {asked['policy']} in force? Workers that change: {plan['changes']}")
+        common.ask(f"Put {asked['policy']} in force? Workers that change: {plan['changes']}")
     body = {**asked, "plan": plan["plan"], "steps": steps}
     done = common.call(options, "PUT", "/api/admin/policies/active", body=body, timeout_s=ASKED_S)
     # Steps may take hours, and how far they are can be asked for.
@@ -244,7 +234,7 @@ def policies_rollback(yes: bool, as_json: bool, **options: Any) -> None:
     options = common.outer(options)
     found = common.call(options, "GET", "/api/admin/policies")
     if found["previous"] and not yes:
-        _ask(f"Go back from {_called(found['active'], found['version'])} to {_before(found)}?")
+        common.ask(f"Go back from {_called(found['active'], found['version'])} to {_before(found)}?")
     # Whatever happened while you were asked: it goes back from this one and no other.
     done = common.call(
         options, "POST", "/api/admin/policies/rollback", body={"active": found["active"]}, timeout_s=ASKED_S
@@ -296,14 +286,6 @@ def _steps(given: dict[str, Any]) -> dict[str, Any]:
         raise UsageProblem("--hold is the wait after a canary", hints=("give --canary too",))
     shares = ("canary", "most_failures", "least_free")
     return {name: value / 100 if name in shares else value for name, value in steps.items()}
-
-
-def _ask(question: str) -> None:
-    """Ask; raises UsageProblem for a no, and where nobody can be asked."""
-    if not sys.stdin.isatty():
-        raise UsageProblem("nobody can be asked here, and nothing was changed", hints=("--yes does not ask",))
-    if not click.confirm(common.printable(question), default=False, err=True):
-        raise UsageProblem("nothing was changed")
 
 
 def _told(options: dict[str, Any], done: dict[str, Any], *, as_json: bool, wait: bool) -> None:

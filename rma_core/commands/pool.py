@@ -1,4 +1,4 @@
-"""Commands of admins: workers, tasks, services, keys, tokens."""
+"""Commands of admins: workers, tasks, keys, tokens."""
 
 from __future__ import annotations
 
@@ -128,18 +128,6 @@ def backup(as_json: bool, **options: Any) -> None:
     found = common.call(options, "POST", "/api/admin/backup")
     words = f"{found['path']} ({found['bytes']} bytes)"
     common.show(found, as_json, lambda out: out.print(common.safe(words)))
-
-
-@click.command()
-@common.pool_options
-@common.json_option
-def services(as_json: bool, **options: Any) -> None:
-    """List the pool's services: wanted, assigned, healthy."""
-    found = common.call(options, "GET", "/api/admin/services")
-    rows = [(s["service"], s["wanted"], s["assigned"], s["healthy"]) for s in found["services"]]
-    common.show(
-        found, as_json, common.table(("service", "wanted", "assigned", "healthy"), rows, empty="An empty catalog.")
-    )
 
 
 @click.group(invoke_without_command=True)

@@ -137,11 +137,6 @@ async def backup(pool: Pool, web: Web) -> object:  # noqa: ARG001 - every handle
     return {"path": str(path), "bytes": size}
 
 
-async def services(pool: Pool, web: Web) -> object:  # noqa: ARG001 - every handler has the same form
-    """Services: wanted, assigned, healthy."""
-    return {"services": [{"service": name, **row} for name, row in overview.services(pool).items()]}
-
-
 async def pool_models(pool: Pool, web: Web) -> object:  # noqa: ARG001 - every handler has the same form
     """Models of the catalog, and those that owners offer."""
     return {"models": overview.models(pool)}

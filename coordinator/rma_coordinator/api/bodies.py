@@ -100,6 +100,22 @@ class PolicyShadow(msgspec.Struct, frozen=True, kw_only=True):
     file: PolicyText = ""
 
 
+class RulesPreview(msgspec.Struct, frozen=True, kw_only=True):
+    """Rules of placement that are no more than looked at, in TOML."""
+
+    file: PolicyText
+
+
+class RulesApplied(msgspec.Struct, frozen=True, kw_only=True):
+    """Rules of placement to be put in force, in TOML.
+
+    ``plan`` is that of a preview: where the fleet has changed since, nothing is done.
+    """
+
+    file: PolicyText
+    plan: Label = ""
+
+
 # -- OpenAI's requests: what is looked at; everything else goes on as it came -------------------------------------
 
 AskedModel = Annotated[str, Meta(min_length=1, max_length=200)]

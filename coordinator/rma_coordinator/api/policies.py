@@ -112,7 +112,8 @@ async def preview_policy(pool: Pool, web: Web) -> object:
         return {"machines": [one async for one in _machines(pool, policy, reports)]}
     plan = await pool.switching.plan(policy, text)
     found = await effects(pool, plan)
-    return {"policy": policy.name, **_plan(plan, found), **_effects(found)}
+    unknown = {name for row in plan.rows for name in row.prefers or ()} - pool.catalog.keys()
+    return {"policy": policy.name, "unknown_services": sorted(unknown), **_plan(plan, found), **_effects(found)}
 
 
 async def _machines(pool: Pool, policy: TierPolicy, reports: Sequence[HardwareReport]) -> AsyncIterator[dict[str, Any]]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from rma_coordinator.domain.census import NOTHING, Census
 from rma_coordinator.domain.tasks import NO_MODELS, NO_SHARES
 from rma_coordinator.domain.worker_records import SHARED, Press, WorkerRecord, brief, ids_of, same
 from rma_core.errors import NotFound
@@ -19,6 +20,7 @@ from rma_core.models.worker import lane
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
+    from rma_coordinator.domain.census import Standing
     from rma_core.models.hardware import Capabilities
     from rma_core.models.worker import Assignment, ContainerStatus, Heartbeat, WorkerStatus
 
@@ -74,7 +76,9 @@ class Worker:
         "slots",
         "slots_of",
         "slots_within",
+        "standing",
         "status",
+        "stood",
         "written",
     )
 
@@ -102,6 +106,8 @@ class Worker:
         self.slots_within: tuple[Assignment, ...] = ()
         #: The services for which the fleet counts it, kept by `Fleet.recount`.
         self.counted: tuple[str, ...] = ()
+        #: What it has of what rules govern and has room for, as it was last placed; and what the census counts of that.
+        self.standing = self.stood = NOTHING
         self.draining = False
         #: Its owner wants the machine back for now.
         self.paused = False
@@ -259,6 +265,7 @@ class Fleet:
         now = clock()
         self.workers: dict[str, Worker] = {}
         self._assigned: dict[str, int] = {}
+        self.census = Census()
         self.started_at = now
         self.amnesty_until = now + AMNESTY_S
         self.amnesty_reason = "the coordinator has just started"
@@ -324,7 +331,9 @@ class Fleet:
             worker.containers = same(heartbeat.containers)
             worker.written = 0
             self.recount(worker)
-        worker.draining = heartbeat.draining
+        if worker.draining != heartbeat.draining:
+            worker.draining = heartbeat.draining
+            self.recount(worker)
         if worker.paused != heartbeat.paused:
             self._pause(worker, paused=heartbeat.paused)
         if worker.ip_address != ip_address:
@@ -440,7 +449,7 @@ class Fleet:
         return counts
 
     def recount(self, worker: Worker) -> None:
-        """Keep `assigned` true; to be called whenever a worker's assignment or presence has changed."""
+        """Keep `assigned` and the census true; to be called whenever what a worker has or its presence has changed."""
         counted = lanes_of(worker.brief.assignment, worker.containers) if worker.present else ()
         if counted != worker.counted:
             for service in worker.counted:
@@ -448,6 +457,26 @@ class Fleet:
             for service in counted:
                 self._assigned[service] = self._assigned.get(service, 0) + 1
             worker.counted = same(counted)
+        standing = worker.standing if worker.present else NOTHING
+        if worker.draining and standing.room:
+            # It takes nothing more.
+            standing = standing._replace(room=())
+        if standing is not worker.stood:
+            self.census.remove(worker.stood)
+            self.census.add(standing)
+            worker.stood = same(standing)
+
+    def stand(self, worker: Worker, standing: Standing) -> None:
+        """Note what a worker has of what rules govern, and has room for."""
+        if standing != worker.standing:
+            worker.standing = same(standing)
+            self.recount(worker)
+
+    def new_census(self) -> None:
+        """Forget how workers stand: other rules are in force."""
+        self.census = Census()
+        for worker in self.workers.values():
+            worker.standing = worker.stood = NOTHING
 
     def wall_time(self, monotonic: float) -> float:
         """Return the Unix time at which the monotonic clock showed ``monotonic``."""
@@ -464,6 +493,7 @@ class Fleet:
             "worker_id": worker.id,
             "tier": record.tier,
             "tier_reason": record.tier_reason,
+            "prefers": record.prefers,
             "status": worker.status,
             "status_reason": worker.reason,
             "draining": worker.draining,

@@ -2,7 +2,7 @@
 
 A tier is a ranking, not a fence: what prefers the machine's tier comes first, then whatever the pool lacks. What is
 chosen fits the machine together. A service that serves models is chosen once for each model, by what the pool lacks
-most, the larger model first.
+most, the larger model first. What an admin wants of placement besides is in `rules`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
+from rma_coordinator.domain.census import NOBODY, NOTHING, Census, Group, Standing
+from rma_coordinator.domain.rules import NO_RULES, Machine, Rule, Rules
 from rma_coordinator.domain.worker_records import same
 from rma_core.catalog import ISOLATED_ONLY, Room
 from rma_core.model_catalog import fitting, model_assignment
@@ -25,8 +27,9 @@ if TYPE_CHECKING:
     from rma_core.models.hardware import HardwareReport
     from rma_core.models.worker import RuntimeReport
 
-#: Comes after every place in an entry's list of tiers, which has at most 32.
-NOT_PREFERRED = 99
+#: Comes after every place in an entry's list of tiers, which has at most 32; and before it what a rule prefers. What
+#: a policy prefers, at most as many, comes before that.
+NOT_PREFERRED, PREFERRED, BY_POLICY = 99, -1, -99
 #: Models of one service for which a machine is told why it does not get them; of the rest it is told how many.
 TOLD_MODELS = 16
 
@@ -41,12 +44,28 @@ class Placement(NamedTuple):
 
     assignments: tuple[Assignment, ...]
     reasons: dict[str, str]
+    standing: Standing = NOTHING
+
+
+class Ruling(NamedTuple):
+    """The rules of a pool, as they bear on one machine; ``census`` counts all others.
+
+    While machines are ``counted`` nobody takes what others may take: it is only said who has room for it.
+    """
+
+    rules: Rules = NO_RULES
+    machine: Machine = Machine()
+    census: Census = NOBODY
+    counted: bool = False
+
+
+NO_RULING = Ruling()
 
 
 class _Wish(NamedTuple):
     """What bears on one machine's placement beside the machine itself."""
 
-    tier: int
+    ruling: Ruling
     pool: Mapping[str, int]
     allowed: Collection[str] | None
     agreed: Collection[str] | None
@@ -60,6 +79,9 @@ class _Candidate(NamedTuple):
     """A service that may be placed, with one of the pool's models where it serves those."""
 
     entry: CatalogEntry
+    rule: Rule
+    #: Whether the machine is one of those that should have it whatever the pool has.
+    liked: bool
     model: ModelEntry | None = None
 
     @property
@@ -88,6 +110,7 @@ def place(
     runtimes: Collection[RuntimeReport] = (),
     current: Sequence[str] = (),
     env: Mapping[str, str] | None = None,
+    ruling: Ruling = NO_RULING,
 ) -> Placement:
     """Choose services for one machine; the order of ``entries`` and ``models`` does not matter.
 
@@ -98,12 +121,13 @@ def place(
     so that nothing flaps (leave them out to place anew, as after a change of tier). Only a model of which the pool has
     enough elsewhere gives way to one that nobody offers. ``env`` goes into every container.
     """
-    candidates, without = _candidates(entries, models)
+    ruling = ruling._replace(machine=ruling.machine._replace(tier=tier))
+    candidates, without = _candidates(entries, models, ruling)
     if tier is None:
         services = {candidate.entry.service for candidate in candidates} | {entry.service for entry in without}
         return Placement((), dict.fromkeys(sorted(services), "the machine is below the lowest tier"))
     known = {name: number for number, name in enumerate(current)}
-    wish = _Wish(tier, pool, allowed, agreed, own, runtimes, known)
+    wish = _Wish(ruling, pool, allowed, agreed, own, runtimes, known)
     places = _Places(report, wish, env or {})
     spare = any(_spare(candidate, wish) for candidate in candidates)
     for candidate in sorted(candidates, key=lambda one: _rank(one, wish, swap=spare)):
@@ -112,24 +136,29 @@ def place(
         # Of several engines one may have models.
         if not any(candidate.entry.service == entry.service for candidate in candidates):
             places.reasons[entry.service] = "the pool has no model for it yet"
-    return Placement(tuple(places.chosen), _shortened(places.reasons))
+    return Placement(tuple(places.chosen), _shortened(places.reasons), places.standing())
 
 
 def _candidates(
-    entries: Iterable[CatalogEntry], models: Sequence[ModelEntry]
+    entries: Iterable[CatalogEntry], models: Sequence[ModelEntry], ruling: Ruling
 ) -> tuple[list[_Candidate], list[CatalogEntry]]:
     """Return everything that may be placed, and the engines for which there is no model."""
     found: list[_Candidate] = []
     without = []
     for entry in entries:
         if not entry.model_format:
-            found.append(_Candidate(entry))
+            found.append(_candidate(entry, None, ruling))
             continue
         own = [m for m in models if (m.service, m.format) == (entry.service, entry.model_format)]
-        found += [_Candidate(entry, model) for model in own]
+        found += [_candidate(entry, model, ruling) for model in own]
         if not own:
             without.append(entry)
     return found, without
+
+
+def _candidate(entry: CatalogEntry, model: ModelEntry | None, ruling: Ruling) -> _Candidate:
+    rule = ruling.rules.of(entry.service, model.name if model else "")
+    return _Candidate(entry, rule, ruling.rules.likes(rule, entry.service, entry.tiers, ruling.machine), model)
 
 
 class _Places:
@@ -141,6 +170,8 @@ class _Places:
         self.reasons: dict[str, str] = {}
         self._lanes = set[str]()
         self._with_model = set[str]()
+        self._governed: list[_Candidate] = []
+        self._left: list[_Candidate] = []
 
     def try_one(self, candidate: _Candidate) -> None:
         """Take what the candidate needs of the machine, or note why it is not placed."""
@@ -148,12 +179,17 @@ class _Places:
         if name in self._lanes:
             # Another engine serves this model here.
             return
-        found = _refusal(candidate, self._wish) or self._enough(candidate) or self._take(candidate)
+        reason = _refusal(candidate, self._wish) or self._enough(candidate)
+        if not reason and (reason := self._left_to_others(candidate)):
+            self._left.append(candidate)
+        found = reason or self._take(candidate)
         if isinstance(found, str):
             self.reasons.setdefault(name, found)
             return
         self.chosen.append(found)
         self._lanes.add(name)
+        if self._governs(candidate):
+            self._governed.append(candidate)
         self.reasons.pop(name, None)
         if candidate.model is not None:
             self._with_model.add(candidate.entry.service)
@@ -165,6 +201,52 @@ class _Places:
         if candidate.lane in self._wish.current:
             return ""
         return _enough_copies(candidate, self._wish)
+
+    def _governs(self, candidate: _Candidate) -> bool:
+        return self._wish.ruling.rules.govern(candidate.rule)
+
+    def _left_to_others(self, candidate: _Candidate) -> str:
+        """Say why a service is not this machine's to take, as things stand in the pool."""
+        wish, here = self._wish, candidate.lane in self._wish.current
+        enough = "" if candidate.liked or here else _enough_copies(candidate, wish)
+        if enough or not self._governs(candidate):
+            return enough
+        if wish.ruling.counted:
+            return "" if here else "who has room for it is being counted"
+        if too_many := _too_many(candidate, wish):
+            return too_many
+        bounded = not candidate.liked or candidate.rule.most is not None
+        return self._better(candidate) if bounded and not here else ""
+
+    def _better(self, candidate: _Candidate) -> str:
+        """Say that other machines come before this one for all copies that there may still be."""
+        wish, rule, group = self._wish, candidate.rule, _group(candidate, self._wish)
+        bounds = [] if candidate.liked else [candidate.wanted]
+        left = min([*bounds, *([] if rule.most is None else [rule.most])]) - _running(candidate, wish)
+        strategy, over = wish.ruling.rules.strategy_of(rule), bool(rule.over)
+        count = wish.ruling.census.better(candidate.lane, group, len(self.chosen), strategy=strategy, over=over)
+        if count < left:
+            return ""
+        return f"left to {count} machines that come first" if count > 1 else "left to a machine that comes first"
+
+    def standing(self) -> Standing:
+        """Return what the machine has of what rules govern, and what more it has room for."""
+        room = [
+            candidate
+            for candidate in self._left
+            if candidate.lane not in self._lanes and self._governs(candidate) and self._fits(candidate)
+        ]
+        has, more = (
+            tuple((candidate.lane, _group(candidate, self._wish)) for candidate in some)
+            for some in (self._governed, room)
+        )
+        return Standing(has, more, len(self.chosen)) if has or more else NOTHING
+
+    def _fits(self, candidate: _Candidate) -> bool:
+        entry, model, forms = candidate.entry, candidate.model, _forms(candidate.entry, self._wish.runtimes)
+        if model is None:
+            return any(not self._room.lacks(entry.needs, contained=contained) for contained in forms)
+        return not isinstance(fitting(entry, model, self._room, forms, there=False), str)
 
     def _take(self, candidate: _Candidate) -> Assignment | str:
         entry, model = candidate.entry, candidate.model
@@ -239,8 +321,7 @@ def _rank(candidate: _Candidate, wish: _Wish, *, swap: bool) -> tuple[int, int, 
     goes in the order in which it was placed, for in another it might not fit: who comes first has a GPU for itself.
     Where that has a model which can be spared (``swap``), one that nobody offers goes before it.
     """
-    entry = candidate.entry
-    position = entry.tiers.index(wish.tier) if wish.tier in entry.tiers else NOT_PREFERRED
+    entry, position = candidate.entry, _position(candidate, wish.ruling.machine)
     running = wish.pool.get(candidate.lane, 0)
     last = (-candidate.size, candidate.lane, entry.name)
     if candidate.lane in wish.current:
@@ -249,21 +330,61 @@ def _rank(candidate: _Candidate, wish: _Wish, *, swap: bool) -> tuple[int, int, 
     return (1 if lacked else 3, position, running > 0, running - candidate.wanted, *last)
 
 
+def _position(candidate: _Candidate, machine: Machine) -> int:
+    """Return how much a service is preferred for a machine: the less, the more."""
+    service, tiers = candidate.entry.service, candidate.entry.tiers
+    if service in machine.prefers:
+        return BY_POLICY + machine.prefers.index(service)
+    if candidate.rule.prefer is not None:
+        return PREFERRED if candidate.liked else NOT_PREFERRED
+    return tiers.index(machine.tier) if machine.tier in tiers else NOT_PREFERRED
+
+
+def _group(candidate: _Candidate, wish: _Wish) -> Group:
+    over = candidate.rule.over
+    return Group(candidate.liked, wish.ruling.machine.labels.get(over, "") if over else "")
+
+
 def _refusal(candidate: _Candidate, wish: _Wish) -> str:
     """Say why the machine does not get a service, whatever room there is; an empty string when nothing does."""
-    entry, model = candidate.entry, candidate.model
+    entry = candidate.entry
     if not candidate.wanted:
         return "the pool wants no copies of it"
     if wish.allowed is not None and entry.service not in wish.allowed:
         return NOT_AGREED
-    if model is not None and model.name in wish.own:
-        return "the owner offers this model already"
-    if model is not None and wish.agreed is not None and model.name not in wish.agreed:
-        return f"{NOT_AGREED} to this model"
+    if candidate.model is not None and (reason := _not_this_model(candidate.model.name, wish)):
+        return reason
     if not _forms(entry, wish.runtimes):
         return _no_runtime(entry, wish.runtimes)
-    extra = wish.tier not in entry.tiers and candidate.lane not in wish.current
-    return _enough_copies(candidate, wish) if extra else ""
+    only = candidate.rule.only
+    return f"it is kept to {only.words}" if only and not only.have(wish.ruling.machine) else ""
+
+
+def _not_this_model(name: str, wish: _Wish) -> str:
+    if name in wish.own:
+        return "the owner offers this model already"
+    return f"{NOT_AGREED} to this model" if wish.agreed is not None and name not in wish.agreed else ""
+
+
+def _too_many(candidate: _Candidate, wish: _Wish) -> str:
+    """Say that the pool runs as many copies as it may; one that runs here goes unless others should go before it."""
+    most = candidate.rule.most
+    if most is None or (surplus := _running(candidate, wish) + 1 - most) <= 0:
+        return ""
+    here = candidate.lane in wish.current
+    if here and wish.ruling.census.worse(candidate.lane, _group(candidate, wish)) >= surplus:
+        return ""
+    return f"the pool runs as many copies as it may ({most})"
+
+
+def _running(candidate: _Candidate, wish: _Wish) -> int:
+    """Return the copies on other machines that count here.
+
+    For a machine that is liked only those on such machines do: it takes its copy first, and then one of the others, for
+    whom all count, gives up its own.
+    """
+    liked = candidate.liked and candidate.rule.most is not None
+    return wish.ruling.census.copies(candidate.lane, liked=True) if liked else wish.pool.get(candidate.lane, 0)
 
 
 def _enough_copies(candidate: _Candidate, wish: _Wish) -> str:

@@ -53,6 +53,8 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     plugins: tuple[PluginReport, ...] = ()
     tier: int | None = None
     tier_reason: str = ""
+    #: Services that its policy would have it run before others.
+    prefers: tuple[str, ...] = ()
     assignment: tuple[Assignment, ...] = ()
     placement: dict[str, str] = {}
     generation: int = 0
@@ -65,11 +67,17 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     away: str = ""
 
 
+def differs(was: WorkerRecord, now: WorkerRecord) -> bool:
+    """Say whether a policy wants other services of a worker than before, so that they are chosen anew."""
+    return (was.tier, was.prefers) != (now.tier, now.prefers)
+
+
 class Brief(msgspec.Struct, frozen=True, gc=False):
     """What of a record is looked at with every heartbeat and in every round through all workers."""
 
     tier: int | None
     tier_reason: str
+    prefers: tuple[str, ...]
     assignment: tuple[Assignment, ...]
     generation: int
     epoch: int
@@ -86,14 +94,16 @@ _decode_assignments = msgspec.msgpack.Decoder(tuple[Assignment, ...]).decode
 def brief(record: WorkerRecord) -> Brief:
     """Return what is looked at all the time; the same object for workers that have the same."""
     assignment, away = _encode(record.assignment), record.away
-    tier = (record.tier, record.tier_reason)
+    tier = (record.tier, record.tier_reason, record.prefers)
     return _brief((*tier, assignment, record.generation, record.epoch, record.disabled, record.owner, away))
 
 
 @functools.lru_cache(SHARED)
-def _brief(facts: tuple[int | None, str, bytes, int, int, bool, str, str]) -> Brief:
-    tier, reason, assignment, generation, epoch, disabled, owner, away = facts
-    return Brief(tier, same(reason), _assignments(assignment), generation, epoch, disabled, same(owner), away)
+def _brief(facts: tuple[int | None, str, tuple[str, ...], bytes, int, int, bool, str, str]) -> Brief:
+    tier, reason, prefers, assignment, generation, epoch, disabled, owner, away = facts
+    return Brief(
+        tier, same(reason), same(prefers), _assignments(assignment), generation, epoch, disabled, same(owner), away
+    )
 
 
 def thumbprint_of(key: bytes) -> str:

@@ -126,7 +126,7 @@ function show(stats, workers, services, tasks) {
     ]),
     hint("No machines yet. Make a token with", "rma tokens create", "and run the line it prints on the machine that should join."));
   table($("services"), ["Service", "Wanted", "Assigned", "Healthy"],
-    services.services.map((s) => [s.service, s.wanted, s.assigned,
+    services.services.map((s) => [two(s.service, s.reasons.slice(0, 1).map((r) => r.reason).join("")), s.wanted, s.assigned,
       element("span", s.healthy, s.healthy ? "good" : "bad")]),
     element("p", "The catalog is empty.", "empty"));
   table($("tasks"), ["Request", "Service", "Result", "Machine", "Took", "When"],

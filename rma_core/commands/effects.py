@@ -1,0 +1,27 @@
+"""What a change to a live pool would come to, as people read it: for previews of policies and of rules."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rma_core.commands import common
+from rma_core.models.sizes import human
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def show(out: Console, answer: dict[str, Any]) -> None:
+    """Print the services of which there would be more or fewer, and what machines would have to fetch."""
+    rows = [
+        (s["service"], s["wanted"], s["now"], s["then"], "too few" if s["short"] else "")
+        for s in answer["services"]
+        if s["now"] != s["then"]
+    ]
+    if rows:
+        common.table(("service", "wanted", "now", "then", ""), rows, empty="")(out)
+    if answer["images"] or answer["model_bytes"]:
+        models = f", {human(answer['model_bytes'])} of models" if answer["model_bytes"] else ""
+        out.print(
+            common.safe(f"To be fetched by these machines, where they lack it: {answer['images']} images{models}.")
+        )
