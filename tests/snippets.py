@@ -12,7 +12,8 @@ The first word of a fence says what it is, the others how it is run:
   ``fails`` says that the last command ends with an exit code other than 0;
   ``real`` detects the hardware of this very machine, not of the one in the examples.
 - ``python`` is executed, all blocks of a page in one namespace; ``toml`` and ``json`` are parsed. With ``file=NAME`` it
-  is also written to a file of the sandbox. ``toml settings``, ``toml catalog`` and ``toml policy`` are read as such.
+  is also written to a file of the sandbox. ``toml settings``, ``toml catalog``, ``toml policy`` and ``toml rules`` are
+  read as such.
 - ``text`` is not run.
 """
 

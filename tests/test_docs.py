@@ -19,6 +19,7 @@ import rma_core
 from docs import generate
 from rma_coordinator.api.routes import ROUTES
 from rma_coordinator.certificate import own_pair
+from rma_coordinator.domain.rules import read_rules
 from rma_core import catalog, hookspecs, model_catalog
 from rma_core.models.strict import convert
 from rma_core.policy_file import read_policy
@@ -111,6 +112,8 @@ def read_toml(snippet: Snippet, sandbox: Sandbox) -> None:
         convert(table, catalog.CatalogEntry, subject=snippet.place)
     if "model" in snippet.words:
         convert(table, model_catalog.ModelEntry, subject=snippet.place)
+    if "rules" in snippet.words:
+        read_rules(snippet.text, subject=snippet.place)
     if "policy" in snippet.words:
         read_policy(snippet.text, name="snippet", subject=snippet.place)
     if "settings" in snippet.words:

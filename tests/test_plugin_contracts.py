@@ -213,6 +213,10 @@ POLICIES = {
     "grasping": policy(
         "asked.labels['mine'] = 'yes'; return TierDecision(tier=1, reason='why not')", {DECIDED: "changed the labels"}
     ),
+    "picky": policy(
+        "return TierDecision(tier=1, reason='why not', prefers=('No Service',))",
+        {DECIDED: "what it prefers is no list of services"},
+    ),
     "fractional": policy("return TierDecision(tier=float('nan'), reason='why not')", {DECIDED: "its tier is a float"}),
     "huge": policy("return TierDecision(tier=10**4000, reason='why not')", {DECIDED: "its tier is 1000"}),
     "binary": policy("return TierDecision(tier=1, reason=b'why not')", {DECIDED: "its reason is a bytes"}),

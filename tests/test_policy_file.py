@@ -65,12 +65,23 @@ def test_an_exception_for_a_machine_with_labels_needs_both() -> None:
     assert tier_of(text, worker_id="worker-loud", labels={"site": "lab"})[0] is None
 
 
+def test_a_tier_or_an_exception_prefers_services_in_its_own_order() -> None:
+    text = LAB.replace("cpu_cores = 2", 'cpu_cores = 2\nprefers = ["redis", "notes"]')
+    text = text.replace('"2" }\ntier = 1', '"2" }\ntier = 1\nprefers = ["ocr"]')
+    policy = read_policy(text, name="lab", subject="lab.toml")
+    assert policy.decide(PolicyInput(report=SMALL)).prefers == ("redis", "notes")
+    assert policy.decide(PolicyInput(report=SMALL, labels={"site": "lab", "room": "2"})).prefers == ("ocr",)
+    assert policy.decide(PolicyInput(report=TINY)).prefers == ()
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
         (('gpu_memory = "8GB"', 'gpu_memory = "8 potatoes"'), 'line 6, tiers[0].gpu_memory: is no size such as "16GB"'),
         (("cpu_cores = 2", "cpu_cores = -2"), "line 11, tiers[1].cpu_cores: Expected `int` >= 0"),
         (("cpu_cores = 2", "cores = 2"), "line 11, tiers[1].cores: is unknown; there are cpu_cores, gpu_memory,"),
+        (("cpu_cores = 2", 'prefers = ["Two Words"]'), "line 11, tiers[1].prefers[0]: Expected `str` matching regex"),
+        (('tier = "none"', 'tier = "none"\nprefers = ["ocr"]'), "line 16, exceptions[0].prefers: a machine without a"),
         (("tier = 4", "tier = 1"), "line 3, tiers: tier 1 is there twice"),
         (('workers = ["worker-loud"]\n', ""), "line 13, exceptions[0]: is for nobody: it needs workers or labels"),
         (('"2" }\ntier = 1', '"2" }\ntier = 9'), "line 20, exceptions[1].tier: there is no tier 9 among the tiers"),

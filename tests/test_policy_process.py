@@ -44,6 +44,7 @@ ram = "2GB"
 [[exceptions]]
 tier = 9
 labels = { site = "lab" }
+prefers = ["ocr", "notes"]
 """
 #: A plugin that gives a policy written as a file.
 FROM_FILE = f"""
@@ -107,7 +108,7 @@ def test_every_kind_of_policy_says_the_same_in_a_child(kind: str, folder: Path) 
                 msgspec.json.encode(Question(policy=kind, deadline_s=DEADLINE_S, asked=one)) + b"\n" for one in asked
             ]
             answers = runner.run(process.ask(lines, DEADLINE_S))
-            assert [TierDecision(tier=one.tier, reason=one.reason) for one in answers] == [
+            assert [TierDecision(tier=one.tier, reason=one.reason, prefers=one.prefers) for one in answers] == [
                 found[kind].decide(one) for one in asked
             ]
 

@@ -225,7 +225,7 @@ def _decided(policy: TierPolicy, machine: dict[str, Any]) -> dict[str, Any]:
     import msgspec
 
     from rma_core.host import describe
-    from rma_core.interfaces import PolicyInput, TierDecision
+    from rma_core.interfaces import PolicyInput
 
     asked = msgspec.convert(machine, PolicyInput)
     started = time.perf_counter()
@@ -234,16 +234,32 @@ def _decided(policy: TierPolicy, machine: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:  # noqa: BLE001 - isolation boundary: a policy may raise anything
         return {"problem": f"raised {describe(error)}"}
     seconds = time.perf_counter() - started
-    if type(decided) is not TierDecision:
-        return {"problem": f"returned a {type(decided).__name__}: return TierDecision(tier=…, reason=…)"}
+    if problem := _no_decision(decided):
+        return {"problem": problem}
     tier, reason = decided.tier, decided.reason
-    if tier is not None and type(tier) is not int:
-        return {"problem": f"its tier is a {type(tier).__name__}, {tier!r}: give a whole number, or None"}
-    if type(reason) is not str:
-        return {"problem": f"its reason is a {type(reason).__name__}: write a sentence"}
     if asked.labels != machine["labels"]:
         return {"problem": "changed the labels it was given"}
     return {"problem": "", "tier": tier, "reason": reason.encode(errors="replace").decode(), "seconds": seconds}
+
+
+def _no_decision(decided: object) -> str:
+    """Say what is wrong with what a policy gave; an empty string where it is a decision."""
+    from rma_core.host import describe
+    from rma_core.interfaces import TierDecision
+    from rma_core.offers import decision
+
+    if type(decided) is not TierDecision:
+        return f"returned a {type(decided).__name__}: return TierDecision(tier=…, reason=…)"
+    tier, reason = decided.tier, decided.reason
+    if tier is not None and type(tier) is not int:
+        return f"its tier is a {type(tier).__name__}, {tier!r}: give a whole number, or None"
+    if type(reason) is not str:
+        return f"its reason is a {type(reason).__name__}: write a sentence"
+    try:
+        decision(TierDecision(tier=None, reason="", prefers=decided.prefers))
+    except Exception as error:  # noqa: BLE001 - what a policy has put there may be anything
+        return f"what it prefers is no list of services: {describe(error)}"
+    return ""
 
 
 def _runtime(hook: Any, request: dict[str, Any], answer: dict[str, Any], watch: Watch) -> None:  # noqa: ANN401

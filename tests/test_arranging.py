@@ -1,0 +1,263 @@
+"""Rules of placement on a live pool: applying does what a preview says, and a restart goes by them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from bench import _load
+from rma_coordinator.arranging import KEY, RulesRecord
+from rma_coordinator.store import Put
+from rma_core import Needs
+from rma_core.models.worker import ContainerStatus
+from tests.coordinator_fixtures import CATALOG, Running, StandIn, entry, running
+from tests.coordinator_process import coordinating
+from tests.pools import environment, rma
+from tests.test_coordinator_api import check_problem
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TWO = '[services.notes]\nwanted = 1\nmost = 2\n\n[services.ner]\nonly = { labels = { site = "lab" } }\n'
+
+
+async def fleet(pool: Running, count: int = 3) -> list[StandIn]:
+    """Machines that have joined, the first ones in the attic, by id."""
+    made = [await pool.enrol(labels={"site": "lab" if number == count - 1 else "attic"}) for number in range(count)]
+    for machine in made:
+        await machine.beat()
+    return sorted(made, key=lambda one: one.id)
+
+
+def who(pool: Running, service: str) -> list[str]:
+    workers = pool.pool.fleet.workers.values()
+    return sorted(w.id for w in workers if any(one.service == service for one in w.brief.assignment))
+
+
+async def preview(pool: Running, text: str) -> dict[str, Any]:
+    answer = await pool.client.post("/api/admin/placement/preview", json={"file": text})
+    assert answer.status_code == 200, answer.text
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+async def apply(pool: Running, text: str, **more: Any) -> dict[str, Any]:
+    answer = await pool.client.put("/api/admin/placement", json={"file": text, **more})
+    assert answer.status_code == 200, answer.text
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+async def test_what_a_preview_names_is_what_changes_and_nothing_before_that(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool:
+        machines = await fleet(pool, 4)
+        everyone = [one.id for one in machines]
+        assert who(pool, "notes") == who(pool, "ner") == everyone
+        shown = await preview(pool, TWO)
+        assert who(pool, "notes") == who(pool, "ner") == everyone, "it was no more than looked at"
+        assert {(row["service"], row["now"], row["then"]) for row in shown["services"]} == {
+            ("ner", 4, 1),
+            ("notes", 4, 2),
+        }
+        [lab] = [one.id for one in machines if pool.pool.fleet.get(one.id).record.labels["site"] == "lab"]
+        done = await apply(pool, TWO, plan=shown["plan"])
+        assert (done["workers"], done["was"]) == (shown["workers"], "")
+        left = {row["worker_id"] for row in shown["workers"] if "notes" in row["stops"]}
+        assert who(pool, "notes") == sorted(set(everyone) - left)
+        assert who(pool, "ner") == [lab]
+        # Who runs it no more learns of that with its next heartbeat, and why.
+        worker_id = next(iter(left - {lab}))
+        [machine] = [one for one in machines if one.id == worker_id]
+        answer = (await machine.beat(generation=machine.answer["generation"])).json()
+        assert answer["containers"] == []
+        told = (await pool.client.get(f"/api/admin/workers/{worker_id}")).json()["placement"]
+        assert told["notes"] == "the pool runs as many copies as it may (2)"
+        assert told["ner"] == "it is kept to machines with site = lab"
+        again = await preview(pool, TWO)
+        assert (again["changes"], again["looked_at"]) == (0, 4)
+
+
+async def test_when_one_that_has_a_copy_leaves_another_takes_it_with_its_next_heartbeat(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool:
+        machines = await fleet(pool, 3)
+        await apply(pool, "[services.notes]\nmost = 1\nwanted = 1\n")
+        [has] = who(pool, "notes")
+        pool.pool.unregister(pool.pool.fleet.get(has))
+        others = [one for one in machines if one.id != has]
+        for machine in others:
+            assert (await machine.beat()).status_code == 200
+        assert who(pool, "notes") == sorted([has, others[0].id]), "who is away keeps its list, and does not count"
+        assert pool.pool.fleet.assigned()["notes"] == 1
+
+
+async def test_a_fleet_that_changed_since_the_preview_is_looked_at_once_more(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool:
+        await fleet(pool, 3)
+        shown = await preview(pool, TWO)
+        await pool.enrol(labels={"site": "lab"})
+        refused = await pool.client.put("/api/admin/placement", json={"file": TWO, "plan": shown["plan"]})
+        check_problem(refused, 409)
+        assert pool.pool.arranging.record.text == ""
+        await apply(pool, TWO, plan=(await preview(pool, TWO))["plan"])
+
+
+async def test_rules_hold_over_a_restart_and_can_be_taken_back(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool:
+        machines = await fleet(pool)
+        await apply(pool, TWO)
+        kept = who(pool, "notes")
+        assert len(kept) == 2
+        entries = (await pool.client.get("/api/admin/audit")).json()["entries"]
+        assert entries[0]["action"] == "rules_applied"
+        assert entries[0]["by"]
+    async with running(tmp_path) as pool:
+        told = (await pool.client.get("/api/admin/placement")).json()
+        assert (told["text"], told["trouble"]) == (TWO, "")
+        assert told["rules"]["services"]["notes"] == {**told["rules"]["services"]["notes"], "wanted": 1, "most": 2}
+        for machine in machines:
+            found = StandIn(pool, machine.key, machine.answer)
+            assert (await found.beat()).status_code == 200
+        assert who(pool, "notes") == kept
+        done = await apply(pool, "")
+        assert done["was"] == TWO
+        assert len(who(pool, "notes")) == len(who(pool, "ner")) == 3
+
+
+async def test_what_the_catalog_has_no_more_is_said_at_the_start_and_the_rest_holds(
+    tmp_path: Path, caplog: Any
+) -> None:
+    async with running(tmp_path) as pool:
+        await apply(pool, TWO)
+    async with running(tmp_path, entries=CATALOG[:1]) as pool:
+        assert "name what the catalog does not have: ner" in caplog.text
+        await fleet(pool)
+        assert len(who(pool, "notes")) == 2
+
+
+async def test_rules_that_cannot_be_read_any_more_are_kept_and_said_to_be_in_force_no_more(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool:
+        await apply(pool, TWO)
+        await pool.pool.store.commit([Put(KEY, RulesRecord(text="strategy = 'of a later version'"))])
+    async with running(tmp_path) as pool:
+        told = (await pool.client.get("/api/admin/placement")).json()
+        assert "line 1, strategy: is fill, spread or pack" in told["trouble"]
+        await fleet(pool)
+        assert len(who(pool, "ner")) == 3
+
+
+async def test_bad_rules_are_refused_with_their_lines_and_nothing_changes(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool:
+        await apply(pool, TWO)
+        for call in ("/api/admin/placement/preview", "/api/admin/placement"):
+            method = "POST" if call.endswith("preview") else "PUT"
+            bad = await pool.client.request(method, call, json={"file": f"{TWO}mots = 1\n[services.nothing]\n"})
+            check_problem(bad, 400)
+            assert "line 7, services.ner.mots: is unknown" in bad.text
+            assert "line 8, services.nothing: the pool has no such service" in bad.text
+        assert pool.pool.arranging.record.text == TWO
+        reader = await pool.make_key("admin:read", kind="admin")
+        headers = pool.bearer(reader)
+        assert (await pool.client.put("/api/admin/placement", json={"file": ""}, headers=headers)).status_code == 403
+
+
+async def test_a_service_says_where_it_runs_and_what_keeps_it_from_running_elsewhere(tmp_path: Path) -> None:
+    huge = entry("ner", wanted=2)
+    async with running(tmp_path, entries=(CATALOG[0], huge)) as pool:
+        machines = await fleet(pool)
+        ill = ContainerStatus(name="ner-worker", service="ner", state="backoff", reason="its image is missing")
+        await machines[0].beat(containers=(ill,))
+        await machines[1].beat(containers=())
+        await apply(pool, f'[services.ner]\nonly = {{ workers = ["{machines[0].id}"] }}\n')
+        found = (await pool.client.get("/api/admin/services/ner")).json()
+        assert (found["wanted"], found["assigned"], found["healthy"]) == (2, 1, 0)
+        assert found["only"] == machines[0].id
+        assert [(one["worker_id"], one["state"], one["reason"]) for one in found["workers"]] == [
+            (machines[0].id, "backoff", "its image is missing")
+        ]
+        reasons = {one["reason"]: one["workers"] for one in found["reasons"]}
+        assert reasons == {f"it is kept to {machines[0].id}": 2, "backoff: its image is missing": 1}
+        listed = {one["service"]: one for one in (await pool.client.get("/api/admin/services")).json()["services"]}
+        assert listed["ner"]["reasons"] == found["reasons"]
+        assert listed["notes"]["reasons"] == [{"reason": "it was assigned just now", "workers": 2}]
+
+
+# -- what policies prefer ----------------------------------------------------------------------------------------------
+
+
+async def test_a_policy_that_only_prefers_other_services_moves_workers_too(tmp_path: Path) -> None:
+    def policy(more: str) -> str:
+        return f'[[tiers]]\ntier = 7\nname = "all"\n{more}'
+
+    catalog = tuple(
+        msgspec.structs.replace(entry(name, wanted=1), needs=Needs(cpu_cores=6)) for name in ("ner", "notes")
+    )
+    async with running(tmp_path, entries=catalog) as pool:
+        await pool.client.put("/api/admin/policies/active", json={"policy": "every", "file": policy("")})
+        machine = await pool.enrol()
+        assert who(pool, "ner") == [machine.id], "of two that fit alone the first by name"
+        text = policy('prefers = ["notes", "nothing-like-it"]')
+        shown = (await pool.client.post("/api/admin/policies/preview", json={"policy": "every", "file": text})).json()
+        assert shown["changes"] == 1
+        assert shown["unknown_services"] == ["nothing-like-it"]
+        [row] = shown["workers"]
+        assert (row["from"], row["to"], row["stops"], row["starts"]) == (7, 7, ["ner"], ["notes"])
+        asked = {"policy": "every", "file": text, "plan": shown["plan"]}
+        done = await pool.client.put("/api/admin/policies/active", json=asked)
+        assert done.status_code == 200, done.text
+        async with asyncio.timeout(10):
+            while who(pool, "notes") != [machine.id]:  # noqa: ASYNC110 - what is waited for is not ours to signal
+                await asyncio.sleep(0.02)
+        assert who(pool, "ner") == []
+        told = (await pool.client.get(f"/api/admin/workers/{machine.id}")).json()
+        assert told["prefers"] == ["notes", "nothing-like-it"]
+
+
+# -- commands ----------------------------------------------------------------------------------------------------------
+
+
+def run(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    stdin = subprocess.DEVNULL
+    return subprocess.run(command, env=env, stdin=stdin, capture_output=True, text=True, timeout=60, check=False)
+
+
+async def test_rules_are_shown_previewed_applied_and_taken_back_by_commands(tmp_path: Path) -> None:
+    home, file = tmp_path / "home", tmp_path / "rules.toml"
+    file.write_text("[services.notes]\nwanted = 0\n")
+    async with coordinating(home) as (coordinator, client):
+        token = (await client.post("/api/admin/tokens", json={"uses": 1})).json()["token"]
+        large = max(_load.machines(), key=lambda one: one.memory_bytes)
+        machine = _load.Machine(coordinator.url, large, by_channel=False)
+        await machine.register(token)
+        await machine.close()
+        env = environment(home)
+
+        def services(*arguments: str) -> str:
+            done = run(rma("services", *arguments), env)
+            assert done.returncode == 0, done.stderr
+            return done.stdout
+
+        assert "No rules are in force" in services("rules")
+        shown = json.loads(services("preview", str(file), "--json"))
+        [row] = shown["workers"]
+        assert (row["worker_id"], row["stops"]) == (machine.worker_id, ["notes"])
+        assert machine.worker_id in services("preview", str(file))
+        refused = run(rma("services", "apply", str(file)), env)
+        assert refused.returncode == 2
+        assert "nobody can be asked here, and nothing was changed" in refused.stderr
+        assert services("apply", str(file), "--yes") == "The rules are in force; workers that change: 1.\n"
+        assert services("rules").strip() == file.read_text().strip()
+        listed = {one["service"]: one for one in json.loads(services("--json"))["services"]}
+        assert (listed["notes"]["wanted"], listed["notes"]["assigned"]) == (0, 0)
+        assert "the pool wants no copies of it" in services("show", "notes")
+        both = run(rma("services", "apply", str(file), "--none"), env)
+        assert (both.returncode, "give a file, or --none" in both.stderr) == (2, True)
+        file.write_text("[services.notes]\nwanted = many\n")
+        wrong = run(rma("services", "apply", str(file), "--yes"), env)
+        assert (wrong.returncode, "line 2: invalid value" in wrong.stderr) == (1, True), wrong.stderr
+        assert services("apply", "--none", "--yes") == "No rules are in force; workers that change: 1.\n"
+        missing = run(rma("services", "show", "nobody-has-this"), env)
+        assert missing.returncode == 6
