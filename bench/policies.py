@@ -2,7 +2,8 @@
 
 Real machines' reports join a real coordinator with SQLite, on its own core. While requests for every service come all
 the time, a policy is previewed, put in force in steps (a canary, a hold, so many a minute), and rolled back: no request
-fails, and nobody changes tier but whom the preview named. The same policy as a plugin is previewed too: from a child,
+fails, and nobody changes tier but whom the preview named. Then the same with rules of placement, put in force and taken
+back. The same policy as a plugin is previewed too: from a child,
 once when that must be started and asked about everyone, then when it has been. Then, without a pool, how long a policy
 takes for fleets of up to a hundred times as many. ``--seconds`` is about how long the steps take.
 """
@@ -42,6 +43,14 @@ PREVIEWS = 5
 PATIENCE_S, LOOK_S = 300.0, 0.2
 #: Fleets without a pool, as multiples of the live one.
 FLEETS = (1, 10, 100)
+#: Rules of placement under which half of the fleet may have a service that all have.
+RULES = """
+strategy = "spread"
+
+[services.{service}]
+most = {most}
+over = "site"
+"""
 #: The bar: seconds for a preview of the live fleet.
 PREVIEW_S = 2.0
 #: Fewer cores are needed than by default, and large machines are in a tier of their own.
@@ -142,6 +151,7 @@ async def _swapped(asked: Options, server: Server, workers: Sequence[Idler]) -> 
         await admin.json("POST", "/api/admin/policies/rollback", {})
         await _settled(admin)
         back_s, back = time.perf_counter() - began, await _tiers(admin)
+        ruled = await _ruled(admin)
     finally:
         stop.set()
         await load
@@ -157,10 +167,29 @@ async def _swapped(asked: Options, server: Server, workers: Sequence[Idler]) -> 
         "steps_s": round(moved_s, 1),
         "rollback_s": round(back_s, 1),
         "surprises": len(changed.items() ^ named.items()),
+        **ruled,
         "not_back": sum(tier != tiers[name] for name, tier in back.items()),
         "latency": measured.table(),
         "failures": len(measured.failures),
         "first_failures": measured.failures[:3],
+    }
+
+
+async def _ruled(admin: Connection) -> dict[str, Any]:
+    """Put rules in force under which half as many have the commonest service, and take them back."""
+    listed = (await admin.json("GET", "/api/admin/services"))["services"]
+    most, service = max((one["assigned"] // 2, one["service"]) for one in listed)
+    body = {"file": RULES.format(service=service, most=most)}
+    previews = [await _timed(admin, "POST", "/api/admin/placement/preview", body) for _ in range(PREVIEWS)]
+    plan = previews[-1][1]
+    apply_s, applied = await _timed(admin, "PUT", "/api/admin/placement", {**body, "plan": plan["plan"]})
+    found = await admin.json("GET", f"/api/admin/services/{service}")
+    await admin.json("PUT", "/api/admin/placement", {"file": ""})
+    return {
+        "rules_preview_s": [round(seconds, 3) for seconds, _ in previews],
+        "rules_apply_s": round(apply_s, 3),
+        "rules_change": applied["changes"],
+        "rules_surprises": len(applied["workers"]) - len(plan["workers"]) + abs(found["assigned"] - most),
     }
 
 
@@ -239,6 +268,8 @@ def _targets(result: dict[str, Any]) -> list[Target]:
         Target("a preview of the live fleet, s", max(result["preview_s"]), PREVIEW_S),
         Target("a preview of a plugin's policy, s", max(result["plugin_preview_s"]), PREVIEW_S),
         Target("workers of which the plugin says something else", result["plugin_differs"], 1),
+        Target("a preview of rules, s", max(result["rules_preview_s"]), PREVIEW_S),
+        Target("workers that rules moved unnamed, or copies beside the most", abs(result["rules_surprises"]), 1),
         Target("failed requests", result["failures"], 1),
         Target("workers that moved unnamed, or did not move", result["surprises"], 1),
         Target("workers that were not moved back", result["not_back"], 1),
@@ -255,6 +286,10 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
     yield (
         f"the same policy as a plugin: {first} s for the first preview, {min(later)} to {max(later)} s for others; "
         f"its child has {result['child_pss_mib']} MiB (PSS)"
+    )
+    yield (
+        f"rules that change {result['rules_change']}: a preview takes {min(result['rules_preview_s'])} to "
+        f"{max(result['rules_preview_s'])} s, putting them in force {result['rules_apply_s']} s"
     )
     for row in result["latency"].values():
         points = "  ".join(f"{point} {row[f'{point}_ms']:.2f}" for point in ("p50", "p95", "p99", "max"))

@@ -189,20 +189,18 @@ class Room(msgspec.Struct, kw_only=True):
         """
         system = "linux" if contained else self.os
         memory = self._memory(needs, self.gpu_for(needs, contained=contained))
-        checks = (
-            (needs.cpu_cores > self.cpu_cores, f"needs {_cores(needs.cpu_cores)}, {max(0, self.cpu_cores):g} free"),
-            (memory > self.memory_bytes, f"needs {human(memory)} of memory, {_free(self.memory_bytes)}"),
-            (
-                needs.storage_bytes > self.storage_bytes,
-                f"needs {human(needs.storage_bytes)} of storage, {_free(self.storage_bytes)}",
-            ),
-            (_outside(system, needs.os), f"runs on {', '.join(needs.os)}, this is {system}"),
-            (
-                _outside(self.architecture, needs.architecture),
-                f"runs on {', '.join(needs.architecture)}, this is {self.architecture}",
-            ),
-        )
-        words = [reason for wrong, reason in checks if wrong]
+        # Asked for every service of every machine: words are made only for what is missing.
+        words = []
+        if needs.cpu_cores > self.cpu_cores:
+            words.append(f"needs {_cores(needs.cpu_cores)}, {max(0, self.cpu_cores):g} free")
+        if memory > self.memory_bytes:
+            words.append(f"needs {human(memory)} of memory, {_free(self.memory_bytes)}")
+        if needs.storage_bytes > self.storage_bytes:
+            words.append(f"needs {human(needs.storage_bytes)} of storage, {_free(self.storage_bytes)}")
+        if _outside(system, needs.os):
+            words.append(f"runs on {', '.join(needs.os)}, this is {system}")
+        if _outside(self.architecture, needs.architecture):
+            words.append(f"runs on {', '.join(needs.architecture)}, this is {self.architecture}")
         return "; ".join([*words, *self._lacks_gpu(needs, contained=contained)])
 
     def take(self, needs: Needs, *, contained: bool = True) -> Device | None:

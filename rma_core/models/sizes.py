@@ -5,15 +5,20 @@ Memory is binary however it is spelled (a "16 GB" module holds 16 GiB); storage 
 
 from __future__ import annotations
 
+import functools
 import re
 
 GIB = 2**30
 GB = 10**9
 
+#: Sizes that are known by heart: a catalog's are read again for each machine that is placed.
+SIZES = 1024
+
 _FORM = re.compile(r"\s*(\d{1,12}(?:\.\d{1,6})?)\s*([KMGTP]?)(i?)B\s*", re.IGNORECASE)
 _POWER = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4, "P": 5}
 
 
+@functools.lru_cache(SIZES)
 def parse_size(text: str, *, binary: bool) -> int:
     """Return the bytes in ``text``; ``binary`` reads a plain ``GB`` as 2**30. Raises ValueError."""
     found = _FORM.fullmatch(text)
