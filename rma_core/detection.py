@@ -341,7 +341,8 @@ def request_for(
 def _path() -> list[str]:
     """Return where this process looks for modules, but for the folder in which it was started (`python -m`)."""
     try:
-        here = os.getcwd()  # noqa: PTH109 - a string
+        # With `-P` that folder was not put there: where it is first all the same, somebody named it (PYTHONPATH).
+        here = "" if sys.flags.safe_path else os.getcwd()  # noqa: PTH109 - a string
     except OSError:
         here = ""
     return [entry for entry in sys.path[sys.path[:1] == [here] :] if entry]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -228,6 +229,21 @@ async def test_a_child_sees_no_secret_and_none_of_our_folders(
     assert isinstance(seen["environment"], list)
     assert not {"RMA_JOIN_TOKEN", "AWS_SECRET_ACCESS_KEY", "HTTPS_PROXY", "PYTHONSTARTUP"} & set(seen["environment"])
     assert "PATH" in seen["environment"]
+
+
+@pytest.mark.parametrize("flag", ["", "-P"])
+def test_a_folder_that_was_named_is_looked_in_also_where_it_is_the_one_we_were_started_in(
+    tmp_path: Path, flag: str
+) -> None:
+    where = "from rma_core.detection import _path; import os; print(os.getcwd() in _path())"
+    (tmp_path / "asks.py").write_text(where)
+    flags = [flag] if flag else []
+    for environment, found in (({}, False), ({"PYTHONPATH": str(tmp_path)}, True)):
+        done = subprocess.run(
+            [sys.executable, *flags, "-m", "asks"] if environment or not flag else [sys.executable, "-P", "asks.py"],
+            cwd=tmp_path, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60, check=True,
+        )  # fmt: skip
+        assert done.stdout.strip() == str(found)
 
 
 async def test_a_detector_is_given_its_own_table_and_no_other(install: Callable[..., Plugins]) -> None:
