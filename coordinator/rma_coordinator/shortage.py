@@ -12,6 +12,7 @@ import msgspec
 
 from rma_coordinator.overview import ASKED_WORKERS
 from rma_coordinator.overview import services as counted
+from rma_core.models.worker import lane
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -55,9 +56,8 @@ async def service(pool: Pool, name: str) -> dict[str, Any]:
         if not worker.present:
             continue
         reasons[_why(name, worker, record := worker.record)] += 1
-        lanes = [one.lane for one in record.assignment if one.service == name]
+        lanes, states = _lanes(name, worker, record), [one for one in worker.containers if one.service == name]
         if lanes and len(here) < MOST_SHOWN:
-            states = [one for one in worker.containers if one.service == name]
             state = "; ".join(sorted({one.state for one in states})) or "assigned"
             why = "; ".join(sorted({one.reason for one in states} - {""}))
             here.append({"worker_id": worker.id, "tier": record.tier, "lanes": lanes, "state": state, "reason": why})
@@ -84,15 +84,21 @@ def _tiers(tiers: tuple[int, ...]) -> str:
 
 def _why(name: str, worker: Worker, record: WorkerRecord) -> str:
     """Say why a worker has no healthy copy of a service; an empty string where it has."""
-    states = [one for one in worker.containers if one.service == name]
-    if any(one.state == "healthy" for one in states):
-        return ""
-    if states:
-        return "; ".join(sorted({f"{one.state}: {one.reason}" if one.reason else one.state for one in states}))
-    if any(one.service == name for one in record.assignment):
-        return "it was assigned just now"
-    reasons = {reason for lane, reason in record.placement.items() if lane.partition(" ")[0] == name}
+    if _lanes(name, worker, record):
+        states = [one for one in worker.containers if one.service == name]
+        if any(one.state == "healthy" for one in states):
+            return ""
+        said = {f"{one.state}: {one.reason}" if one.reason else one.state for one in states}
+        return "; ".join(sorted(said)) or "it was assigned just now"
+    reasons = {reason for of, reason in record.placement.items() if of.partition(" ")[0] == name}
     return "; ".join(sorted({OWN.sub("", reason) for reason in reasons}))
+
+
+def _lanes(name: str, worker: Worker, record: WorkerRecord) -> list[str]:
+    """Return what of a service a worker is to run, and what its owner offers of it."""
+    own = [one for one in worker.containers if one.service == name and one.unassigned]
+    offered = [lane(name, model.name) for one in own for model in one.models] or ([name] if own else [])
+    return [one.lane for one in record.assignment if one.service == name] + offered
 
 
 def _ranked(reasons: Counter[str]) -> list[dict[str, Any]]:
