@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from rma_core.agent.keys import DeviceKey
 from rma_core.catalog import Needs
 from rma_core.interfaces import TierDecision
 from rma_core.models.hardware import Capabilities, HardwareReport
-from tests.coordinator_fixtures import entry, running, until
+from tests.coordinator_fixtures import entry, running, soon, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -537,6 +538,37 @@ async def test_a_rollback_from_another_policy_than_was_meant_is_refused(tmp_path
         await settled(pool)
         refused = await pool.client.post("/api/admin/policies/rollback", json={"active": "threshold"})
         assert (refused.status_code, pool.pool.tiers.active) == (409, "cores")
+
+
+async def test_whoever_wants_to_go_back_does_not_wait_for_a_plan_that_takes_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with fleet(tmp_path) as (pool, machines):
+        before = tiers_of(pool, machines)
+        await activate(pool)
+        await settled(pool)
+        switching, planned = pool.pool.switching, asyncio.Event()
+        asked, plan = asyncio.Event(), switching.plan
+
+        async def slowly(policy: Any, text: str = "") -> Any:
+            if policy.name == "all":
+                asked.set()
+                await planned.wait()
+            return await plan(policy, text)
+
+        monkeypatch.setattr(switching, "plan", slowly)
+        body = {"policy": "all", "file": NONE}
+        activating = asyncio.create_task(pool.client.put("/api/admin/policies/active", json=body))
+        await soon(asked.wait())
+        back = await soon(pool.client.post("/api/admin/policies/rollback", json={"active": "cores"}))
+        assert back.status_code == 200, back.text
+        await settled(pool)
+        planned.set()
+        refused = await soon(activating)
+        assert refused.status_code == 409
+        assert "'threshold' was put in force while 'all' was asked about the workers" in refused.text
+        assert (pool.pool.tiers.active, tiers_of(pool, machines)) == ("threshold", before)
+        assert pool.pool.tiers.noting == []
 
 
 # -- in the shadow -------------------------------------------------------------------------------------------------

@@ -59,6 +59,8 @@ class Switching:
         self._unsure = False
         self._start: Start | None = None
         self._one = asyncio.Lock()
+        #: Held by whoever makes a plan to put in force; nobody who wants to go back waits for that.
+        self._planning = asyncio.Lock()
         self._wake = asyncio.Event()
         #: After a start the one in the shadow is asked beside everything else.
         self._shadow_due = False
@@ -176,7 +178,7 @@ class Switching:
 
     async def _first(self, start: Start) -> None:
         """Look at all workers once after a start, and let those move whose tier is another now."""
-        with self._noting():
+        with self._noting() as noted:
             policy = self.tiers.current or self.tiers.find().policy
             plan = await self.plan(policy)
             # Of a plugin's policy it is kept which version that is: the next start may find another.
@@ -184,17 +186,17 @@ class Switching:
                 moved = max(0, start.total - len(plan.moves))
                 await self._begin(
                     start.choices, policy, start.steps, start.action, start.words, by=ITSELF, plan=plan,
-                    moved=moved, stopped=start.stopped,
+                    noted=noted, moved=moved, stopped=start.stopped,
                 )  # fmt: skip
             else:
-                await self._release({row.worker_id for row in plan.rows if row.failed})
+                await self._release(noted | {row.worker_id for row in plan.rows if row.failed})
         self._start = None
         self._shadow_due = self.tiers.shadow is not None
 
-    async def _release(self, failed: set[str]) -> None:
+    async def _release(self, due: set[str]) -> None:
         """Nobody waits any more; who told something new while all did, or failed, is decided now."""
         self.tiers.waiting = ()
-        await self._pool.decide_all(sorted(failed | (self.tiers.asked_meanwhile or set())))
+        await self._pool.decide_all(sorted(due))
 
     # -- what would change -------------------------------------------------------------------------------------
 
@@ -230,13 +232,14 @@ class Switching:
         return decision
 
     @contextlib.contextmanager
-    def _noting(self) -> Iterator[None]:
+    def _noting(self) -> Iterator[set[str]]:
         """While a plan is made and written, note who is decided by the policy that was in force until then."""
-        self.tiers.asked_meanwhile = set()
+        noted = set[str]()
+        self.tiers.noting.append(noted)
         try:
-            yield
+            yield noted
         finally:
-            self.tiers.asked_meanwhile = None
+            self.tiers.noting = [one for one in self.tiers.noting if one is not noted]
 
     # -- putting in force, and back ----------------------------------------------------------------------------
 
@@ -244,15 +247,14 @@ class Switching:
         """Put a policy in force: the one of that name, or of that text. Workers move as ``steps`` say.
 
         ``seen`` is the digest of the plan that whoever asks has seen. Raises NotFound, ValidationProblem, and Refused
-        while others still move, when the plan is another now, and for a policy that fails for many.
+        while others still move, when the plan is another now, and for a policy that fails for many. However long a
+        policy takes for its plan, what is in force is looked after and can be taken back meanwhile.
         """
-        async with self._one:
-            moving = self._start is not None or (self.rollout is not None and not self.rollout.stopped)
-            if moving:
-                hints = ("wait for it, or `rma policies rollback` first",)
-                raise Refused(f"workers are still moving to {self.tiers.active!r}", hints=hints)
+        async with self._planning:
+            self._refuse_moving()
+            before = self.choices
             policy, kept = await self._choose(name, text)
-            with self._noting():
+            with self._noting() as noted:
                 plan = await self.plan(policy, kept)
                 if plan.pending:
                     words = f"{policy.name!r} has no answer yet for {len(plan.pending)} of {len(plan.rows)} workers"
@@ -262,12 +264,22 @@ class Switching:
                     raise Refused(words, hints=("look at it once more",))
                 _refuse_failing(policy, plan)
                 choice = choice_of(policy, kept, at=self._pool.wall(), by=by)
-                words = f"{choice.words} is in force, {self.choices[-1].words} was; workers that change: "
-                await self._begin(
-                    (*self.choices, choice), policy, steps, "policy_activated", f"{words}{len(plan.moves)}", by=by,
-                    plan=plan,
-                )  # fmt: skip
+                async with self._one:
+                    self._refuse_moving()
+                    if self.choices != before:
+                        words = f"{self.tiers.active!r} was put in force while {name!r} was asked about the workers"
+                        raise Refused(words, hints=("look at what it would change once more",))
+                    words = f"{choice.words} is in force, {before[-1].words} was; workers that change: "
+                    await self._begin(
+                        (*before, choice), policy, steps, "policy_activated", f"{words}{len(plan.moves)}", by=by,
+                        plan=plan, noted=noted,
+                    )  # fmt: skip
             return plan
+
+    def _refuse_moving(self) -> None:
+        if self._start is not None or (self.rollout is not None and not self.rollout.stopped):
+            hints = ("wait for it, or `rma policies rollback` first",)
+            raise Refused(f"workers are still moving to {self.tiers.active!r}", hints=hints)
 
     async def _choose(self, name: str, text: str) -> tuple[TierPolicy, str]:
         """Return a policy and its text. Raises NotFound, ValidationProblem."""
@@ -295,11 +307,11 @@ class Switching:
         choices = self._usable(self.choices[:-1])
         policy = self._policy(choices[-1])
         assert policy is not None  # noqa: S101 - `_usable` has looked
-        with self._noting():
+        with self._noting() as noted:
             plan = await self.plan(policy)
             words = f"back to {choices[-1].words} from {self.choices[-1].words}; workers that change: {len(plan.moves)}"
             words += f": {why}" if why else ""
-            await self._begin(choices, policy, Steps(), "policy_rolled_back", words, by=by, plan=plan)
+            await self._begin(choices, policy, Steps(), "policy_rolled_back", words, by=by, plan=plan, noted=noted)
         self._start = None
         return plan
 
@@ -313,6 +325,7 @@ class Switching:
         *,
         by: str,
         plan: Plan,
+        noted: set[str],
         moved: int = 0,
         stopped: str = "",
     ) -> None:
@@ -323,7 +336,7 @@ class Switching:
         )
         # Who came or was asked meanwhile was decided by the policy before.
         late = self._pool.fleet.workers.keys() - {row.worker_id for row in plan.rows}
-        late |= (self.tiers.asked_meanwhile or set()) & self._pool.fleet.workers.keys()
+        late |= noted & self._pool.fleet.workers.keys()
         # For whom it fails keeps the tier, and is told so when its turn comes.
         late |= {row.worker_id for row in plan.rows if row.failed} & self._pool.fleet.workers.keys()
         waiting = [*(row.worker_id for row in plan.moves), *sorted(late)]

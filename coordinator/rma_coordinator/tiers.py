@@ -62,8 +62,8 @@ class Tiers:
         self.shadow: Shadow | None = None
         #: Workers for which the policy in force failed when it was last asked.
         self.failing: set[str] = set()
-        #: While a plan is made: workers for which the policy in force was asked meanwhile.
-        self.asked_meanwhile: set[str] | None = None
+        #: For each plan that is being made: workers for which the policy in force was asked meanwhile.
+        self.noting: list[set[str]] = []
         #: Workers that are decided once there is an answer for them.
         self.pending: set[str] = set()
         self.pended = asyncio.Event()
@@ -150,9 +150,13 @@ class Tiers:
     def waits(self, worker_id: str) -> bool:
         """Whether a known worker waits for its turn, and keeps what it has until then."""
         waiting = worker_id in self.waiting
-        if waiting and self.asked_meanwhile is not None:
-            self.asked_meanwhile.add(worker_id)
+        if waiting:
+            self._asked(worker_id)
         return waiting
+
+    def _asked(self, worker_id: str) -> None:
+        for some in self.noting:
+            some.add(worker_id)
 
     def _note(self, asked: PolicyInput, decision: TierDecision) -> None:
         """Keep what else a decision for a worker tells."""
@@ -162,8 +166,7 @@ class Tiers:
             self.failing.add(asked.worker_id)
         else:
             self.failing.discard(asked.worker_id)
-        if self.asked_meanwhile is not None:
-            self.asked_meanwhile.add(asked.worker_id)
+        self._asked(asked.worker_id)
         if self.shadow is not None and not isinstance(decision, Pending):
             other = _decided(self.shadow.policy, asked)
             if isinstance(other, Pending):
