@@ -19,7 +19,7 @@ import msgspec
 import rma_coordinator
 from rma_coordinator.api.problems import STATUS_WORDS, STATUSES
 from rma_coordinator.api.routes import ROUTES
-from rma_core import errors, hookspecs, interfaces
+from rma_core import catalog, errors, hookspecs, interfaces
 from rma_core.commands import rma
 from rma_core.models import hardware
 from rma_core.settings import ALIASES, AgentSettings, CoordinatorSettings, Settings, default_home, describe
@@ -273,7 +273,8 @@ def hooks() -> str:
     for kind in (
         hardware.Detection, hardware.Device, hardware.ContainerAccess, hardware.HardwareReport, hardware.Capabilities,
         interfaces.ContainerRuntime, interfaces.ContainerSpec, interfaces.ContainerHandle, interfaces.ContainerState,
-        interfaces.ContainerStats, interfaces.RuntimeHealth, interfaces.PullProgress,
+        interfaces.ContainerStats, interfaces.RuntimeHealth, interfaces.PullProgress, interfaces.GivenFiles,
+        interfaces.GivenFile, catalog.Limits, catalog.ProcessForm,
         interfaces.TierPolicy, interfaces.PolicyInput, interfaces.TierDecision,
     ):  # fmt: skip
         parts += [f"## `{kind.__name__}`", _markup(inspect.getdoc(kind) or ""), _members(kind)]

@@ -50,6 +50,16 @@ def test_a_new_plugin_keeps_the_contract_and_its_own_test_passes(kind: Kind, tmp
     assert f"{len(plugin['checks']) + more} passed" in ran.stdout
 
 
+def test_a_new_runtime_says_what_it_is_for_and_what_is_not_checked(tmp_path: Path) -> None:
+    made = rma("plugins", "new", "runtime_bar", folder=tmp_path)
+    assert "for an engine with Docker's API" in made.stderr
+    assert "write the methods of a ContainerRuntime" in made.stderr
+    checked = rma("plugins", "check", "runtime_bar", folder=tmp_path)
+    for suite in ("runtime_contract", "adoption_contract", "isolation_contract"):
+        assert suite in checked.stderr
+    assert "Docker's API" not in rma("plugins", "new", "detect_bar", folder=tmp_path).stderr
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_new_leaves_nothing_for_a_linter(kind: Kind, tmp_path: Path) -> None:
     made = scaffold.create("odd_board", kind, tmp_path)
