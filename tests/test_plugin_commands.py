@@ -100,7 +100,7 @@ def test_six_lines_make_a_detector_for_a_card_that_is_there(tmp_path: Path) -> N
 def test_what_fails_is_a_sentence_in_the_table_and_an_exit_code(tmp_path: Path) -> None:
     made = scaffold.create("detect_loud", None, tmp_path)
     module = made.folder / "rma_detect_loud.py"
-    module.write_text(module.read_text().replace("    bus = Path", "    print('looking')\n    bus = Path"))
+    module.write_text(module.read_text().replace("    root = Path", "    print('looking')\n    root = Path"))
     checked = rma("plugins", "check", str(made.folder), folder=tmp_path)
     assert checked.returncode == 1
     assert re.search(r"✗ +it prints nothing +it printed: looking", checked.stdout)
