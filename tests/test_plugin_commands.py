@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -87,14 +88,16 @@ def test_six_lines_make_a_detector_for_a_card_that_is_there(tmp_path: Path) -> N
         assert text.count(old) == 1
         text = text.replace(old, new)
     module.write_text(text)
-    slot = tmp_path / "bus" / "0000:03:00.0"
+    slot = tmp_path / "machine/sys/bus/pci/devices/0000:03:00.0"
     slot.mkdir(parents=True)
     (slot / "vendor").write_text("0x1ac1\n")
     (slot / "device").write_text("0x089a\n")
     (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "rma.toml").write_text(f'[plugins.coral]\nbus = "{slot.parent}"\n')
+    (tmp_path / "home" / "rma.toml").write_text(f'[plugins.coral]\nroot = "{tmp_path / "machine"}"\n')
     checked = rma("plugins", "check", str(made.folder), folder=tmp_path)
     assert (checked.returncode, "coral: all 16 kept" in checked.stdout) == (0, True), checked.stdout
+    found = runpy.run_path(str(module))["rma_detect_devices"]({"root": str(tmp_path / "machine")})
+    assert [(device.id, device.name) for device in found.devices] == [("npu:0000:03:00.0", "Coral Edge TPU")]
 
 
 def test_what_fails_is_a_sentence_in_the_table_and_an_exit_code(tmp_path: Path) -> None:
