@@ -161,7 +161,8 @@ class ContainerRuntime(ABC):
         """Get the image, and copy the files; what is there already is no work. Cancelled, it leaves nothing half done.
 
         Reports at least every twenty minutes, from any thread. A digest in the spec is what must arrive.
-        Raises ImageMissing, ImagePullFailed, OutOfSpace, RuntimeAbsent.
+        Raises ImageMissing, ImagePullFailed, OutOfSpace, RuntimeAbsent, and NotSupported for what `start` would not do:
+        the agent then asks the next runtime, while a `start` that fails so is given up.
         """
 
     @abstractmethod

@@ -45,7 +45,7 @@ MACHINE = ROOT / "tests" / "data" / "machines" / "ryzen-16-cores-no-gpu.json"
 #: The document in the examples.
 SAMPLE = ROOT / "coordinator" / "rma_coordinator" / "static" / "sample.pdf"
 #: Seconds for one command, and for `rma up` to be ready: the notes service is installed meanwhile.
-COMMAND_S, READY_S = 60.0, 180.0
+COMMAND_S, READY_S = 120.0, 180.0
 LOOK_S = 0.05
 #: How click ends a question that is answered yes or no.
 QUESTION = "[y/N]: "
