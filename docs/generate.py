@@ -19,7 +19,7 @@ import msgspec
 import rma_coordinator
 from rma_coordinator.api.problems import STATUS_WORDS, STATUSES
 from rma_coordinator.api.routes import ROUTES
-from rma_core import errors, hookspecs, interfaces
+from rma_core import catalog, errors, hookspecs, interfaces, sysfs
 from rma_core.commands import rma
 from rma_core.models import hardware
 from rma_core.settings import ALIASES, AgentSettings, CoordinatorSettings, Settings, default_home, describe
@@ -273,10 +273,20 @@ def hooks() -> str:
     for kind in (
         hardware.Detection, hardware.Device, hardware.ContainerAccess, hardware.HardwareReport, hardware.Capabilities,
         interfaces.ContainerRuntime, interfaces.ContainerSpec, interfaces.ContainerHandle, interfaces.ContainerState,
-        interfaces.ContainerStats, interfaces.RuntimeHealth, interfaces.PullProgress,
+        interfaces.ContainerStats, interfaces.RuntimeHealth, interfaces.PullProgress, interfaces.GivenFiles,
+        interfaces.GivenFile, catalog.Limits, catalog.ProcessForm,
         interfaces.TierPolicy, interfaces.PolicyInput, interfaces.TierDecision,
     ):  # fmt: skip
         parts += [f"## `{kind.__name__}`", _markup(inspect.getdoc(kind) or ""), _members(kind)]
+    helpers = [getattr(sysfs, name) for name in sysfs.__all__ if inspect.isfunction(getattr(sysfs, name))]
+    parts += [
+        "# What detectors read with",
+        f"`from rma_core import sysfs`. {_paragraphs(inspect.getdoc(sysfs) or '').replace('``', '`')}",
+        "\n".join(f"- `{_signature(helper)}`: {_first(helper)}" for helper in helpers),
+        f"## `{sysfs.PciDevice.__name__}`",
+        _markup(inspect.getdoc(sysfs.PciDevice) or ""),
+        _members(sysfs.PciDevice),
+    ]
     return "\n\n".join(filter(None, parts))
 
 
@@ -298,7 +308,9 @@ def _members(kind: type) -> str:
         rows = [(code(f.name), code(annotations.get(f.name, "")), _given(f)) for f in msgspec.structs.fields(kind)]
         fields = table(("field", "type", "default"), rows)
     else:
-        fields = "\n".join(f"- `{name}: {form}`" for name, form in vars(kind).get("__annotations__", {}).items())
+        forms = vars(kind).get("__annotations__", {}).items()
+        # A named tuple keeps its annotations as references to what they name.
+        fields = "\n".join(f"- `{name}: {getattr(form, '__forward_arg__', form)}`" for name, form in forms)
     methods = "\n".join(f"- {line}" for name in vars(kind) if not name.startswith("_") if (line := _method(kind, name)))
     return "\n\n".join(filter(None, (fields, methods)))
 

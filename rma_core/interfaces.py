@@ -164,9 +164,11 @@ class ContainerRuntime(ABC):
 
     @abstractmethod
     async def pull(self, spec: ContainerSpec, progress: Callable[[PullProgress], None]) -> None:
-        """Get the image, and copy the files; what is there already is no work. Reports at least every twenty minutes.
+        """Get the image, and copy the files; what is there already is no work. Cancelled, it leaves nothing half done.
 
-        A digest in the spec is what must arrive. Raises ImageMissing, ImagePullFailed, OutOfSpace, RuntimeAbsent.
+        Reports at least every twenty minutes, from any thread. A digest in the spec is what must arrive.
+        Raises ImageMissing, ImagePullFailed, OutOfSpace, RuntimeAbsent, and NotSupported for what `start` would not do:
+        the agent then asks the next runtime, while a `start` that fails so is given up.
         """
 
     @abstractmethod
@@ -178,7 +180,7 @@ class ContainerRuntime(ABC):
 
     @abstractmethod
     async def inspect(self, handle: ContainerHandle) -> ContainerState:
-        """Say how it stands; an unknown handle is ``missing``. Raises RuntimeAbsent."""
+        """Say how it stands; ``missing`` is only what certainly is not there. Raises RuntimeAbsent."""
 
     @abstractmethod
     async def endpoint(self, handle: ContainerHandle) -> str:
@@ -198,7 +200,7 @@ class ContainerRuntime(ABC):
 
     @abstractmethod
     async def list_owned(self, worker_id: str) -> list[ContainerHandle]:
-        """Return this worker's containers by their labels, stopped ones too. Raises RuntimeAbsent."""
+        """Return this worker's containers by their labels, as `start` did, stopped ones too. Raises RuntimeAbsent."""
 
     async def forget_files(self, worker_id: str, keep: Collection[str]) -> None:  # noqa: B027 - some make no copies
         """Remove the copies of files that were made for a worker, except those of the keys in ``keep``."""

@@ -46,7 +46,7 @@ DETECTOR = '''\
 
 from pathlib import Path
 
-from rma_core import ContainerAccess, Detection, Device, hookimpl
+from rma_core import ContainerAccess, Detection, Device, hookimpl, sysfs
 
 #: The version of RMA's hooks that this was written for.
 RMA_HOOK_VERSION = $hooks
@@ -64,27 +64,17 @@ ACCESS = ContainerAccess(device_nodes=())
 @hookimpl
 def rma_detect_devices(config):
     """Return the $title devices of this machine."""
-    bus = Path(config.get("bus", "/sys/bus/pci/devices"))
-    found = [device for slot in sorted(bus.glob("*")) if (device := device_in(slot))]
-    if not found:
-        return Detection.undetected(f"no $title device on the PCI bus ({bus})")
-    return Detection.healthy(found)
+    root = Path(config.get("root", "/"))
+    cards = [card for card in sysfs.pci_devices(root) if card.vendor == VENDOR and card.device in MODELS]
+    if not cards:
+        return Detection.undetected(f"no $title device on the PCI bus (below {root})")
+    return Detection.healthy([device_of(card) for card in cards])
 
 
-def device_in(slot):
-    """Return the device in a slot of the bus; nothing for another maker's, and for a model that is not known."""
-    name = MODELS.get(read(slot / "device"))
-    if not name or read(slot / "vendor") != VENDOR:
-        return None
-    return Device(id=f"{KIND}:{slot.name}", kind=KIND, name=name, api=API, memory_bytes=MEMORY_BYTES, access=ACCESS)
-
-
-def read(file):
-    """Return what stands in a small file, nothing where it cannot be read."""
-    try:
-        return file.read_text(encoding="utf-8").strip()
-    except OSError:
-        return ""
+def device_of(card):
+    """Return what is told of a card."""
+    name = MODELS[card.device]
+    return Device(id=f"{KIND}:{card.address}", kind=KIND, name=name, api=API, memory_bytes=MEMORY_BYTES, access=ACCESS)
 '''
 
 DETECTOR_TEST = '''\
@@ -101,15 +91,16 @@ def test_it_does_what_every_detector_must(rma_check):
 
 def test_a_device_in_a_slot_is_found(tmp_path):
     for slot, model in ("0000:01:00.0", next(iter(plugin.MODELS))), ("0000:02:00.0", "0xfffe"):
-        (tmp_path / slot).mkdir()
-        (tmp_path / slot / "vendor").write_text(f"{plugin.VENDOR}\\n")
-        (tmp_path / slot / "device").write_text(f"{model}\\n")
-    found = plugin.rma_detect_devices({"bus": str(tmp_path)})
+        folder = tmp_path / "sys/bus/pci/devices" / slot
+        folder.mkdir(parents=True)
+        (folder / "vendor").write_text(f"{plugin.VENDOR}\\n")
+        (folder / "device").write_text(f"{model}\\n")
+    found = plugin.rma_detect_devices({"root": str(tmp_path)})
     assert [device.id for device in found.devices] == [f"{plugin.KIND}:0000:01:00.0"]
 
 
 def test_where_none_is_that_is_said(tmp_path):
-    found = plugin.rma_detect_devices({"bus": str(tmp_path)})
+    found = plugin.rma_detect_devices({"root": str(tmp_path)})
     assert (found.state, found.devices) == ("undetected", ())
     assert str(tmp_path) in found.reason
 '''

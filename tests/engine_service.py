@@ -62,7 +62,8 @@ def image_tar(files: dict[str, bytes]) -> bytes:
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for name in ("dev", "proc", "sys", "tmp", "run"):
             folder = tarfile.TarInfo(name)
-            folder.type, folder.mode = tarfile.DIRTYPE, 0o755
+            # Engines mount memory there with the modes that the image has.
+            folder.type, folder.mode = tarfile.DIRTYPE, 0o1777 if name in ("tmp", "run") else 0o755
             tar.addfile(folder)
         for name in APPLETS:
             link = tarfile.TarInfo(f"bin/{name}")

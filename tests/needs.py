@@ -215,6 +215,13 @@ def _cgroup_v1() -> str | None:
     return None
 
 
+def _runc() -> str | None:
+    if not hasattr(os, "geteuid") or os.geteuid() != 0:
+        return "runc limits what it starts only as root"
+    reason = _run("runc", "--version") or _run("/bin/busybox", "true")
+    return _advised(reason, "apt-get install runc busybox-static")
+
+
 def _pypi() -> str | None:
     with tempfile.TemporaryDirectory() as folder:
         reason = _run(sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", folder, "hatchling")
@@ -243,5 +250,6 @@ CHECKS: dict[str, Callable[[], str | None]] = {
     "pypi": _pypi,
     "redis": _redis,
     "registry": _registry,
+    "runc": _runc,
     "tesseract": _tesseract,
 }

@@ -8,13 +8,15 @@ The first word of a fence says what it is, the others how it is run:
   ``notes`` asks that pool's notes service;
   ``up`` compares with what that ``rma up`` printed when it started;
   ``terminal`` runs the last command in a terminal, says yes to every question, and ends it with Ctrl-C once everything
-  was printed, or at the end of the page (``stays``);
+  was printed, or later (``stays``): at the end of the page, or before a block that says ``stops``;
   ``fails`` says that the last command ends with an exit code other than 0;
   ``real`` detects the hardware of this very machine, not of the one in the examples.
-- ``python`` is executed, all blocks of a page in one namespace; ``toml`` and ``json`` are parsed. With ``file=NAME`` it
-  is also written to a file of the sandbox. ``toml settings``, ``toml catalog``, ``toml policy`` and ``toml rules`` are
-  read as such.
+- ``python`` is executed, all blocks of a page in one namespace; ``toml`` and ``json`` are parsed. ``toml settings``,
+  ``toml catalog``, ``toml policy`` and ``toml rules`` are read as such.
 - ``text`` is not run.
+- Each of them is also written to a file of the sandbox with ``file=NAME``, with ``more`` to the end of that file.
+  Python that is a ``part`` of something, or ``more`` of it, is executed only by the commands that use it.
+- ``needs=NAME`` skips a page, or fails it, where ``need(NAME)`` does.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ MACHINE = ROOT / "tests" / "data" / "machines" / "ryzen-16-cores-no-gpu.json"
 #: The document in the examples.
 SAMPLE = ROOT / "coordinator" / "rma_coordinator" / "static" / "sample.pdf"
 #: Seconds for one command, and for `rma up` to be ready: the notes service is installed meanwhile.
-COMMAND_S, READY_S = 60.0, 180.0
+COMMAND_S, READY_S = 120.0, 180.0
 LOOK_S = 0.05
 #: How click ends a question that is answered yes or no.
 QUESTION = "[y/N]: "
@@ -68,7 +70,20 @@ class Snippet(NamedTuple):
     @property
     def file(self) -> str:
         """The file it is written to, or nothing."""
-        return next((word.removeprefix("file=") for word in self.words if word.startswith("file=")), "")
+        return self._named("file=")
+
+    @property
+    def needs(self) -> str:
+        """What it asks of the machine, or nothing."""
+        return self._named("needs=")
+
+    @property
+    def is_part(self) -> bool:
+        """Whether it is only a part of its file."""
+        return bool({"part", "more"} & set(self.words))
+
+    def _named(self, begin: str) -> str:
+        return next((word.removeprefix(begin) for word in self.words if word.startswith(begin)), "")
 
 
 def snippets(page: Path) -> list[Snippet]:

@@ -69,6 +69,9 @@ def test_every_snippet_of_a_page_runs_and_prints_what_the_page_says(
     page: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     found = snippets(page)
+    for snippet in found:
+        if snippet.needs:
+            need(snippet.needs)
     pool: Pool | None = None
     if any(map(needs_pool, found)):
         pool = request.getfixturevalue("up" if page.name == "README.md" else "up_lan")
@@ -95,8 +98,9 @@ def run(snippet: Snippet, sandbox: Sandbox, pool: Pool | None, namespace: dict[s
     if snippet.file:
         path = sandbox.path(snippet.file)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(snippet.text, encoding="utf-8")
-    if snippet.language == "python":
+        before = f"{path.read_text(encoding='utf-8')}\n" if "more" in snippet.words else ""
+        path.write_text(before + snippet.text, encoding="utf-8")
+    if snippet.language == "python" and not snippet.is_part:
         exec(compile(sandbox.command(snippet.text), snippet.place, "exec"), namespace)
     elif snippet.language == "toml":
         read_toml(snippet, sandbox)
@@ -125,6 +129,8 @@ def read_toml(snippet: Snippet, sandbox: Sandbox) -> None:
 
 def run_console(snippet: Snippet, sandbox: Sandbox, pool: Pool | None) -> None:
     words = set(snippet.words)
+    if "stops" in words:
+        sandbox.close()
     commands = steps(snippet.text)
     for number, (command, documented) in enumerate(commands, 1):
         if "up" in words:

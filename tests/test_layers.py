@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import NamedTuple
 import pytest
 
 import rma_core
-from rma_core import container_engine
+from rma_core import container_engine, sysfs
 
 ROOT = Path(__file__).parent.parent
 CORE = ROOT / "rma_core"
@@ -23,7 +24,10 @@ FOREIGN = ("quart", "hypercorn", "uvicorn", "rma_coordinator", "docker", "podman
 #: The one exception, and the part of rma_core that may.
 ENGINE_SDK = ("docker", "container_engine")
 #: What plugins import from, with the names they may.
-PUBLIC = {"rma_core": set(rma_core.__all__), "rma_core.container_engine": set(container_engine.__all__)}
+PUBLIC = {
+    "rma_core": {*rma_core.__all__, "container_engine", "sysfs"},
+    "rma_core.container_engine": set(container_engine.__all__),
+}
 #: Bottom to top; a module imports from its own layer or from below. What is not listed is a tool below the agent.
 LAYERS = (
     {"errors"},
@@ -91,6 +95,12 @@ def test_importing_rma_core_pulls_in_nothing_heavy() -> None:
     assert ran.stdout.split() == []
 
 
+def test_importing_rma_core_does_not_load_what_only_detectors_use() -> None:
+    program = "import sys, rma_core; print('rma_core.sysfs' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert ran.stdout.split() == ["False"]
+
+
 @pytest.mark.parametrize(
     "module",
     ["rma_core.host", "rma_core.detection", "rma_core.record", "rma_core.child", "rma_core.container_engine"],
@@ -153,7 +163,9 @@ def test_plugins_use_public_names_only_and_never_each_other() -> None:
             assert found.module.partition(".")[0] not in {"rma_coordinator", *modules} - {path.stem}, found
             if found.module.startswith("rma_core"):
                 assert found.module in PUBLIC, f"{found}: only what {' and '.join(PUBLIC)} list is public"
-                assert set(found.names) - {"container_engine"} <= PUBLIC[found.module], found
+                assert set(found.names) <= PUBLIC[found.module], found
+        used = set(re.findall(r"\bsysfs\.(\w+)", path.read_text(encoding="utf-8")))
+        assert used <= set(sysfs.__all__), f"{path}: not public: {used - set(sysfs.__all__)}"
 
 
 def test_the_coordinator_uses_no_code_of_the_agent() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -50,6 +51,16 @@ def test_a_new_plugin_keeps_the_contract_and_its_own_test_passes(kind: Kind, tmp
     assert f"{len(plugin['checks']) + more} passed" in ran.stdout
 
 
+def test_a_new_runtime_says_what_it_is_for_and_what_is_not_checked(tmp_path: Path) -> None:
+    made = rma("plugins", "new", "runtime_bar", folder=tmp_path)
+    assert "for an engine with Docker's API" in made.stderr
+    assert "write the methods of a ContainerRuntime" in made.stderr
+    checked = rma("plugins", "check", "runtime_bar", folder=tmp_path)
+    for suite in ("runtime_contract", "adoption_contract", "isolation_contract"):
+        assert suite in checked.stderr
+    assert "Docker's API" not in rma("plugins", "new", "detect_bar", folder=tmp_path).stderr
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_new_leaves_nothing_for_a_linter(kind: Kind, tmp_path: Path) -> None:
     made = scaffold.create("odd_board", kind, tmp_path)
@@ -77,20 +88,22 @@ def test_six_lines_make_a_detector_for_a_card_that_is_there(tmp_path: Path) -> N
         assert text.count(old) == 1
         text = text.replace(old, new)
     module.write_text(text)
-    slot = tmp_path / "bus" / "0000:03:00.0"
+    slot = tmp_path / "machine/sys/bus/pci/devices/0000:03:00.0"
     slot.mkdir(parents=True)
     (slot / "vendor").write_text("0x1ac1\n")
     (slot / "device").write_text("0x089a\n")
     (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "rma.toml").write_text(f'[plugins.coral]\nbus = "{slot.parent}"\n')
+    (tmp_path / "home" / "rma.toml").write_text(f'[plugins.coral]\nroot = "{tmp_path / "machine"}"\n')
     checked = rma("plugins", "check", str(made.folder), folder=tmp_path)
     assert (checked.returncode, "coral: all 16 kept" in checked.stdout) == (0, True), checked.stdout
+    found = runpy.run_path(str(module))["rma_detect_devices"]({"root": str(tmp_path / "machine")})
+    assert [(device.id, device.name) for device in found.devices] == [("npu:0000:03:00.0", "Coral Edge TPU")]
 
 
 def test_what_fails_is_a_sentence_in_the_table_and_an_exit_code(tmp_path: Path) -> None:
     made = scaffold.create("detect_loud", None, tmp_path)
     module = made.folder / "rma_detect_loud.py"
-    module.write_text(module.read_text().replace("    bus = Path", "    print('looking')\n    bus = Path"))
+    module.write_text(module.read_text().replace("    root = Path", "    print('looking')\n    root = Path"))
     checked = rma("plugins", "check", str(made.folder), folder=tmp_path)
     assert checked.returncode == 1
     assert re.search(r"✗ +it prints nothing +it printed: looking", checked.stdout)

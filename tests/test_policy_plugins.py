@@ -1,116 +1,34 @@
-"""Plugins' policies on a live pool: installed, replaced and broken while it runs; one that hangs costs nobody else."""
+"""Plugins' policies on a live pool: which version is in force, installed, replaced and approved while it runs."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import msgspec
 import pytest
 
-from rma_coordinator import policy_versions
 from rma_core.errors import SettingProblem
-from rma_core.models.hardware import Capabilities, HardwareReport
 from rma_core.plugin_folders import Approval, PluginFolders
-from rma_core.policy_process import PolicyProcess
-from tests.coordinator_fixtures import running, soon, until
+from tests import policy_pool
+from tests.coordinator_fixtures import until
 from tests.policy_plugins import BROKEN, children, install, source, uninstall
+from tests.policy_pool import (
+    activate,
+    audit,
+    enrol,
+    in_force,
+    pool_of,
+    rescan,
+    settled,
+    standing,
+    tiers,
+    told_more_cores,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
 
-    from httpx2 import Response
-
-    from tests.coordinator_fixtures import Running, StandIn
-
-#: One decision may take so long in these tests.
-DEADLINE_S = 0.5
-PLUGINS: dict[str, Any] = {
-    "approve_plugins": ("*",),
-    "only_plugins": ("threshold", "night", "late"),
-    "plugins": {"night": {"deadline_s": DEADLINE_S}},
-}
-
-
-#: What makes a child end with the second machine that it is asked about.
-ONCE = "        Night.asked += 1\n        if Night.asked > 1:\n            os._exit(4)\n"
-
-
-@pytest.fixture(autouse=True)
-def _nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(policy_versions, "AGAIN_S", 0.01)
-    yield
-    assert children() == []
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder on the coordinator's path, with nothing in it."""
-    found = tmp_path / "installed"
-    found.mkdir()
-    monkeypatch.syspath_prepend(str(found))
-    return found
-
-
-@contextlib.asynccontextmanager
-async def pool_of(home: Path, machines: int = 3, **more: Any) -> AsyncIterator[tuple[Running, list[StandIn]]]:
-    async with running(home, **{**PLUGINS, **more}) as pool:
-        yield pool, [await enrol(pool) for _ in range(machines)]
-
-
-async def enrol(pool: Running, does: str = "") -> StandIn:
-    return await pool.enrol(
-        capabilities=Capabilities(cpu_cores=8, ram="16GB", storage="100GB"), labels={"does": does or "decide"}
-    )
-
-
-async def rescan(pool: Running) -> dict[str, Any]:
-    answer = await pool.client.post("/api/admin/policies/rescan")
-    assert answer.status_code == 200, answer.text
-    found: dict[str, Any] = answer.json()
-    return found
-
-
-async def activate(pool: Running, name: str = "night") -> Response:
-    return await pool.client.put("/api/admin/policies/active", json={"policy": name}, timeout=60)
-
-
-async def in_force(pool: Running, name: str = "night") -> None:
-    done = await activate(pool, name)
-    assert done.status_code == 200, done.text
-    await settled(pool)
-
-
-async def settled(pool: Running) -> None:
-    await until(lambda: pool.pool.switching._start is None and pool.pool.switching.rollout is None)
-
-
-async def standing(pool: Running) -> dict[str, Any]:
-    found: dict[str, Any] = (await pool.client.get("/api/admin/policies")).json()
-    return found
-
-
-def tiers(pool: Running, machines: list[StandIn]) -> list[int | None]:
-    return [pool.pool.fleet.workers[machine.id].record.tier for machine in machines]
-
-
-def reason(pool: Running, machine: StandIn) -> str:
-    return pool.pool.fleet.workers[machine.id].record.tier_reason
-
-
-def told_more_cores(pool: Running, machine: StandIn, cores: int = 9) -> None:
-    """A machine says something new, as with a heartbeat."""
-    worker = pool.pool.fleet.workers[machine.id]
-    report = HardwareReport(capabilities=Capabilities(cpu_cores=cores, ram="16GB", storage="100GB"))
-    worker.record = msgspec.structs.replace(worker.record, report=report)
-    pool.pool.decide_again(worker)
-
-
-async def audit(pool: Running) -> list[str]:
-    entries = (await pool.client.get("/api/admin/audit")).json()["entries"]
-    return [entry["message"] for entry in reversed(entries)]
+#: Fixtures of every test here.
+nothing_is_left, folder = policy_pool.nothing_is_left, policy_pool.folder
 
 
 async def test_a_version_is_found_put_in_force_followed_by_the_next_and_gone_back_to(
@@ -222,21 +140,6 @@ async def test_a_strict_pool_takes_nothing_in_where_one_is_broken(tmp_path: Path
         assert tiers(pool, [*machines, await enrol(pool)]) == [7] * 4
 
 
-async def test_one_that_ends_again_and_again_is_left_alone(
-    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(policy_versions, "DEATHS", 4)
-    # Each child answers once, so no machine is to blame.
-    once = source().replace("    def decide(self, asked):", "    asked = 0\n    def decide(self, asked):\n" + ONCE)
-    install(folder, code=once)
-    async with pool_of(tmp_path / "home", machines=8) as (pool, _):
-        seen = (await pool.client.post("/api/admin/policies/preview", json={"policy": "night"}, timeout=60)).json()
-        assert (seen["changes"], seen["failed"]) == (4, 4)
-        words = "has failed 4 times within a minute, the last time it ended with exit code 4 before it answered"
-        reasons = {row["reason"] for row in seen["workers"] if row["failed"]}
-        assert reasons == {f"the tier policy 'night' {words}; it is left alone for a while"}
-
-
 async def test_one_in_a_folder_of_its_own_is_used_once_its_files_are_approved(tmp_path: Path) -> None:
     folders = PluginFolders(tmp_path / "home" / "plugins")
     async with pool_of(tmp_path / "home") as (pool, machines):
@@ -283,137 +186,6 @@ async def test_one_that_is_uninstalled_stays_in_force_until_another_is(tmp_path:
         assert tiers(pool, machines) == [2] * 3
         words = "'night' 1.0 is not there any more: 'threshold' is in force again"
         assert words in await audit(pool)
-
-
-@pytest.mark.parametrize(
-    ("does", "words"),
-    [
-        ("hang", "did not answer within 0.5 s and was stopped; it was in decide"),
-        ("crash", "crashed in native code"),
-        ("raise", "failed: ValueError: no idea"),
-        ("gold", "failed: ValidationError: Expected `int | null`, got `str`"),
-    ],
-)
-async def test_one_worker_for_which_it_fails_stays_where_it_was_and_says_so(
-    tmp_path: Path, folder: Path, does: str, words: str
-) -> None:
-    install(folder)
-    async with pool_of(tmp_path / "home", machines=5) as (pool, machines):
-        odd = await enrol(pool, does)
-        more = [await enrol(pool) for _ in range(5)]
-        seen = await pool.client.post("/api/admin/policies/preview", json={"policy": "night"}, timeout=60)
-        rows = {row["worker_id"]: row for row in seen.json()["workers"]}
-        assert (seen.json()["changes"], seen.json()["failed"]) == (10, 1)
-        assert (rows[odd.id]["from"], rows[odd.id]["to"]) == (2, 2)
-        assert words in rows[odd.id]["reason"]
-        await in_force(pool)
-        assert tiers(pool, [*machines, *more]) == [7] * 10
-        assert (await enrol(pool)).answer["tier"] == 7
-        [child] = children()
-        # It costs no second hang: nobody asks about it again for a while.
-        pool.pool.decide_again(pool.pool.fleet.workers[odd.id])
-        assert tiers(pool, [odd]) == [2]
-        assert words in reason(pool, odd)
-        assert "; the tier stays as it was" in reason(pool, odd)
-        assert pool.pool.tiers.active == "night"
-        assert (await enrol(pool)).answer["tier"] == 7
-        assert [one.pid for one in children()] == [child.pid]
-
-
-async def test_nothing_else_waits_while_it_hangs(tmp_path: Path, folder: Path) -> None:
-    install(folder)
-    async with pool_of(tmp_path / "home", plugins={"night": {"deadline_s": 5.0}}) as (pool, machines):
-        odd = await enrol(pool, "hang")
-        looking = asyncio.create_task(pool.client.post("/api/admin/policies/preview", json={"policy": "night"}))
-        await until(children)
-        began = asyncio.get_running_loop().time()
-        for machine in [*machines, odd]:
-            assert (await machine.beat()).status_code == 200
-        assert (await pool.client.get("/health")).status_code == 200
-        assert asyncio.get_running_loop().time() - began < 5.0
-        assert not looking.done()
-        assert (await soon(looking, within_s=30)).json()["failed"] == 1
-
-
-async def test_one_that_hangs_for_all_is_refused_soon(tmp_path: Path, folder: Path) -> None:
-    (tmp_path / "hangs").touch()
-    install(folder)
-    table = {"deadline_s": DEADLINE_S, "hangs": str(tmp_path / "hangs")}
-    async with pool_of(tmp_path / "home", machines=20, plugins={"night": table}) as (pool, machines):
-        before = tiers(pool, machines)
-        done = await soon(activate(pool))
-        assert done.status_code == 409
-        assert "'night' fails for 20 of 20 workers" in done.json()["detail"]
-        assert (tiers(pool, machines), pool.pool.tiers.active) == (before, "threshold")
-        again = (await pool.client.post("/api/admin/policies/preview", json={"policy": "night"})).json()
-        assert any(
-            "has failed for 3 machines in a row, the last time it did not answer" in row["reason"]
-            for row in again["workers"]
-        )
-
-
-async def test_one_in_force_that_begins_to_hang_gives_way_to_the_one_before(tmp_path: Path, folder: Path) -> None:
-    install(folder)
-    table = {"deadline_s": DEADLINE_S, "hangs": str(tmp_path / "hangs")}
-    async with pool_of(tmp_path / "home", machines=6, plugins={"night": table}) as (pool, machines):
-        before = tiers(pool, machines)
-        await in_force(pool)
-        (tmp_path / "hangs").touch()
-        for machine in machines:
-            told_more_cores(pool, machine)
-        # Until there is an answer they stay, and the policy has not failed.
-        assert tiers(pool, machines) == [7] * 6
-        assert pool.pool.tiers.failing == set()
-        await until(lambda: pool.pool.tiers.active == "threshold", within_s=30)
-        await settled(pool)
-        assert tiers(pool, machines) == before
-        assert any("it fails for" in message for message in await audit(pool))
-
-
-async def test_a_machine_that_joins_while_it_hangs_gets_its_tier_later(
-    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("rma_coordinator.enrolment.DECIDED_S", 0.1)
-    install(folder)
-    table = {"deadline_s": 3.0, "hangs": str(tmp_path / "hangs")}
-    async with pool_of(tmp_path / "home", plugins={"night": table}) as (pool, _):
-        await in_force(pool)
-        (tmp_path / "hangs").touch()
-        new = await enrol(pool)
-        assert new.answer["tier"] is None
-        assert new.answer["tier_reason"] == "the tier policy 'night' is being asked, and the tier follows"
-        (tmp_path / "hangs").unlink()
-        await until(lambda: tiers(pool, [new]) == [7])
-
-
-async def test_who_says_something_new_is_decided_once_there_is_an_answer(tmp_path: Path, folder: Path) -> None:
-    install(folder)
-    async with pool_of(tmp_path / "home") as (pool, machines):
-        await in_force(pool)
-        install(folder, "1.1", tier=8)
-        await rescan(pool)
-        await in_force(pool)
-        [worker] = [pool.pool.fleet.workers[machines[0].id]]
-        worker.record = msgspec.structs.replace(worker.record, tier=5, tier_reason="by hand")
-        told_more_cores(pool, machines[0])
-        assert (worker.record.tier, reason(pool, machines[0])) == (5, "by hand")
-        await until(lambda: worker.record.tier == 8)
-
-
-async def test_one_that_died_after_it_was_replaced_says_that_it_cannot_come_back(tmp_path: Path, folder: Path) -> None:
-    install(folder)
-    async with pool_of(tmp_path / "home", machines=12) as (pool, machines):
-        await in_force(pool)
-        install(folder, "1.1", tier=8)
-        for child in children():
-            child.kill()
-        told_more_cores(pool, machines[0])
-        words = "the tier policy 'night' cannot be asked: 1.0 cannot be started again: 1.1 is installed now"
-        await until(lambda: reason(pool, machines[0]).startswith(words))
-        assert tiers(pool, machines) == [7] * 12
-        await rescan(pool)
-        await in_force(pool)
-        assert tiers(pool, machines) == [8] * 12
 
 
 async def test_a_restart_with_another_version_says_so(tmp_path: Path, folder: Path) -> None:
@@ -507,93 +279,6 @@ async def test_a_child_lives_only_while_somebody_needs_it(tmp_path: Path, folder
         await pool.client.post("/api/admin/policies/rollback", json={})
         await settled(pool)
         assert pool.pool.tiers.active == "threshold"
-
-
-async def test_what_is_kept_and_what_waits_is_bounded(
-    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(policy_versions, "KEPT", 4)
-    monkeypatch.setattr(policy_versions, "MOST_WAITING", 2)
-    install(folder)
-    async with pool_of(tmp_path / "home", machines=8) as (pool, machines):
-        await in_force(pool)
-        await until(lambda: tiers(pool, machines) == [7] * 8)
-        assert pool.pool.policy_plugins is not None
-        [policy] = pool.pool.policy_plugins.policies.values()
-        assert len(policy.of._kept) <= 4
-        assert policy.of._waiting == {}
-
-
-async def test_a_machine_that_cannot_start_a_child_now_costs_no_policy_its_place(
-    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    install(folder)
-    async with pool_of(tmp_path / "home") as (pool, machines):
-        await in_force(pool)
-        working, tries = PolicyProcess.start, 0
-
-        async def none(*_: Any, **__: Any) -> Any:
-            nonlocal tries
-            tries += 1
-            raise BlockingIOError("fork: no more processes")
-
-        monkeypatch.setattr(PolicyProcess, "start", none)
-        for child in children():
-            child.kill()
-        for machine in machines:
-            told_more_cores(pool, machine)
-        await until(lambda: tries >= 3)
-        assert (await standing(pool))["active"] == "night"
-        assert not pool.pool.tiers.failing
-        monkeypatch.setattr(PolicyProcess, "start", working)
-        await until(lambda: not pool.pool.tiers.pending and not pool.pool.tiers.pended.is_set())
-        assert tiers(pool, machines) == [7, 7, 7]
-
-
-async def test_one_machine_of_which_a_policy_dies_costs_the_others_nothing(tmp_path: Path, folder: Path) -> None:
-    install(folder)
-    async with pool_of(tmp_path / "home") as (pool, machines):
-        await in_force(pool)
-        bad = pool.pool.fleet.workers[machines[0].id]
-        bad.record = msgspec.structs.replace(bad.record, labels={"does": "die"})
-        for cores in range(10, 16):
-            told_more_cores(pool, machines[0], cores)
-            await until(lambda: not pool.pool.tiers.pending and "tier stays" in reason(pool, machines[0]))
-        assert "for this machine" in reason(pool, machines[0])
-        told_more_cores(pool, machines[1])
-        await until(lambda: not pool.pool.tiers.pending)
-        fresh = await enrol(pool)
-        assert (tiers(pool, [machines[1], fresh]), (await standing(pool))["active"]) == ([7, 7], "night")
-        assert "left alone" not in reason(pool, machines[0])
-
-
-async def test_a_child_that_was_killed_while_nobody_asked_it_is_replaced_and_nobody_blamed(
-    tmp_path: Path, folder: Path
-) -> None:
-    install(folder)
-    async with pool_of(tmp_path / "home", machines=1) as (pool, machines):
-        await rescan(pool)
-        for child in children():
-            child.kill()
-            await asyncio.to_thread(child.wait, 30)
-        await in_force(pool)
-        assert tiers(pool, machines) == [7]
-
-
-async def test_for_whom_it_fails_while_it_is_put_in_force_is_told_so_and_asked_again(
-    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(policy_versions, "FAILED_S", 1.0)
-    install(folder)
-    async with pool_of(tmp_path / "home", machines=4) as (pool, machines):
-        odd = await enrol(pool, "raise")
-        await in_force(pool)
-        assert "failed: ValueError: no idea; the tier stays as it was" in reason(pool, odd)
-        worker = pool.pool.fleet.workers[odd.id]
-        worker.record = msgspec.structs.replace(worker.record, labels={"does": "decide"})
-        pool.pool.decide_again(worker)
-        await until(lambda: tiers(pool, [odd]) == [7])
-        assert tiers(pool, machines) == [7] * 4
 
 
 def with_a_record_that_never_ends(folder: Path) -> None:

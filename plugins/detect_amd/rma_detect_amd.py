@@ -16,17 +16,14 @@ are built for), ``compute_units``, ``unified_memory``, ``rocm_reason`` (why ther
 
 from __future__ import annotations
 
-import os
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from rma_core import ContainerAccess, Detection, Device, PluginConfig, hookimpl
+from rma_core import ContainerAccess, Detection, Device, PluginConfig, hookimpl, sysfs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-BUS = "sys/bus/pci/devices"
 KFD_NODES = "sys/class/kfd/kfd/topology/nodes"
 KFD = "dev/kfd"
 
@@ -45,14 +42,11 @@ OLDEST_ROCM = 9
 #: Kinds of KFD memory banks that are the GPU's own: visible to the processor, and not.
 GPU_BANKS = ("1", "2")
 
-#: Where names of cards are written down, the first by device and revision.
+#: Where names of cards are written down by device and revision.
 AMDGPU_IDS = ("usr/share/libdrm/amdgpu.ids", "opt/amdgpu/share/libdrm/amdgpu.ids")
-PCI_IDS = ("usr/share/hwdata/pci.ids", "usr/share/misc/pci.ids")
-#: More of a file is not read: one below /sys has a page, the largest list of names 1.5 MB.
-MOST_BYTES, MOST_LIST_BYTES = 64 * 1024, 8 * 1024 * 1024
-MOST_CHARACTERS, MOST_REASON = 100, 480
-#: No card has more bytes, or more of anything: a number beyond is none.
-MOST = 2**50
+#: More of such a list is not read: the longest has some 50 KB.
+MOST_LIST_BYTES = 1024 * 1024
+MOST_REASON = 480
 #: So many addresses are named where many cards have one trouble.
 MOST_NAMED = 8
 
@@ -85,20 +79,6 @@ TOO_OLD = "ROCm no longer supports {gfx}"
 Facts = dict[str, bool | int | float | str | list[str] | None]
 
 
-class Slot(NamedTuple):
-    """One AMD device on the PCI bus."""
-
-    folder: Path
-    kind: str
-    device: str
-    driver: str
-
-    @property
-    def address(self) -> str:
-        """Its place, as `lspci -D` has it."""
-        return self.folder.name
-
-
 class Unusable(Exception):
     """A device is there and cannot be used; says why and what to do, to go on after "AMD GPU at 0000:03:00.0: "."""
 
@@ -109,16 +89,11 @@ def rma_detect_devices(config: PluginConfig) -> Detection:
     return detect(Path(str(config.get("root", "/"))))
 
 
-def may_open(node: Path) -> bool:
-    """Whether this user may use a device node."""
-    return os.access(node, os.R_OK | os.W_OK)
-
-
-def detect(root: Path, *, allowed: Callable[[Path], bool] = may_open) -> Detection:
+def detect(root: Path, *, allowed: Callable[[Path], bool] = sysfs.may_open) -> Detection:
     """Return what Linux tells; ``root`` is where ``/sys``, ``/dev`` and ``/usr`` are looked for."""
-    slots = [slot for name in listed(root / BUS) if (slot := slot_of(root / BUS / name))]
+    slots = [slot for slot in sysfs.pci_devices(root) if kind_of(slot)]
     if not slots:
-        return Detection.undetected(f"no AMD GPU or NPU on the PCI bus (/{BUS})")
+        return Detection.undetected("no AMD GPU or NPU on the PCI bus (/sys/bus/pci/devices)")
     nodes = kfd_nodes(root, slots)
     devices: list[Device] = []
     troubles: dict[tuple[str, str], list[str]] = {}
@@ -126,8 +101,8 @@ def detect(root: Path, *, allowed: Callable[[Path], bool] = may_open) -> Detecti
         try:
             devices += Machine(root, allowed).devices(slot, nodes.get(slot.address, []))
         except Unusable as trouble:
-            if read(slot.folder / "vendor"):  # else it was pulled out while we looked
-                troubles.setdefault((slot.kind, str(trouble)), []).append(slot.address)
+            if sysfs.read_text(slot.folder / "vendor"):  # else it was pulled out while we looked
+                troubles.setdefault((kind_of(slot), str(trouble)), []).append(slot.address)
     return answer(devices, troubles)
 
 
@@ -150,13 +125,13 @@ def answer(devices: list[Device], troubles: Mapping[tuple[str, str], list[str]])
     return Detection.unhealthy(f"{reason} ({len(devices)} usable)" if devices else reason, devices=devices)
 
 
-def slot_of(folder: Path) -> Slot | None:
-    """Return the AMD GPU or NPU in a slot of the bus; nothing for what else is there, and for virtual functions."""
-    vendor, device = read(folder / "vendor"), clean(read(folder / "device"))
-    is_gpu = vendor == GPU_VENDOR and read(folder / "class").startswith(GPU_CLASSES)
-    if not (is_gpu or (vendor == NPU_VENDOR and device in NPUS)) or link(folder / "physfn"):
-        return None
-    return Slot(folder, "gpu" if is_gpu else "npu", device, link(folder / "driver"))
+def kind_of(slot: sysfs.PciDevice) -> str:
+    """Return ``gpu`` or ``npu`` for one of AMD's; nothing for what else is on the bus, and for virtual functions."""
+    if slot.vendor == GPU_VENDOR and slot.class_code.startswith(GPU_CLASSES):
+        kind = "gpu"
+    else:
+        kind = "npu" if slot.vendor == NPU_VENDOR and slot.device in NPUS else ""
+    return "" if slot.is_virtual else kind
 
 
 # What KFD tells
@@ -172,7 +147,7 @@ class Node(NamedTuple):
     render: str
 
 
-def kfd_nodes(root: Path, slots: Iterable[Slot]) -> dict[str, list[Node]]:
+def kfd_nodes(root: Path, slots: Iterable[sysfs.PciDevice]) -> dict[str, list[Node]]:
     """Return KFD's nodes by the PCI address of their GPU.
 
     A partition's number stands where the PCI function would be (or from bit 28 on, where it is passed over), so
@@ -180,13 +155,14 @@ def kfd_nodes(root: Path, slots: Iterable[Slot]) -> dict[str, list[Node]]:
     """
     known = {slot.address for slot in slots}
     found: dict[str, list[Node]] = {}
-    for name in sorted(listed(root / KFD_NODES), key=lambda name: (len(name), name)):
+    for name in sorted(sysfs.list_names(root / KFD_NODES), key=lambda name: (len(name), name)):
         folder = root / KFD_NODES / name
         facts = properties(folder / "properties")
-        place, version = number(facts.get("location_id")), number(facts.get("gfx_target_version"))
-        if not version or place is None or not number(facts.get("simd_count")):
+        place = sysfs.whole_number(facts.get("location_id"))
+        version = sysfs.whole_number(facts.get("gfx_target_version"))
+        if not version or place is None or not sysfs.whole_number(facts.get("simd_count")):
             continue
-        slot = f"{number(facts.get('domain')) or 0:04x}:{place >> 8 & 0xFF:02x}:{place >> 3 & 0x1F:02x}"
+        slot = f"{sysfs.whole_number(facts.get('domain')) or 0:04x}:{place >> 8 & 0xFF:02x}:{place >> 3 & 0x1F:02x}"
         exact = f"{slot}.{place & 7}"
         found.setdefault(exact if exact in known else f"{slot}.0", []).append(node_of(folder, facts, version))
     return found
@@ -195,15 +171,15 @@ def kfd_nodes(root: Path, slots: Iterable[Slot]) -> dict[str, list[Node]]:
 def node_of(folder: Path, facts: Mapping[str, str], version: int) -> Node:
     """Return a node of KFD's topology; ``version`` is its target in decimal, 90402 for gfx942."""
     major, minor, step = version // 10000, version // 100 % 100, version % 100
-    banks = [properties(folder / "mem_banks" / name / "properties") for name in listed(folder / "mem_banks")]
-    own = [number(bank.get("size_in_bytes")) or 0 for bank in banks if bank.get("heap_type") in GPU_BANKS]
-    simds, per_unit = number(facts.get("simd_count")), number(facts.get("simd_per_cu"))
+    banks = [properties(folder / "mem_banks" / name / "properties") for name in sysfs.list_names(folder / "mem_banks")]
+    own = [sysfs.whole_number(bank.get("size_in_bytes")) or 0 for bank in banks if bank.get("heap_type") in GPU_BANKS]
+    simds, per_unit = sysfs.whole_number(facts.get("simd_count")), sysfs.whole_number(facts.get("simd_per_cu"))
     return Node(
         gfx=f"gfx{major}{minor:x}{step:x}",
         major=major,
         compute_units=simds // per_unit if simds and per_unit else None,
         memory_bytes=sum(own),
-        render=f"renderD{number(facts.get('drm_render_minor')) or 0}",
+        render=f"renderD{sysfs.whole_number(facts.get('drm_render_minor')) or 0}",
     )
 
 
@@ -216,23 +192,23 @@ class Machine(NamedTuple):
     root: Path
     allowed: Callable[[Path], bool]
 
-    def devices(self, slot: Slot, nodes: list[Node]) -> list[Device]:
+    def devices(self, slot: sysfs.PciDevice, nodes: list[Node]) -> list[Device]:
         """Return one device, or one for each partition. Raises Unusable."""
-        own = DRIVERS[slot.kind]
+        own = DRIVERS[kind_of(slot)]
         if not slot.driver:
-            raise Unusable(NO_DRIVER[slot.kind])
+            raise Unusable(NO_DRIVER[kind_of(slot)])
         if slot.driver != own:
             words = LENT_BY if slot.driver in LENDERS else RADEON if slot.driver == "radeon" else OTHER_DRIVER
             raise Unusable(words.format(driver=slot.driver, own=own))
-        if slot.kind == "npu":
+        if kind_of(slot) == "npu":
             return [self.npu(slot)]
         if len(nodes) > 1:
             return [self.gpu(slot, node, part=part) for part, node in enumerate(nodes, start=1)]
         return [self.gpu(slot, nodes[0] if nodes else None)]
 
-    def npu(self, slot: Slot) -> Device:
+    def npu(self, slot: sysfs.PciDevice) -> Device:
         """Return an NPU. Raises Unusable."""
-        accel = next((name for name in listed(slot.folder / "accel") if name.startswith("accel")), "")
+        accel = next((name for name in sysfs.list_names(slot.folder / "accel") if name.startswith("accel")), "")
         return Device(
             id=f"npu:{slot.address}",
             kind="npu",
@@ -242,7 +218,7 @@ class Machine(NamedTuple):
             access=self.access(slot, f"dev/accel/{accel}" if accel else ""),
         )
 
-    def gpu(self, slot: Slot, node: Node | None, *, part: int = 0) -> Device:
+    def gpu(self, slot: sysfs.PciDevice, node: Node | None, *, part: int = 0) -> Device:
         """Return a GPU, or the ``part``-th partition of one. Raises Unusable."""
         rocm = node is not None and node.major >= OLDEST_ROCM
         render = node.render if node and part else next(iter(renders(slot.folder)), "")
@@ -270,7 +246,7 @@ class Machine(NamedTuple):
             access=access,
         )
 
-    def access(self, slot: Slot, *nodes: str) -> ContainerAccess:
+    def access(self, slot: sysfs.PciDevice, *nodes: str) -> ContainerAccess:
         """Return the way in, by device nodes. Raises Unusable when there is none, or it is closed."""
         if not all(nodes):
             raise Unusable(NOT_STARTED.format(own=slot.driver))
@@ -280,27 +256,28 @@ class Machine(NamedTuple):
         def told(names: Iterable[str]) -> str:
             return " and ".join(kinds.get(name, kinds.get(name.rpartition("/")[0], name)) for name in names)
 
-        if missing := [name for name in nodes if not there(self.root / name)]:
+        if missing := [name for name in nodes if not sysfs.exists(self.root / name)]:
             raise Unusable(NO_NODE.format(nodes=told(missing)))
         if closed := [name for name in nodes if not self.allowed(self.root / name)]:
             raise Unusable(NO_ACCESS.format(nodes=told(closed)))
         return ContainerAccess(device_nodes=tuple(f"/{name}" for name in nodes))
 
-    def facts(self, slot: Slot) -> Facts:
+    def facts(self, slot: sysfs.PciDevice) -> Facts:
         """Return what is told of every device."""
-        version = clean(read(self.root / "sys/module" / slot.driver / "version"))
+        version = sysfs.printable(sysfs.read_text(self.root / "sys/module" / slot.driver / "version"))
         return {
             "pci_address": slot.address,
-            "pci_id": f"{read(slot.folder / 'vendor').removeprefix('0x')}:{slot.device.removeprefix('0x')}",
+            "pci_id": slot.pci_id,
             "driver": slot.driver,
             **({"driver_version": version} if version else {}),
         }
 
-    def name(self, slot: Slot) -> str:
+    def name(self, slot: sysfs.PciDevice) -> str:
         """Return what the card calls itself (servers do), or what libdrm's list or that of PCI ids calls it."""
-        own = clean(read(slot.folder / "product_name"))
-        revision = read(slot.folder / "revision").removeprefix("0x")
-        named = own or self.by_revision(slot.device.removeprefix("0x"), revision) or self.by_pci_id(slot)
+        own = sysfs.printable(sysfs.read_text(slot.folder / "product_name"))
+        revision = sysfs.read_text(slot.folder / "revision").removeprefix("0x")
+        named = own or self.by_revision(slot.device.removeprefix("0x"), revision)
+        named = named or sysfs.pci_name(self.root, slot.vendor, slot.device)
         if not named:
             return f"AMD GPU {slot.device.removeprefix('0x')}"
         return named if named.startswith("AMD") else f"AMD {named}"
@@ -309,25 +286,16 @@ class Machine(NamedTuple):
         """Return the name in libdrm's list: ``744C, C8, AMD Radeon RX 7900 XTX``."""
         sought = (device.lower(), revision.lower())
         for path in AMDGPU_IDS:
-            for line in read(self.root / path, most_bytes=MOST_LIST_BYTES).splitlines():
+            for line in sysfs.read_text(self.root / path, most_bytes=MOST_LIST_BYTES).splitlines():
                 parts = [part.strip() for part in line.split(",", 2)]
                 if len(parts) == 3 and (parts[0].lower(), parts[1].lower()) == sought:  # noqa: PLR2004 - id, revision, name
-                    return clean(parts[2])
-        return ""
-
-    def by_pci_id(self, slot: Slot) -> str:
-        """Return the name in the list of PCI ids; a chip's products stand there in brackets."""
-        wanted = rf"^1002 .*\n(?:[\t#].*\n)*?\t{re.escape(slot.device.removeprefix('0x'))}  (.*)$"
-        for path in PCI_IDS:
-            if found := re.search(wanted, read(self.root / path, most_bytes=MOST_LIST_BYTES), re.MULTILINE):
-                products = re.search(r"\[(.+)\]", found[1])
-                return clean(products[1] if products else found[1])
+                    return sysfs.printable(parts[2])
         return ""
 
 
-def memory_of(slot: Slot, node: Node | None, *, part: int) -> tuple[int | None, bool]:
+def memory_of(slot: sysfs.PciDevice, node: Node | None, *, part: int) -> tuple[int | None, bool]:
     """Return the bytes that a GPU can use, ``None`` where nobody tells, and whether they are the system's."""
-    own = number(read(slot.folder / "mem_info_vram_total"))
+    own = sysfs.read_int(slot.folder / "mem_info_vram_total")
     offered = node.memory_bytes if node else 0
     if part:
         return offered or None, False
@@ -338,53 +306,10 @@ def memory_of(slot: Slot, node: Node | None, *, part: int) -> tuple[int | None, 
 
 def renders(folder: Path) -> list[str]:
     """Return the render nodes of a PCI device."""
-    return [name for name in listed(folder / "drm") if name.startswith("renderD")]
-
-
-# Reading: nothing here raises, whatever a file holds and however suddenly it goes
-
-
-def read(path: Path, *, most_bytes: int = MOST_BYTES) -> str:
-    """Return the beginning of a file, without blanks around it; nothing when it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return file.read(most_bytes).decode(errors="replace").strip()
-    except (OSError, ValueError):
-        return ""
-
-
-def there(path: Path) -> bool:
-    """Whether a file or folder is there and may be seen."""
-    return os.path.exists(path)  # noqa: PTH110 - Path.exists raises where a folder is closed
-
-
-def listed(folder: Path) -> list[str]:
-    """Return the names in a folder, in order; none when it cannot be listed."""
-    try:
-        return sorted(path.name for path in folder.iterdir())
-    except OSError:
-        return []
-
-
-def link(path: Path) -> str:
-    """Return the last part of what a link points to; nothing where there is no link."""
-    try:
-        return clean(os.path.basename(os.readlink(path)))  # noqa: PTH115, PTH119 - text, not a file
-    except OSError:
-        return ""
+    return [name for name in sysfs.list_names(folder / "drm") if name.startswith("renderD")]
 
 
 def properties(path: Path) -> dict[str, str]:
     """Return KFD's ``name value`` lines as a mapping."""
-    pairs = (line.partition(" ") for line in read(path).splitlines())
+    pairs = (line.partition(" ") for line in sysfs.read_text(path).splitlines())
     return {name: value.strip() for name, _, value in pairs}
-
-
-def number(text: str | None) -> int | None:
-    """Return a whole number in text, ``None`` for anything else and for more than MOST."""
-    return int(text) if text and re.fullmatch(r"[0-9]{1,18}", text) and int(text) <= MOST else None
-
-
-def clean(text: str) -> str:
-    """Return text that can be shown, of a length that fits."""
-    return "".join(character for character in text if character.isprintable()).strip()[:MOST_CHARACTERS]

@@ -21,12 +21,11 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from rma_core import ContainerAccess, Detection, Device, PluginConfig, hookimpl
+from rma_core import ContainerAccess, Detection, Device, PluginConfig, hookimpl, sysfs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-BUS = "sys/bus/pci/devices"
 VENDOR = "0x8086"
 GPU_CLASS = "0x03"
 NPUS = {
@@ -43,11 +42,9 @@ CARDS = ("0x49", "0x56", "0x0bd", "0xe2")
 #: How ids begin that i915 drives and the compute runtime supports: cards, Tiger, Rocket, Alder, Raptor and Meteor Lake.
 #: What xe drives is all supported.
 LEVEL_ZERO = (*CARDS, "0x9a", "0x4c", "0x46", "0xa7", "0x7d")
-#: Where names of cards are written down.
-PCI_IDS = ("usr/share/hwdata/pci.ids", "usr/share/misc/pci.ids")
-#: More of a file is not read: one below /sys has a page, the list of names 1.5 MB.
-MOST_BYTES, MOST_LIST_BYTES = 64 * 1024, 8 * 1024 * 1024
-MOST_CHARACTERS, MOST_REASON = 100, 480
+#: No answer of a driver has more.
+MOST_BYTES = 64 * 1024
+MOST_REASON = 480
 #: So many addresses are named where many cards have one trouble.
 MOST_NAMED = 8
 
@@ -80,20 +77,6 @@ MOST_MEMORY_BYTES = 2**50
 Facts = dict[str, bool | int | float | str | list[str] | None]
 
 
-class Slot(NamedTuple):
-    """One Intel device on the PCI bus."""
-
-    folder: Path
-    kind: str
-    device: str
-    driver: str
-
-    @property
-    def address(self) -> str:
-        """Its place, as `lspci -D` has it."""
-        return self.folder.name
-
-
 class Unusable(Exception):
     """A device is there and cannot be used; says why and what to do, to go on after "Intel GPU at 0000:03:00.0: "."""
 
@@ -102,11 +85,6 @@ class Unusable(Exception):
 def rma_detect_devices(config: PluginConfig) -> Detection:
     """Return Intel's GPUs and NPUs of this machine."""
     return detect(Path(str(config.get("root", "/"))))
-
-
-def may_open(node: Path) -> bool:
-    """Whether this user may use a device node."""
-    return os.access(node, os.R_OK | os.W_OK)
 
 
 def ask_i915(node: Path) -> bytes:
@@ -146,20 +124,20 @@ def region_bytes(told: bytes) -> int:
 
 
 def detect(
-    root: Path, *, allowed: Callable[[Path], bool] = may_open, ask: Callable[[Path], bytes] = ask_i915
+    root: Path, *, allowed: Callable[[Path], bool] = sysfs.may_open, ask: Callable[[Path], bytes] = ask_i915
 ) -> Detection:
     """Return what Linux tells; ``root`` is where ``/sys``, ``/dev`` and ``/usr`` are looked for."""
-    slots = [slot for name in listed(root / BUS) if (slot := slot_of(root / BUS / name))]
+    slots = [slot for slot in sysfs.pci_devices(root) if kind_of(slot)]
     if not slots:
-        return Detection.undetected(f"no Intel GPU or NPU on the PCI bus (/{BUS})")
+        return Detection.undetected("no Intel GPU or NPU on the PCI bus (/sys/bus/pci/devices)")
     devices: list[Device] = []
     troubles: dict[tuple[str, str], list[str]] = {}
     for slot in slots:
         try:
             devices.append(Machine(root, allowed, ask).device(slot))
         except Unusable as trouble:
-            if read(slot.folder / "vendor"):  # else it was pulled out while we looked
-                troubles.setdefault((slot.kind, str(trouble)), []).append(slot.address)
+            if sysfs.read_text(slot.folder / "vendor"):  # else it was pulled out while we looked
+                troubles.setdefault((kind_of(slot), str(trouble)), []).append(slot.address)
     return answer(devices, troubles)
 
 
@@ -178,13 +156,11 @@ def answer(devices: list[Device], troubles: Mapping[tuple[str, str], list[str]])
     return Detection.unhealthy(f"{reason} ({len(devices)} usable)" if devices else reason, devices=devices)
 
 
-def slot_of(folder: Path) -> Slot | None:
-    """Return the Intel GPU or NPU in a slot of the bus; nothing for what else is there, and for virtual functions."""
-    device = clean(read(folder / "device"))
-    if read(folder / "vendor") != VENDOR or link(folder / "physfn"):
-        return None
-    kind = "gpu" if read(folder / "class").startswith(GPU_CLASS) else "npu" if device in NPUS else ""
-    return Slot(folder, kind, device, link(folder / "driver")) if kind else None
+def kind_of(slot: sysfs.PciDevice) -> str:
+    """Return ``gpu`` or ``npu`` for one of Intel's; nothing for what else is on the bus, and for virtual functions."""
+    if slot.vendor != VENDOR or slot.is_virtual:
+        return ""
+    return "gpu" if slot.class_code.startswith(GPU_CLASS) else "npu" if slot.device in NPUS else ""
 
 
 class Machine(NamedTuple):
@@ -194,17 +170,17 @@ class Machine(NamedTuple):
     allowed: Callable[[Path], bool]
     ask: Callable[[Path], bytes]
 
-    def device(self, slot: Slot) -> Device:
+    def device(self, slot: sysfs.PciDevice) -> Device:
         """Return the GPU or NPU in a slot. Raises Unusable."""
-        drivers = DRIVERS[slot.kind]
+        drivers = DRIVERS[kind_of(slot)]
         if not slot.driver:
-            raise Unusable(NO_DRIVER[slot.kind])
+            raise Unusable(NO_DRIVER[kind_of(slot)])
         if slot.driver not in drivers:
             words = LENT_BY if slot.driver in LENDERS else OTHER_DRIVER
             raise Unusable(words.format(driver=slot.driver, own=" or ".join(drivers)))
-        return self.npu(slot) if slot.kind == "npu" else self.gpu(slot)
+        return self.npu(slot) if kind_of(slot) == "npu" else self.gpu(slot)
 
-    def npu(self, slot: Slot) -> Device:
+    def npu(self, slot: sysfs.PciDevice) -> Device:
         """Return an NPU. Raises Unusable."""
         _, access = self.access(slot, "accel", "accel")
         return Device(
@@ -216,7 +192,7 @@ class Machine(NamedTuple):
             access=access,
         )
 
-    def gpu(self, slot: Slot) -> Device:
+    def gpu(self, slot: sysfs.PciDevice) -> Device:
         """Return a GPU. Raises Unusable."""
         node, access = self.access(slot, "drm", "renderD")
         memory = self.memory(slot, node)
@@ -235,82 +211,35 @@ class Machine(NamedTuple):
             access=access,
         )
 
-    def access(self, slot: Slot, folder: str, begin: str) -> tuple[Path, ContainerAccess]:
+    def access(self, slot: sysfs.PciDevice, folder: str, begin: str) -> tuple[Path, ContainerAccess]:
         """Return the device node and the way in for containers. Raises Unusable when there is none, or it is closed."""
-        name = next((name for name in listed(slot.folder / folder) if name.startswith(begin)), "")
+        name = next((name for name in sysfs.list_names(slot.folder / folder) if name.startswith(begin)), "")
         if not name:
             raise Unusable(NOT_STARTED.format(own=slot.driver))
         place = f"dev/{'dri' if folder == 'drm' else folder}"
         node, named = self.root / place / name, f"/{place}/{begin}*"
-        if not there(node):
+        if not sysfs.exists(node):
             raise Unusable(NO_NODE.format(nodes=named))
         if not self.allowed(node):
             raise Unusable(NO_ACCESS.format(nodes=named))
         return node, ContainerAccess(device_nodes=(f"/{place}/{name}",))
 
-    def memory(self, slot: Slot, node: Path) -> int:
+    def memory(self, slot: sysfs.PciDevice, node: Path) -> int:
         """Return the bytes of a card's own memory, 0 where there is none or nobody tells."""
-        tiles = [slot.folder / name for name in listed(slot.folder) if re.fullmatch(r"tile[0-9]+", name)]
-        written = sum(number(read(tile / "physical_vram_size_bytes")) for tile in tiles)
-        for card in listed(slot.folder / "drm"):
-            written = written or number(read(slot.folder / "drm" / card / "lmem_total_bytes"))
+        tiles = [slot.folder / name for name in sysfs.list_names(slot.folder) if re.fullmatch(r"tile[0-9]+", name)]
+        written = sum(sysfs.read_int(tile / "physical_vram_size_bytes") or 0 for tile in tiles)
+        for card in sysfs.list_names(slot.folder / "drm"):
+            written = written or sysfs.read_int(slot.folder / "drm" / card / "lmem_total_bytes") or 0
         return written or (region_bytes(self.ask(node)) if slot.driver == "i915" else 0)
 
-    def name(self, slot: Slot) -> str:
-        """Return what the list of PCI ids calls it; a chip's product stands there in brackets."""
-        wanted = rf"^8086 .*\n(?:[\t#].*\n)*?\t{re.escape(slot.device.removeprefix('0x'))}  (.*)$"
-        for path in PCI_IDS:
-            if found := re.search(wanted, read(self.root / path, most_bytes=MOST_LIST_BYTES), re.MULTILINE):
-                product = re.search(r"\[(.+)\]", found[1])
-                named = clean(product[1] if product else found[1])
-                return named if named.startswith("Intel") else f"Intel {named}"
-        return f"Intel GPU {slot.device.removeprefix('0x')}"
+    def name(self, slot: sysfs.PciDevice) -> str:
+        """Return what the list of PCI ids calls it."""
+        named = sysfs.pci_name(self.root, slot.vendor, slot.device)
+        if not named:
+            return f"Intel GPU {slot.device.removeprefix('0x')}"
+        return named if named.startswith("Intel") else f"Intel {named}"
 
 
-def facts(slot: Slot) -> Facts:
+def facts(slot: sysfs.PciDevice) -> Facts:
     """Return what is told of every device."""
-    pci_id = f"{VENDOR.removeprefix('0x')}:{slot.device.removeprefix('0x')}"
-    return {"pci_address": slot.address, "pci_id": pci_id, "driver": slot.driver}
-
-
-# Reading: nothing here raises, whatever a file holds and however suddenly it goes
-
-
-def read(path: Path, *, most_bytes: int = MOST_BYTES) -> str:
-    """Return the beginning of a file, without blanks around it; nothing when it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return file.read(most_bytes).decode(errors="replace").strip()
-    except (OSError, ValueError):
-        return ""
-
-
-def there(path: Path) -> bool:
-    """Whether a file or folder is there and may be seen."""
-    return os.path.exists(path)  # noqa: PTH110 - Path.exists raises where a folder is closed
-
-
-def listed(folder: Path) -> list[str]:
-    """Return the names in a folder, in order; none when it cannot be listed."""
-    try:
-        return sorted(path.name for path in folder.iterdir())
-    except OSError:
-        return []
-
-
-def link(path: Path) -> str:
-    """Return the last part of what a link points to; nothing where there is no link."""
-    try:
-        return clean(os.path.basename(os.readlink(path)))  # noqa: PTH115, PTH119 - text, not a file
-    except OSError:
-        return ""
-
-
-def number(text: str) -> int:
-    """Return a whole number in text, 0 for anything else and for more than any card has."""
-    return int(text) if re.fullmatch(r"[0-9]{1,18}", text) and int(text) <= MOST_MEMORY_BYTES else 0
-
-
-def clean(text: str) -> str:
-    """Return text that can be shown, of a length that fits."""
-    return "".join(character for character in text if character.isprintable()).strip()[:MOST_CHARACTERS]
+    return {"pci_address": slot.address, "pci_id": slot.pci_id, "driver": slot.driver}

@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from rma_core import ContainerAccess, Detection, Device, PluginConfig, hookimpl
+from rma_core import ContainerAccess, Detection, Device, PluginConfig, hookimpl, sysfs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -112,7 +112,7 @@ def _not_started(nvml: ModuleType, error: Exception, root: Path) -> Detection:
     if code == nvml.NVML_ERROR_DRIVER_NOT_LOADED:
         return _without_module(cards, root)
     if code == nvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH:
-        module = " ".join(filter(None, ("kernel module", _read(root / "sys/module/nvidia/version"))))
+        module = " ".join(filter(None, ("kernel module", sysfs.read_text(root / "sys/module/nvidia/version"))))
         return Detection.unhealthy(
             f"driver/library version mismatch: the driver was updated while the old {module} stayed loaded; reboot, or "
             "stop what uses the GPU and reload the nvidia modules "
@@ -167,13 +167,8 @@ def _load_problem() -> str:
 
 def pci_cards(root: Path) -> list[str]:
     """Return the PCI addresses of NVIDIA's display controllers, but not of those lent to a virtual machine (vfio)."""
-    found = []
-    for device in sorted((root / "sys/bus/pci/devices").glob("*")):
-        if _read(device / "vendor") != PCI_VENDOR_NVIDIA or not _read(device / "class").startswith(PCI_CLASS_DISPLAY):
-            continue
-        if (device / "driver").resolve().name != "vfio-pci":
-            found.append(device.name)
-    return found
+    cards = [card for card in sysfs.pci_devices(root) if card.vendor == PCI_VENDOR_NVIDIA and card.driver != "vfio-pci"]
+    return [card.address for card in cards if card.class_code.startswith(PCI_CLASS_DISPLAY)]
 
 
 # What NVML tells
@@ -380,14 +375,6 @@ def _advice(nvml: ModuleType, code: int) -> str:
     return "see what `nvidia-smi` and `sudo dmesg | grep NVRM` say"
 
 
-def _read(path: Path) -> str:
-    """Return a small file's text without its line's end; an empty string when it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return ""
-
-
 # Whether containers can use it
 
 
@@ -423,7 +410,7 @@ def find_toolkit(root: Path) -> Toolkit:
     names: set[str] = set()
     specs = []
     for path in _spec_files(root):
-        found = cdi_names(_read(path))
+        found = cdi_names(sysfs.read_text(path, most_bytes=MAX_SPEC_BYTES))
         if found:
             specs.append(f"/{path.relative_to(root).as_posix()}")
             names.update(found)
@@ -461,7 +448,7 @@ def _program(root: Path, name: str) -> str | None:
 
 def _docker_runtime(settings: Path) -> bool:
     try:
-        data = json.loads(_read(settings) or "{}")
+        data = json.loads(sysfs.read_text(settings) or "{}")
     except ValueError:
         return False
     runtimes = data.get("runtimes") if isinstance(data, dict) else None

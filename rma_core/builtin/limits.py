@@ -8,11 +8,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from rma_core import sysfs
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 #: Version 1 says "no limit" with the largest multiple of the page size; nothing real comes near it.
 NO_LIMIT_BYTES = 2**60
+#: More of a file is not read: where many containers run, the list of mounts is long.
+MOST_BYTES = 8 * 1024 * 1024
 #: Limits are 64-bit numbers.
 MAX_DIGITS = 20
 #: No machine has more; a longer list is not one of CPUs.
@@ -80,10 +84,7 @@ def process_paths(root: Path = Path("/")) -> tuple[str, ...]:
 
 def _text(path: Path) -> str:
     """Return a file's text; one that is absent or may not be read says nothing."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
+    return sysfs.read_text(path, most_bytes=MOST_BYTES)
 
 
 def _paths(text: str) -> dict[str, str]:

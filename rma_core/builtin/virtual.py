@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from rma_core import sysfs
 from rma_core.builtin import limits
 
 if TYPE_CHECKING:
@@ -75,15 +76,15 @@ def from_board(name: str) -> str:
 
 def container(root: Path) -> str:
     """Return what contains this process (``docker``, ``podman``, ``kubernetes``, ``lxc`` …), or an empty string."""
-    if _there(root / "var/run/secrets/kubernetes.io") or _there(root / "run/secrets/kubernetes.io"):
+    if sysfs.exists(root / "var/run/secrets/kubernetes.io") or sysfs.exists(root / "run/secrets/kubernetes.io"):
         return "kubernetes"
     paths = " ".join(limits.process_paths(root))
     by_path = next((name for word, name in _CGROUPS if word in paths), "")
     if by_path == "kubernetes":
         return by_path
-    if _there(root / "run/.containerenv"):
+    if sysfs.exists(root / "run/.containerenv"):
         return "podman"
-    if _there(root / ".dockerenv"):
+    if sysfs.exists(root / ".dockerenv"):
         return "docker"
     return by_path or _read(root / "run/systemd/container")
 
@@ -99,17 +100,6 @@ def summary(*, hypervisor: str, container: str, wsl: bool) -> str:
     return f"container:{container}" if container else "wsl" if wsl else hypervisor
 
 
-def _there(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:
-        return False
-
-
 def _read(path: Path) -> str:
     """Return a file's first 4 KiB without the NULs of the device tree; what cannot be read says nothing."""
-    try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            return file.read(4096).replace("\0", " ").strip()
-    except OSError:
-        return ""
+    return sysfs.read_text(path, most_bytes=4096).replace("\0", " ").strip()

@@ -100,6 +100,8 @@ def plugins_new(name: str, kind: Kind | None, as_json: bool) -> None:
         common.say(f"Change {made.files[1]}, then:")
         common.say(f"  rma plugins check {made.folder}")
         common.say(f"  pip install -e {made.folder}      and it is in `rma plugins`")
+    if made.kind == "runtime" and not as_json:
+        common.say("It is for an engine with Docker's API; for another, write the methods of a ContainerRuntime.")
 
 
 @plugins.command("check")
@@ -171,4 +173,5 @@ def _print_checks(out: Console, done: Sequence[tuple[Target, list[Result]]]) -> 
         broken = sum(result.state == "broken" for result in results)
         out.print(common.safe(f"{target.name}: {f'{broken} broken' if broken else f'all {len(results)} kept'}"))
     if any(target.kind == "runtime" for target, _ in done):
-        common.say("What needs containers is for its author to try: runtime_contract in rma_core.testing.")
+        suites = "runtime_contract, adoption_contract and isolation_contract in rma_core.testing"
+        common.say(f"What needs containers is for its author to try: {suites}.")
