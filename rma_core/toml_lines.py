@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from rma_core.errors import Problem, SettingProblem, ValidationProblem
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 #: No table that a person wrote is longer.
 MAX_CHARACTERS = 200_000
+#: Dots of one line, and problems of one file that are told with their lines.
+MAX_DOTS, MAX_PROBLEMS = 200, 20
 #: A name as TOML has it: bare, or in quotes.
 _NAME = r"""[A-Za-z0-9_-]+|"[^"]*"|'[^']*'"""
 NAME = re.compile(_NAME)
@@ -42,15 +45,23 @@ def read(text: str, *, subject: str) -> dict[str, Any]:
     """Return what a file says. Raises ValidationProblem, which names the line."""
     if len(text) > MAX_CHARACTERS:
         raise _too_long(subject)
+    for number, line in enumerate(text.splitlines(), 1):
+        # The parser's time grows with the square of a name's parts.
+        if line.count(".") > MAX_DOTS:
+            raise ValidationProblem(subject, [Problem(f"line {number}", f"has more than {MAX_DOTS} dots")])
     try:
         return tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except RecursionError:
+        raise ValidationProblem(subject, [Problem("$", "is nested too deeply")]) from None
+    except ValueError as error:
+        # Besides what is no TOML, a number of thousands of digits.
         raise ValidationProblem(subject, [_stopped(str(error), text)]) from None
 
 
 def placed(subject: str, problems: Iterable[Problem], text: str) -> ValidationProblem:
     """Return problems by line, each with its line before its path: ``line 6, tiers[0].ram``."""
-    lines = [(line_of(text, problem.where), problem) for problem in problems]
+    index = _index(text)
+    lines = [(_line(index, problem.where), problem) for problem in islice(problems, MAX_PROBLEMS)]
     found = [
         (line, Problem(f"line {line}" + (f", {problem.where[2:]}" if len(problem.where) > 1 else ""), problem.what))
         for line, problem in lines
@@ -63,8 +74,23 @@ def line_of(text: str, path: str) -> int:
 
     A name that is no bare one is written ``$.models["a:b"]``.
     """
+    return _line(_index(text), path)
+
+
+def _line(index: Iterable[tuple[int, list[str | int]]], path: str) -> int:
     parts: list[str | int] = [int(index) if index else name or quoted for name, quoted, index in PART.findall(path)]
     best, depth = 1, 0
+    for number, name in index:
+        # A header stands for the tables around it too, where those have none.
+        same = min(len(name), len(parts))
+        if same > depth and parts[:same] == name[:same]:
+            best, depth = number, same
+    return best
+
+
+def _index(text: str) -> list[tuple[int, list[str | int]]]:
+    """Return what is named in a file, with the line on which each begins."""
+    found: list[tuple[int, list[str | int]]] = []
     counts: dict[tuple[str, ...], int] = {}
     here: list[str | int] = []
     for number, line in enumerate(text.splitlines(), 1):
@@ -74,17 +100,10 @@ def line_of(text: str, path: str) -> int:
             if header[1]:
                 counts[tuple(table)] = counts.get(tuple(table), -1) + 1
                 here.append(counts[tuple(table)])
-            names = [here[:-1], here] if header[1] else [here]
+            found += [(number, name) for name in ((here[:-1], here) if header[1] else (here,))]
         elif key := KEY.match(line):
-            names = [[*here, _bare(key[1])]]
-        else:
-            continue
-        for name in names:
-            # A header stands for the tables around it too, where those have none.
-            same = min(len(name), len(parts))
-            if same > depth and parts[:same] == name[:same]:
-                best, depth = number, same
-    return best
+            found.append((number, [*here, _bare(key[1])]))
+    return found
 
 
 def _too_long(subject: str) -> ValidationProblem:

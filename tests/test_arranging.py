@@ -8,10 +8,14 @@ import subprocess
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import pytest
 
 from bench import _load
+from rma_coordinator import effects as effects_module
 from rma_coordinator.arranging import KEY, RulesRecord
-from rma_coordinator.store import Put
+from rma_coordinator.domain.census import NOTHING
+from rma_coordinator.domain.rules import read_rules
+from rma_coordinator.store import Put, StoreFailed
 from rma_core import Needs
 from rma_core.models.worker import ContainerStatus
 from tests.coordinator_fixtures import CATALOG, Running, StandIn, entry, running
@@ -185,6 +189,184 @@ async def test_a_service_says_where_it_runs_and_what_keeps_it_from_running_elsew
         assert listed["notes"]["reasons"] == [{"reason": "it was assigned just now", "workers": 2}]
 
 
+# -- who comes, goes and changes meanwhile -----------------------------------------------------------------------------
+
+
+async def settle(machines: list[StandIn]) -> None:
+    for _ in range(4):
+        for machine in machines:
+            assert (await machine.beat(containers=())).status_code == 200
+
+
+@pytest.mark.parametrize("back", ["beat", "register", "enable"])
+async def test_one_that_comes_back_makes_the_pool_look_at_who_took_its_copy_over(tmp_path: Path, back: str) -> None:
+    async with running(tmp_path) as pool:
+        machines = await fleet(pool, 3)
+        await apply(pool, "[services.notes]\nmost = 1\nwanted = 1\nprefer = { labels = { site = 'lab' } }\n")
+        await settle(machines)
+        [has] = who(pool, "notes")
+        [gone] = [one for one in machines if one.id == has]
+        worker, others = pool.pool.fleet.get(has), [one for one in machines if one is not gone]
+        if back == "enable":
+            await pool.pool.set_disabled(worker, disabled=True)
+        else:
+            pool.pool.unregister(worker)
+        await settle(others)
+        assert len([one for one in who(pool, "notes") if one != has]) == 1
+        if back == "beat":
+            assert (await gone.beat(containers=())).status_code == 200
+        elif back == "register":
+            gone = await pool.enrol(gone.key, labels=worker.record.labels)
+        else:
+            await pool.pool.set_disabled(worker, disabled=False)
+        await settle(others if back == "enable" else [*others, gone])
+        assert who(pool, "notes") == [has], "it is preferred, and there is to be one"
+
+
+async def test_a_machine_that_is_drained_leaves_what_is_lacked_to_others(tmp_path: Path) -> None:
+    catalog = (msgspec.structs.replace(entry("ner", wanted=1), tiers=()),)
+    async with running(tmp_path, entries=catalog) as pool:
+        machines = await fleet(pool, 3)
+        await apply(pool, 'strategy = "spread"\n[services.ner]\nwanted = 0\n')
+        assert who(pool, "ner") == []
+        for machine in machines[:2]:
+            await machine.beat(containers=(), draining=True)
+        await apply(pool, 'strategy = "spread"\n')
+        assert who(pool, "ner") == [machines[2].id]
+        told = (await pool.client.get(f"/api/admin/workers/{machines[0].id}")).json()["placement"]
+        assert told["ner"] == "enough copies in the pool (1 running, 1 wanted)"
+        pool.pool.unregister(pool.pool.fleet.get(machines[2].id))
+        for machine in machines[:2]:
+            await machine.beat(containers=(), draining=True)
+        assert who(pool, "ner") == [machines[2].id]
+        told = (await pool.client.get(f"/api/admin/workers/{machines[0].id}")).json()["placement"]
+        assert told["ner"] == "the machine is being drained"
+        await machines[1].beat(containers=(), draining=False)
+        assert machines[1].id in who(pool, "ner")
+
+
+async def test_what_an_owner_takes_back_while_rules_are_put_in_force_is_not_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(tmp_path) as pool:
+        machines = await fleet(pool, 2)
+        worker, store = pool.pool.fleet.get(machines[0].id), pool.pool.store
+        commit = store.commit
+
+        async def meanwhile(changes: Any, **more: Any) -> None:
+            worker.record = msgspec.structs.replace(worker.record, services=("ner",))
+            await commit(changes, **more)
+
+        monkeypatch.setattr(store, "commit", meanwhile)
+        await apply(pool, "[services.notes]\nmost = 2\n")
+        assert who(pool, "notes") == [machines[1].id]
+
+
+async def test_a_policy_is_previewed_under_rules_while_workers_change(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(effects_module, "AT_ONCE", 1)
+    async with running(tmp_path) as pool:
+        await fleet(pool, 4)
+        await apply(pool, "[services.notes]\nmost = 2\nwanted = 1\n")
+        every = {"policy": "every", "file": '[[tiers]]\ntier = 7\nname = "all"\n'}
+        shown = (await pool.client.post("/api/admin/policies/preview", json=every)).json()
+        now = {row["service"]: row for row in shown["services"]}
+        assert (now["notes"]["now"], now["notes"]["then"]) == (2, 1), "nobody prefers it in that tier"
+        plan = await pool.pool.switching.plan(pool.pool.tiers.find().policy)
+        plan = plan._replace(rows=[row._replace(new_tier=7) for row in plan.rows])
+        counting = asyncio.create_task(effects_module.effects(pool.pool, plan))
+        await asyncio.sleep(0)
+        for worker in pool.pool.fleet.workers.values():
+            pool.pool.fleet.stand(worker, NOTHING)
+        found = await counting
+        assert next(one for one in found.capacity if one.service == "notes").then == 1
+
+
+async def test_rules_whose_commit_was_given_up_are_not_in_force_after_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(tmp_path) as pool:
+        await fleet(pool, 1)
+        store = pool.pool.store
+        commit = store.commit
+
+        async def kept_all_the_same(changes: Any, **more: Any) -> None:
+            await commit(changes, **more)
+            raise StoreFailed("nobody knows whether it was kept")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "commit", kept_all_the_same)
+            failed = await pool.client.put("/api/admin/placement", json={"file": TWO})
+            assert failed.status_code == 503
+        assert pool.pool.arranging.record.text == ""
+        await pool.pool.flush()
+    async with running(tmp_path) as pool:
+        assert pool.pool.arranging.record.text == ""
+
+
+async def test_after_a_restart_a_copy_that_is_lacked_goes_to_whom_the_strategy_says(tmp_path: Path) -> None:
+    small = tuple(msgspec.structs.replace(entry(name, wanted=1), tiers=(), needs=Needs(cpu_cores=2)) for name in "abc")
+    async with running(tmp_path, entries=small[:2]) as pool:
+        machines = await fleet(pool, 2)
+        await apply(pool, 'strategy = "spread"\n[services.a]\nstrategy = "fill"\n')
+        [busy] = {*who(pool, "a"), *who(pool, "b")}
+    async with running(tmp_path, entries=small) as pool:
+        # The busy one comes first, and leaves the new service to the other.
+        for machine in sorted(machines, key=lambda one: one.id != busy):
+            found = StandIn(pool, machine.key, machine.answer)
+            assert (await found.beat(containers=())).status_code == 200
+        assert who(pool, "c") != [busy]
+        assert len(who(pool, "c")) == 1
+
+
+async def test_applying_gives_a_lack_to_the_best_machine_and_lets_others_give_way_at_once(tmp_path: Path) -> None:
+    catalog = (entry("notes"), msgspec.structs.replace(entry("ner", wanted=1), tiers=()))
+    async with running(tmp_path, entries=catalog) as pool:
+        machines = await fleet(pool, 4)
+        first, last = machines[0].id, machines[-1].id
+        alone = f'[services.ner]\nwanted = 1\nmost = 1\nprefer = {{ workers = ["{last}"] }}\n'
+        await apply(pool, alone)
+        assert who(pool, "ner") == [last]
+        text = f'strategy = "spread"\n[services.notes]\nonly = {{ workers = ["{first}", "{machines[1].id}"] }}\n'
+        await apply(pool, f"{text}[services.ner]\nwanted = 0\n")
+        assert (who(pool, "notes"), who(pool, "ner")) == (sorted([first, machines[1].id]), [])
+        await apply(pool, text)
+        [idle] = who(pool, "ner")
+        assert idle in (machines[2].id, last), "those that run notes leave it to those that run nothing"
+        # From then on heartbeats go by the same counts.
+        pool.pool.unregister(pool.pool.fleet.get(idle))
+        await settle([one for one in machines if one.id != idle])
+        assert {*who(pool, "ner")} - {idle} == {machines[2].id, last} - {idle}
+
+
+async def test_two_who_apply_at_once_leave_the_rules_of_one_of_them(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool:
+        await fleet(pool, 3)
+        texts = [f"[services.notes]\nmost = {most}\nwanted = 1\n" for most in (1, 2)]
+        await asyncio.gather(*(apply(pool, text) for text in texts))
+        arranging = pool.pool.arranging
+        assert arranging.now.rules == read_rules(arranging.record.text)
+        assert len(who(pool, "notes")) == arranging.now.rules.of("notes").most
+
+
+async def test_what_a_pool_lacks_is_told_before_that_there_is_enough(tmp_path: Path) -> None:
+    async with running(tmp_path, entries=(msgspec.structs.replace(entry("ner", wanted=1), tiers=()),)) as pool:
+        machines = await fleet(pool, 4)
+        [has] = who(pool, "ner")
+        ill = ContainerStatus(name="ner-worker", service="ner", state="backoff", reason="its image is missing")
+        for machine in machines:
+            await machine.beat(containers=(ill,) if machine.id == has else ())
+        [listed] = (await pool.client.get("/api/admin/services")).json()["services"]
+        assert listed["reasons"] == [{"reason": "backoff: its image is missing", "workers": 1}]
+
+
+async def test_fewer_than_the_catalog_wants_may_be_the_most_and_are_then_enough(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool:
+        await fleet(pool, 3)
+        done = await apply(pool, "[services.ner]\nmost = 1\n")
+        [row] = [one for one in done["services"] if one["service"] == "ner"]
+        assert (row["wanted"], row["then"], row["short"]) == (1, 1, False)
+
+
 # -- what policies prefer ----------------------------------------------------------------------------------------------
 
 
@@ -202,6 +384,12 @@ async def test_a_policy_that_only_prefers_other_services_moves_workers_too(tmp_p
         text = policy('prefers = ["notes", "nothing-like-it"]')
         shown = (await pool.client.post("/api/admin/policies/preview", json={"policy": "every", "file": text})).json()
         assert shown["changes"] == 1
+        stale = {"policy": "every", "file": policy('prefers = ["ner", "notes"]'), "plan": ""}
+        stale["plan"] = (await pool.client.post("/api/admin/policies/preview", json=stale)).json()["plan"]
+        refused = await pool.client.put("/api/admin/policies/active", json={**stale, "file": text})
+        assert refused.status_code == 409, "it prefers something else than what was seen"
+        shadow = (await pool.client.put("/api/admin/policies/shadow", json={"policy": "every", "file": text})).json()
+        assert [row["reason"].partition("; it prefers ")[2] for row in shadow["workers"]] == ["notes, nothing-like-it"]
         assert shown["unknown_services"] == ["nothing-like-it"]
         [row] = shown["workers"]
         assert (row["from"], row["to"], row["stops"], row["starts"]) == (7, 7, ["ner"], ["notes"])

@@ -9,19 +9,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rma_coordinator.domain.census import NOTHING, Census
+from rma_coordinator.domain.census import NOTHING, Census, Group, Standing
 from rma_coordinator.domain.placement import Ruling, place
 from rma_coordinator.domain.rules import Machine, Machines, Rule, Rules, read_rules
 from rma_core.errors import ValidationProblem
 from rma_core.record import read_report
 from tests.test_model_placement import LLAMA, model
-from tests.test_placement import entry
+from tests.test_placement import DOCKER, entry
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from rma_coordinator.domain.census import Standing
+    from rma_coordinator.domain.rules import Strategy
     from rma_core.catalog import CatalogEntry
+    from rma_core.model_catalog import ModelEntry
 
 SMALL = read_report({"cpu_cores": 4, "ram": "8GB", "storage": "100GB"}, subject="small")
 LARGE = read_report({"cpu_cores": 16, "ram": "64GB", "storage": "100GB"}, subject="large")
@@ -103,6 +104,29 @@ def test_everything_wrong_is_said_with_the_line_that_it_stands_on(change: tuple[
     assert any(str(one).startswith(problem) for one in caught.value.problems), str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("wanted = " + "9" * 5000, "Exceeds the limit"),
+        ("[services.ocr]\nonly = " + "[" * 5000, "is nested too deeply"),
+        ("a." * 5000 + "a = 1", "line 1: has more than 200 dots"),
+        ("[services]\nocr = 1", "line 2, services.ocr: is a table: [services.ocr]"),
+    ],
+)
+def test_what_would_cost_a_parser_dearly_is_refused_in_a_word(text: str, problem: str) -> None:
+    with pytest.raises(ValidationProblem) as caught:
+        read(text)
+    assert problem in str(caught.value)
+
+
+def test_of_thousands_of_problems_some_are_told() -> None:
+    with pytest.raises(ValidationProblem) as caught:
+        read("\n".join(f"key{number} = 1" for number in range(10_000)))
+    assert [str(one).partition(":")[0] for one in caught.value.problems] == [
+        f"line {number + 1}, key{number}" for number in range(20)
+    ]
+
+
 def test_what_a_pool_has_no_more_is_named_but_no_reason_to_lose_the_rest() -> None:
     rules = read_rules('[services.gone]\nwanted = 2\n[models."old:1b"]\n[services.ocr]\nwanted = 2\n')
     assert rules.unknown((OCR,), ()) == ["gone", "old:1b"]
@@ -121,8 +145,9 @@ def test_a_service_of_models_that_is_not_wanted_is_placed_with_none_of_them() ->
 class OnPaper:
     """A pool's machines, placed one after the other as a pool does: each leaves the counts while it is looked at."""
 
-    def __init__(self, rules: Rules, catalog: Sequence[CatalogEntry]) -> None:
+    def __init__(self, rules: Rules, catalog: Sequence[CatalogEntry], models: Sequence[ModelEntry] = ()) -> None:
         self.rules, self.catalog = rules, rules.entries(catalog)
+        self.models = rules.wanted_models(models)
         self.machines: dict[str, tuple[Any, int, Mapping[str, str]]] = {}
         self.runs: dict[str, tuple[str, ...]] = {}
         self.reasons: dict[str, dict[str, str]] = {}
@@ -144,7 +169,8 @@ class OnPaper:
         counts = Counter(lane for other, lanes in self.runs.items() if other != name for lane in lanes)
         self._census.remove(was[1])
         ruling = Ruling(self.rules, Machine(worker_id=name, labels=labels), self._census, counted)
-        found = place(self.catalog, report, tier, pool=counts, current=was[0], ruling=ruling)
+        about: dict[str, Any] = {"models": self.models, "pool": counts, "current": was[0], "runtimes": (DOCKER,)}
+        found = place(self.catalog, report, tier, ruling=ruling, **about)
         self._census.add(found.standing)
         self.runs[name] = tuple(one.lane for one in found.assignments)
         self._stands[name], self.reasons[name] = found.standing, found.reasons
@@ -260,6 +286,32 @@ def test_spread_gives_a_copy_to_who_runs_least_and_pack_to_who_runs_most(
         )
 
 
+def test_what_a_policy_prefers_comes_before_what_a_rule_and_a_tier_prefer() -> None:
+    lab = Machines(labels={"site": "lab"})
+    ruling = Ruling(Rules(services={"redis": Rule(prefer=lab)}), Machine(labels={"site": "lab"}))
+    assert order(ruling) == ["redis", "ocr", "notes"]
+    machine = ruling.machine._replace(prefers=("notes", "ocr"))
+    assert order(ruling._replace(machine=machine)) == ["notes", "ocr", "redis"]
+
+
+def order(ruling: Ruling) -> list[str]:
+    return [one.lane for one in place((OCR, NOTES, REDIS), LARGE, 2, pool={}, ruling=ruling).assignments]
+
+
+def test_who_runs_something_that_was_not_looked_at_yet_does_not_defer_to_others_for_ever() -> None:
+    pool = OnPaper(Rules(), (LLAMA,), [model("old:1b", 20)])
+    for name in ("m0", "m1"):
+        pool.join(name, report=LARGE)
+    pool.settle()
+    assert pool.who("llm old:1b") == ["m0", "m1"]
+    pool.rules = Rules(models={"x:1b": Rule(wanted=1, most=1, strategy="pack")})
+    pool.models = (*pool.models, model("x:1b", 1))
+    pool.count()
+    pool.settle()
+    assert len(pool.who("llm x:1b")) == 1
+
+
+MODELS = (model("a:1b", 1), model("b:1b", 12))
 SITES = st.sampled_from(["lab", "attic", ""])
 JOINING = st.tuples(SITES, st.sampled_from([SMALL, LARGE]), st.integers(1, 4))
 COUNTS = st.integers(0, 5)
@@ -284,13 +336,19 @@ def rule_of(draw: st.DrawFn) -> Rule:
 @given(
     st.lists(JOINING, min_size=1, max_size=9),
     st.dictionaries(st.sampled_from(["ocr", "notes", "redis", "extra"]), rule_of()),
+    st.dictionaries(st.sampled_from(["a:1b", "b:1b"]), rule_of()),
     st.sampled_from(["fill", "spread", "pack"]),
     st.data(),
 )
 def test_whoever_comes_and_goes_a_pool_comes_to_rest_within_its_rules(
-    joining: list[tuple[str, Any, int]], services: dict[str, Rule], strategy: Any, data: st.DataObject
+    joining: list[tuple[str, Any, int]],
+    services: dict[str, Rule],
+    models: dict[str, Rule],
+    strategy: Any,
+    data: st.DataObject,
 ) -> None:
-    pool = OnPaper(Rules(strategy=strategy, services=services), (OCR, NOTES, REDIS, EXTRA))
+    rules = Rules(strategy=strategy, services=services, models=models)
+    pool = OnPaper(rules, (OCR, NOTES, REDIS, EXTRA, LLAMA), MODELS)
     for number, (site, report, tier) in enumerate(joining):
         pool.join(f"m{number}", report=report, tier=tier, **({"site": site} if site else {}))
         if data.draw(st.booleans()):
@@ -298,15 +356,51 @@ def test_whoever_comes_and_goes_a_pool_comes_to_rest_within_its_rules(
         if len(pool.machines) > 1 and data.draw(st.integers(0, 4)) == 0:
             pool.leave(data.draw(st.sampled_from(sorted(pool.machines))))
     pool.settle()
-    for one in pool.catalog:
-        rule, who = services.get(one.service, Rule()), pool.who(one.service)
+    lanes = [(one.service, one.wanted, services.get(one.service, Rule())) for one in pool.catalog if one != LLAMA]
+    lanes += [(f"llm {one.name}", one.wanted, models.get(one.name, Rule())) for one in pool.models]
+    for lane, wanted, rule in lanes:
+        who = pool.who(lane)
         assert rule.most is None or len(who) <= rule.most
         if rule.only is not None:
             assert all(pool.machines[name][2].get("site") == "lab" for name in who)
-        if len(who) < one.wanted:
+        if len(who) < wanted:
             # Nobody who could take a copy has been left out: each says what it lacks, or that it may not.
-            told = {pool.reasons[name][one.service] for name in pool.machines if name not in who}
+            told = {pool.reasons[name][lane] for name in pool.machines if name not in who}
             assert not any("left to" in why or "as it may" in why or "enough" in why for why in told), told
+
+
+GROUPS = st.builds(Group, st.booleans(), st.sampled_from(["lab", "attic", ""]))
+ONE_LANE = st.lists(st.tuples(st.just("x"), GROUPS), max_size=1).map(tuple)
+STANDINGS = st.builds(Standing, ONE_LANE, ONE_LANE, st.integers(0, 3))
+
+
+@given(st.lists(STANDINGS, max_size=12), GROUPS, st.integers(0, 3), st.sampled_from([0, 1, -1]), st.data())
+def test_counts_say_the_same_as_a_look_at_every_machine(
+    machines: list[Standing], group: Group, runs: int, sign: int, data: st.DataObject
+) -> None:
+    census, there = Census(), list[Standing]()
+    for one in machines:
+        census.add(one)
+        there.append(one)
+        if data.draw(st.integers(0, 2)) == 0:
+            census.remove(there.pop(data.draw(st.integers(0, len(there) - 1))))
+    having = [of for one in there for _, of in one.has]
+    copies = Counter(one.value for one in having)
+    assert census.copies("x") == len(having)
+    assert census.copies("x", liked=True) == sum(one.liked for one in having)
+
+    def rank(of: Group, much: int) -> tuple[bool, int, int]:
+        return not of.liked, copies[of.value], sign * much
+
+    before = [of for one in there for _, of in one.room if rank(of, one.runs) < rank(group, runs)]
+    strategies: dict[int, Strategy] = {0: "fill", 1: "spread", -1: "pack"}
+    assert census.better("x", group, runs, strategy=strategies[sign]) == len(before)
+    copies[group.value] += 1
+    same_kind = [one for one in having if one.liked or not group.liked]
+    assert census.worse("x", group) == sum(rank(one, 0) > rank(group, 0) for one in same_kind)
+    for one in there:
+        census.remove(one)
+    assert vars(census) == vars(Census())
 
 
 def test_counts_of_machines_that_are_gone_leave_nothing_behind() -> None:

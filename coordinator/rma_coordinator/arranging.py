@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from rma_coordinator.domain.census import NOTHING, Census
+from rma_coordinator.domain.census import NOBODY, NOTHING, Census
 from rma_coordinator.domain.fleet import lanes_of
 from rma_coordinator.domain.rules import NO_RULES, Rules, read_rules
+from rma_coordinator.domain.worker_records import same
 from rma_coordinator.effects import Capacity, Moved, capacity, moved
 from rma_coordinator.store import Put
 from rma_coordinator.switching import AT_ONCE
 from rma_core.errors import Refused, ValidationProblem
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 
+    from rma_coordinator.audit import AuditEntry
     from rma_coordinator.domain.census import Standing
     from rma_coordinator.domain.fleet import Worker
     from rma_coordinator.domain.placement import Placement
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from rma_coordinator.pool import Pool
     from rma_core.catalog import CatalogEntry
     from rma_core.model_catalog import ModelEntry
+    from rma_core.models.worker import Assignment
 
 logger = logging.getLogger(__name__)
 
@@ -54,27 +57,25 @@ class Arranged(NamedTuple):
     models: tuple[ModelEntry, ...]
 
 
-class _Draft(NamedTuple):
-    """What one worker would run, chosen for its record as it was then."""
-
-    record: WorkerRecord
-    chosen: Placement
-
-
 class Draft(NamedTuple):
-    """What rules would come to: by worker what it would run, and every service."""
+    """What rules would come to: who would run which lanes then, what of that is new, and every service.
+
+    Nothing of a worker's record is kept: of a large fleet that would be as much as the coordinator has.
+    """
 
     arranged: Arranged
-    workers: dict[str, _Draft]
+    lanes: dict[str, tuple[str, ...]]
     moves: dict[str, Moved]
+    counts: Counter[str]
+    census: Census
+    stands: dict[str, Standing]
     capacity: list[Capacity]
 
     @property
     def digest(self) -> str:
         """A word for exactly these moves: who saw a preview can say that nothing else is meant."""
         moves = [(worker_id, one.stops, one.starts) for worker_id, one in self.moves.items()]
-        rules = msgspec.json.encode([self.arranged.rules, moves])
-        return hashlib.sha256(rules).hexdigest()[:16]
+        return hashlib.sha256(msgspec.json.encode([self.arranged.rules, moves])).hexdigest()[:16]
 
 
 class Arranging:
@@ -87,7 +88,9 @@ class Arranging:
         self.now = self._arranged(NO_RULES)
         #: Why rules that were put in force are not; empty while they are.
         self.trouble = ""
-        self._one = asyncio.Lock()
+        self._one, self._drafting = asyncio.Lock(), asyncio.Lock()
+        #: A commit was given up and may be kept all the same.
+        self._unsure = False
 
     def _arranged(self, rules: Rules) -> Arranged:
         entries = rules.entries(self._entries)
@@ -114,9 +117,9 @@ class Arranging:
         if rules.governing:
             # Who has what must be known before anyone is placed.
             fleet = self._pool.fleet
-            async for worker, record_now in self._workers():
-                counted = self._place(self.now, record_now, _lanes(record_now), Counter(), fleet.census, counted=True)
-                fleet.stand(worker, counted.standing)
+            counts = Counter(fleet.assigned())
+            async for worker in self._workers():
+                fleet.stand(worker, self._count(self.now, worker, counts).standing)
 
     # -- what would change -------------------------------------------------------------------------------------
 
@@ -130,61 +133,75 @@ class Arranging:
 
         First it is counted who has room for what. Then every worker is looked at, again and again until none changes.
         """
-        arranged, pool = self._arranged(rules), self._pool
-        counts, census = Counter(pool.fleet.assigned()), Census()
-        stands: dict[str, Standing] = {}
-        workers: dict[str, _Draft] = {}
-        if rules.governing:
-            async for worker, record in self._workers():
-                chosen = self._place(arranged, record, _lanes(record), counts, census, counted=True)
-                census.add(chosen.standing)
-                stands[worker.id] = chosen.standing
-        for _ in range(ROUNDS):
-            changed = False
-            async for worker, record in self._workers():
-                known = workers.get(worker.id)
-                current = known.chosen.assignments if known else record.assignment
-                counts.subtract(lanes_of(current, worker.containers))
-                census.remove(stands.get(worker.id, NOTHING))
-                chosen = self._place(arranged, record, tuple(one.lane for one in current), counts, census)
-                counts.update(lanes_of(chosen.assignments, worker.containers))
-                census.add(chosen.standing)
-                stands[worker.id] = chosen.standing
-                workers[worker.id] = _Draft(record, chosen)
-                changed |= chosen.assignments != current
-            if not changed:
-                break
-        moves = {
-            worker_id: moved(one.record, one.chosen.assignments)
-            for worker_id, one in workers.items()
-            if one.chosen.assignments != one.record.assignment
-        }
-        return Draft(arranged, workers, moves, capacity(arranged.catalog, pool.fleet.assigned(), counts))
+        # One at a time: each takes seconds of a large fleet.
+        async with self._drafting:
+            arranged, pool = self._arranged(rules), self._pool
+            found = Draft(arranged, {}, {}, Counter(pool.fleet.assigned()), Census(), {}, [])
+            before = pool.fleet.assigned()
+            # As it is now: whoever is placed meanwhile is counted as something else.
+            were = {worker.id: worker.counted for worker in pool.fleet.workers.values()}
+            if rules.governing:
+                async for worker in self._workers():
+                    standing = self._count(arranged, worker, found.counts).standing
+                    self._stand(found, worker, standing)
+            for _ in range(ROUNDS):
+                if not [worker.id async for worker in self._workers() if self._redraft(found, worker, were)]:
+                    break
+            models = arranged.models
+            return found._replace(capacity=capacity(arranged.catalog, before, found.counts, models))
 
-    async def _workers(self) -> AsyncIterator[tuple[Worker, WorkerRecord]]:
-        """Yield every worker that counts, with its record; who is away is placed when it comes back."""
+    def _redraft(self, found: Draft, worker: Worker, were: Mapping[str, tuple[str, ...]]) -> bool:
+        """Choose a worker's services once more; say whether they are others than before."""
+        record = worker.record
+        known = found.lanes.get(worker.id)
+        was = _lanes(record.assignment) if known is None else known
+        counted = were.get(worker.id, ()) if known is None else _counted(known, worker)
+        found.counts.subtract(counted)
+        chosen = self._chosen(found, worker, record, was)
+        now = found.lanes[worker.id] = same(_lanes(chosen.assignments))
+        found.counts.update(_counted(now, worker))
+        self._stand(found, worker, chosen.standing)
+        moves = moved(record, chosen.assignments)
+        if moves.stops or moves.starts:
+            found.moves[worker.id] = moves
+        else:
+            found.moves.pop(worker.id, None)
+        return now != was
+
+    def _chosen(self, found: Draft, worker: Worker, record: WorkerRecord, current: tuple[str, ...]) -> Placement:
+        """Choose a worker's services beside what all others have in a draft, which counts this one no more."""
+        found.census.remove(found.stands.pop(worker.id, NOTHING))
+        rules, census = found.arranged.rules, found.census
+        ruling = self._pool.ruling(
+            worker.id, record.labels, record.prefers, census, draining=worker.draining, rules=rules
+        )
+        return self._pool.placement(
+            record, record.report, record.tier, worker_id=worker.id, current=current, counts=found.counts,
+            arranged=found.arranged, ruling=ruling,
+        )  # fmt: skip
+
+    def _count(self, arranged: Arranged, worker: Worker, counts: Counter[str]) -> Placement:
+        """Find out what a worker has and has room for, whatever others have."""
+        record = worker.record
+        ruling = self._pool.ruling(worker.id, record.labels, record.prefers, NOBODY, rules=arranged.rules)
+        return self._pool.placement(
+            record, record.report, record.tier, worker_id=worker.id, current=_lanes(record.assignment), counts=counts,
+            arranged=arranged, ruling=ruling._replace(counted=True),
+        )  # fmt: skip
+
+    def _stand(self, found: Draft, worker: Worker, standing: Standing) -> None:
+        stands = found.stands[worker.id] = same(self._pool.fleet.stands(worker, standing))
+        found.census.add(stands)
+
+    async def _workers(self) -> AsyncIterator[Worker]:
+        """Yield every worker that counts; who is away is placed when it comes back."""
         workers = self._pool.fleet.workers
         for number, worker_id in enumerate(sorted(workers)):
             if number % AT_ONCE == 0:
                 await asyncio.sleep(0)
             worker = workers.get(worker_id)
             if worker is not None and worker.present:
-                yield worker, worker.record
-
-    def _place(
-        self,
-        arranged: Arranged,
-        record: WorkerRecord,
-        current: Sequence[str],
-        counts: Counter[str],
-        census: Census,
-        *,
-        counted: bool = False,
-    ) -> Placement:
-        return self._pool.placement(
-            record, record.report, record.tier, worker_id=record.worker_id, prefers=record.prefers, current=current,
-            counts=counts, arranged=arranged, census=census, counted=counted,
-        )  # fmt: skip
+                yield worker
 
     # -- putting in force --------------------------------------------------------------------------------------
 
@@ -204,36 +221,57 @@ class Arranging:
             audit = self._pool.switching.audit
             what = "rules of placement are in force" if text else "no rules of placement are in force any more"
             entry = audit.entry("rules_applied", f"{what}; workers whose services change: {len(draft.moves)}", by=by)
-            await self._pool.store.commit([Put(KEY, record), *audit.changes(entry)])
-            audit.keep(entry)
+            await self._commit(record, entry)
             self.record, self.now, self.trouble = record, draft.arranged, ""
-            logger.info("%s by %s: %s", what, by, len(draft.moves), extra={"action": "rules_applied"})
+            logger.info(
+                "%s, by %s; workers that change: %d", what, by, len(draft.moves), extra={"action": "rules_applied"}
+            )
             await self._give(draft)
             return draft
 
+    async def _commit(self, record: RulesRecord, entry: AuditEntry) -> None:
+        audit = self._pool.switching.audit
+        try:
+            await self._pool.store.commit([Put(KEY, record), *audit.changes(entry)])
+        except BaseException:
+            # It may be kept all the same, and the next start would go by it.
+            self._unsure = True
+            raise
+        self._unsure = False
+        audit.keep(entry)
+
+    async def make_sure(self) -> None:
+        """Write once more what counts here, after a commit of which nobody knows whether it is kept."""
+        if self._unsure and not self._one.locked():
+            async with self._one:
+                await self._pool.store.commit([Put(KEY, self.record)])
+                self._unsure = False
+
     async def _give(self, draft: Draft) -> None:
-        """Give the workers what was drafted; who has changed since is placed by the new rules."""
+        """Give the workers what was drafted, each as it is now: of one something else may be known by now."""
         fleet, pool = self._pool.fleet, self._pool
-        pool.look_at_all_again()
         fleet.new_census()
-        for worker_id, one in draft.workers.items():
+        for worker_id, standing in draft.stands.items():
             if (worker := fleet.workers.get(worker_id)) is not None:
-                fleet.stand(worker, one.chosen.standing)
-        for number, (worker_id, one) in enumerate(draft.workers.items()):
+                fleet.stand(worker, standing)
+        for number, (worker_id, lanes) in enumerate(draft.lanes.items()):
             if number % AT_ONCE == 0:
                 await asyncio.sleep(0)
             worker = fleet.workers.get(worker_id)
-            if worker is None:
-                continue
-            record = worker.record
-            same = (record.report, record.tier, record.prefers, record.generation, record.runtimes) == (
-                one.record.report, one.record.tier, one.record.prefers, one.record.generation, one.record.runtimes,
-            )  # fmt: skip
-            if same and worker.present:
-                pool.give(worker, record, one.chosen)
-            else:
-                pool.place(worker)
+            if worker is not None and worker.present:
+                record = worker.record
+                draft.counts.subtract(_counted(lanes, worker))
+                chosen = self._chosen(draft, worker, record, lanes)
+                draft.counts.update(_counted(_lanes(chosen.assignments), worker))
+                self._stand(draft, worker, chosen.standing)
+                pool.give(worker, record, chosen)
 
 
-def _lanes(record: WorkerRecord) -> tuple[str, ...]:
-    return tuple(one.lane for one in record.assignment)
+def _lanes(assignments: Iterable[Assignment]) -> tuple[str, ...]:
+    return tuple(one.lane for one in assignments)
+
+
+def _counted(lanes: Iterable[str], worker: Worker) -> tuple[str, ...]:
+    """Return what a worker with these lanes counts for, as `lanes_of` has it."""
+    own = lanes_of((), worker.containers)
+    return tuple(part for one in lanes for part in ([one.partition(" ")[0], one] if " " in one else [one])) + own

@@ -8,18 +8,20 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from rma_coordinator.domain.census import Census
+from rma_coordinator.domain.census import NOTHING, Census
 from rma_coordinator.domain.fleet import lanes_of
 from rma_coordinator.switching import AT_ONCE
+from rma_core.models.worker import lane
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from rma_coordinator.choices import Change, Plan
     from rma_coordinator.domain.fleet import Worker
     from rma_coordinator.domain.worker_records import WorkerRecord
     from rma_coordinator.pool import Pool
     from rma_core.catalog import CatalogEntry
+    from rma_core.model_catalog import ModelEntry
     from rma_core.models.worker import Assignment
 
 
@@ -33,7 +35,7 @@ class Moved(NamedTuple):
 
 
 class Capacity(msgspec.Struct, frozen=True, kw_only=True):
-    """Copies of a service: those that the pool wants, has now, and would have; ``short`` where it would lack some."""
+    """Copies of a service, or of one of its models: wanted, now and then; ``short`` where some would be lacking."""
 
     service: str
     wanted: int
@@ -59,37 +61,46 @@ async def effects(pool: Pool, plan: Plan) -> Effects:
     Placement looks at what the pool has, so this is what would come of it if nothing else changed.
     """
     counts, moves, census = Counter(pool.fleet.assigned()), dict[str, Moved](), Census()
-    for one in pool.fleet.workers.values():
-        census.add(one.stood)
+    # As it is now: whoever is placed meanwhile is counted as something else.
+    were = {one.id: (one.counted, one.stood) for one in pool.fleet.workers.values()}
+    for _, stood in were.values():
+        census.add(stood)
     for number, row in enumerate(plan.moves):
         if number % AT_ONCE == 0:
             await asyncio.sleep(0)
         worker = pool.fleet.workers.get(row.worker_id)
         if worker is not None:
+            counted, stood = were.get(worker.id, ((), NOTHING))
+            counts.subtract(counted)
+            census.remove(stood)
             moves[worker.id] = _move(pool, worker, row, counts, census)
-    return Effects(moves, capacity(pool.catalog, pool.fleet.assigned(), counts))
+    return Effects(moves, capacity(pool.catalog, pool.fleet.assigned(), counts, pool.model_entries))
 
 
-def capacity(catalog: Mapping[str, CatalogEntry], now: Mapping[str, int], then: Mapping[str, int]) -> list[Capacity]:
-    """Return every service, with its copies now and then."""
+def capacity(
+    catalog: Mapping[str, CatalogEntry],
+    now: Mapping[str, int],
+    then: Mapping[str, int],
+    models: Iterable[ModelEntry] = (),
+) -> list[Capacity]:
+    """Return every service, with its copies now and then, and the ``models`` of which there would be more or fewer."""
+    wanted = [(name, entry.wanted) for name, entry in sorted(catalog.items())]
+    of_models = sorted((lane(entry.service, entry.name), entry.wanted) for entry in models)
+    wanted += [(name, count) for name, count in of_models if now.get(name, 0) != then.get(name, 0)]
     return [
-        Capacity(service=name, wanted=entry.wanted, now=now.get(name, 0), then=then.get(name, 0))
-        for name, entry in sorted(catalog.items())
+        Capacity(service=name, wanted=count, now=now.get(name, 0), then=then.get(name, 0)) for name, count in wanted
     ]
 
 
 def _move(pool: Pool, worker: Worker, row: Change, counts: Counter[str], census: Census) -> Moved:
     """Return what a worker would do as a policy says of it, and count it so."""
     record = worker.record
-    counts.subtract(worker.counted)
-    census.remove(worker.stood)
-    chosen = pool.placement(
-        record, record.report, row.new_tier, worker_id=worker.id, counts=counts, census=census,
-        prefers=record.prefers if row.prefers is None else row.prefers,
-    )  # fmt: skip
+    prefers = record.prefers if row.prefers is None else row.prefers
+    ruling = pool.ruling(worker.id, record.labels, prefers, census, draining=worker.draining)
+    chosen = pool.placement(record, record.report, row.new_tier, worker_id=worker.id, counts=counts, ruling=ruling)
     if worker.present:
         counts.update(lanes_of(chosen.assignments, worker.containers))
-        census.add(chosen.standing)
+        census.add(pool.fleet.stands(worker, chosen.standing))
     return moved(record, chosen.assignments)
 
 

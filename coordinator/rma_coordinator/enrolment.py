@@ -36,7 +36,8 @@ async def preview(pool: Pool, request: RegisterRequest) -> RegisterResponse:
     report = request.report or HardwareReport(capabilities=request.capabilities)
     await _prepare(pool, request, "")
     decision = pool.decide(report, labels=request.labels, worker_id="")
-    chosen = pool.placement(request, report, decision.tier, worker_id="", prefers=decision.prefers)
+    ruling = pool.ruling("", request.labels, decision.prefers, pool.fleet.census)
+    chosen = pool.placement(request, report, decision.tier, worker_id="", ruling=ruling)
     return RegisterResponse(
         worker_id=NOBODY,
         tier=decision.tier,

@@ -25,7 +25,7 @@ from rma_coordinator.domain.limits import Limiter, counted
 from rma_coordinator.domain.models import ModelRecord, Models
 from rma_coordinator.domain.placement import Ruling, could_run, place
 from rma_coordinator.domain.repeats import Repeats
-from rma_coordinator.domain.rules import Machine
+from rma_coordinator.domain.rules import Machine, Rules
 from rma_coordinator.domain.tasks import NO_LANES, NO_SHARES
 from rma_coordinator.domain.traffic import Traffic, TrafficRecord
 from rma_coordinator.domain.webhooks import WebhookSecrets
@@ -174,7 +174,6 @@ class Pool:
         self._started = False
         self._renewing = asyncio.Lock()
         self._writing = asyncio.Lock()
-        self._need = 0
 
     @property
     def entries(self) -> tuple[CatalogEntry, ...]:
@@ -371,6 +370,7 @@ class Pool:
             await self.write_workers()
             await self._write_models()
             await self._write_traffic()
+            await self.arranging.make_sure()
         except RMAError as error:
             logger.debug("%s; it is tried again", error)
 
@@ -515,27 +515,24 @@ class Pool:
         tier: int | None,
         *,
         worker_id: str,
-        prefers: Sequence[str] = (),
+        ruling: Ruling,
         current: Sequence[str] = (),
         counts: Mapping[str, int] | None = None,
         arranged: Arranged | None = None,
-        census: Census | None = None,
-        counted: bool = False,
     ) -> Placement:
-        """Choose what a machine should run; ``current`` lanes stay as long as they fit.
+        """Choose what a machine should run, by rules; ``current`` lanes stay as long as they fit.
 
-        ``counts`` and ``census`` are what the pool has beside it, where that is not what it has now, ``arranged`` the
-        rules, where others than those in force are looked at.
+        ``counts`` are what the pool has beside it, where that is not what it has now, ``arranged`` what placement goes
+        by, where that is not what is in force.
         """
         url, arranged = self.settings.public_url, arranged or self.arranging.now
-        subject = Machine(worker_id, tier, machine.labels, prefers)
         return place(
             arranged.entries,
             report,
             tier,
             models=arranged.models,
             pool=self.fleet.assigned(besides=worker_id) if counts is None else counts,
-            ruling=Ruling(arranged.rules, subject, census or self.fleet.census, counted),
+            ruling=ruling,
             allowed=machine.services,
             agreed=machine.agreed_models,
             own=machine.own_models,
@@ -543,6 +540,21 @@ class Pool:
             current=current,
             env={"COORDINATOR_URL": url} if url else {},
         )
+
+    def ruling(
+        self,
+        worker_id: str,
+        labels: Mapping[str, str],
+        prefers: Sequence[str],
+        census: Census,
+        *,
+        draining: bool = False,
+        rules: Rules | None = None,
+    ) -> Ruling:
+        """Return the rules (those in force unless given) as they bear on one machine; ``census`` counts all others."""
+        machine = Machine(worker_id=worker_id, labels=labels, prefers=prefers)
+        why = "the machine is being drained" if draining else ""
+        return Ruling(self.arranging.now.rules if rules is None else rules, machine, census, takes_nothing=why)
 
     # -- workers -----------------------------------------------------------------------------------------------
 
@@ -555,12 +567,12 @@ class Pool:
         if worker.could is None:
             worker.could = could_run(self.entries, record)
         current = () if anew else tuple(assignment.lane for assignment in record.assignment)
-        with self.fleet.census.without(worker.stood):
+        with self.fleet.census.without(worker.stood) as census:
+            ruling = self.ruling(worker.id, record.labels, record.prefers, census, draining=worker.draining)
             chosen = self.placement(
-                record, record.report, record.tier, worker_id=worker.id, prefers=record.prefers, current=current
+                record, record.report, record.tier, worker_id=worker.id, current=current, ruling=ruling
             )
         self.give(worker, record, chosen)
-        worker.placed = self._need
 
     def give(self, worker: Worker, record: WorkerRecord, chosen: Placement) -> None:
         """Give a worker the services that were chosen for its record as it is now."""
@@ -573,16 +585,11 @@ class Pool:
                 generation=record.generation + changed,
             )
             self.fleet.changed.add(worker.id)
+        # What one machine runs changes what the pool lacks: the others are looked at with their next heartbeat.
         if changed:
             self.fleet.recount(worker)
-        if changed or chosen.standing != worker.standing:
-            # What one machine runs changes what the pool lacks: the others are looked at with their next heartbeat.
-            self._need += 1
         self.fleet.stand(worker, chosen.standing)
-
-    def look_at_all_again(self) -> None:
-        """Have every worker's services looked at with its next heartbeat."""
-        self._need += 1
+        worker.placed = self.fleet.need
 
     def heartbeat(self, worker: Worker, beat: Heartbeat, *, ip_address: str, nonce: bool = True) -> HeartbeatAnswer:
         """Take a sign of life in and say what the worker should do next, with a ``nonce`` if it will need one soon."""
@@ -591,14 +598,10 @@ class Pool:
 
     def heard(self, worker: Worker, beat: Heartbeat, *, ip_address: str) -> tuple[AttemptRef, ...]:
         """Take a sign of life in; return those of the worker's attempts that nobody wants any more."""
-        paused = worker.paused
         self.fleet.beat(worker, beat, ip_address=ip_address)
-        if worker.paused != paused:
-            # What a paused machine offered is lacked now, and what others took over is not when it goes on.
-            self._need += 1
         if beat.report is not None or beat.runtimes is not None or beat.plugins is not None:
             self._new_facts(worker, beat)
-        elif worker.placed != self._need:
+        elif worker.placed != self.fleet.need:
             self.place(worker)
         seat = self.dispatcher.seats.get(worker.id)
         if seat is not None and seat.running:
@@ -699,7 +702,6 @@ class Pool:
         """Free what a worker had, and end its connection: if it speaks again, it begins with a new one."""
         self.dispatcher.gone(worker.id, reason, blame=blame)
         self.hub.close(worker.id)
-        self._need += 1
 
     async def set_disabled(self, worker: Worker, *, disabled: bool) -> None:
         """Shut a worker out (its tokens end at once), or let it in again."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from rma_core.interfaces import TierDecision, TierPolicy
 
@@ -34,15 +34,20 @@ class Shadow:
         self.asked = self.failed = 0
         self._differs: dict[str, Disagreement] = {}
 
-    def compare(self, worker_id: str, tier: int | None, shadow: TierDecision, *, failed: bool) -> None:
-        """Take in what it says of a worker beside the tier that this has. One that fails differs from whatever."""
+    def compare(
+        self, worker_id: str, tier: int | None, shadow: TierDecision, *, failed: bool, prefers: Sequence[str] = ()
+    ) -> None:
+        """Take in what it says of a worker beside what this has. One that fails differs from whatever."""
         self.asked += 1
         self.failed += failed
-        if tier == shadow.tier and not failed:
+        if (tier, tuple(prefers)) == (shadow.tier, shadow.prefers) and not failed:
             return
+        reason = shadow.reason
+        if tier == shadow.tier and not failed:
+            reason = f"{reason}; it prefers {', '.join(shadow.prefers) or 'nothing'}"
         before = self._differs.pop(worker_id, None)
         self._differs[worker_id] = Disagreement(
-            worker_id, tier, shadow.tier, shadow.reason, self._wall(), before.times + 1 if before else 1
+            worker_id, tier, shadow.tier, reason, self._wall(), before.times + 1 if before else 1
         )
         if len(self._differs) > KEPT:
             del self._differs[next(iter(self._differs))]

@@ -10,97 +10,148 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from rma_coordinator.domain.placement import AS_MANY, ENOUGH
 from rma_coordinator.overview import ASKED_WORKERS
 from rma_coordinator.overview import services as counted
 from rma_core.models.worker import lane
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Mapping
 
     from rma_coordinator.domain.fleet import Worker
-    from rma_coordinator.domain.worker_records import WorkerRecord
+    from rma_coordinator.domain.rules import Rule, Rules
     from rma_coordinator.pool import Pool
 
 #: Reasons that are told of one service; workers that are looked at, and told of, where one is asked about.
 TOLD, MOST_LOOKED_AT, MOST_SHOWN = 5, 5000, 100
 #: Workers that are looked at before anyone else gets a word in.
 AT_ONCE = 25
+#: Why a machine has not got what others have.
+PLENTY = (ENOUGH, AS_MANY)
 #: What of a reason is one machine's own: how much it has.
 OWN = re.compile(r", (?:there is [^;]*|[^;,]* free)")
 
 
 def services(pool: Pool) -> list[dict[str, Any]]:
-    """Return every service of the catalog with its counts, and of those that are short the reasons, commonest first."""
+    """Return every service of the catalog with its counts, and of those that are short the reasons."""
     rows = counted(pool)
-    short = [name for name, row in rows.items() if row["healthy"] < row["wanted"]]
-    some = list(islice((one for one in pool.fleet.workers.values() if one.present), ASKED_WORKERS)) if short else []
-    records = [(worker, worker.record) for worker in some]
+    told = {name: _Told() for name, row in rows.items() if row["healthy"] < row["wanted"]}
+    looked_at = 0
+    for worker in pool.fleet.workers.values() if told else ():
+        if not worker.present:
+            continue
+        has = _services(worker)
+        for name in told.keys() & has:
+            told[name].ill[_ill(name, worker)] += 1
+        # A whole record costs much more to look at: some are enough.
+        if (looked_at := looked_at + 1) <= ASKED_WORKERS and told.keys() - has:
+            placement = worker.record.placement
+            for name in told.keys() - has:
+                told[name].without[_why_not(name, placement)] += 1
+    rules = pool.arranging.now.rules
     return [
-        {"service": name, **row, "most": pool.arranging.now.rules.of(name).most, "reasons": _told(name, records, short)}
+        {"service": name, **row, "most": rules.of(name).most, "reasons": told[name].ranked() if name in told else []}
         for name, row in rows.items()
     ]
-
-
-def _told(name: str, records: Iterable[tuple[Worker, WorkerRecord]], short: Iterable[str]) -> list[dict[str, Any]]:
-    return _ranked(Counter(_why(name, *one) for one in records)) if name in short else []
 
 
 async def service(pool: Pool, name: str) -> dict[str, Any]:
     """Return one service: its counts, its rule, the workers that have it, and why others have not."""
     here: list[dict[str, Any]] = []
-    reasons, looked_at = Counter[str](), 0
+    told, looked_at = _Told(), 0
     for worker in islice(list(pool.fleet.workers.values()), MOST_LOOKED_AT):
         if looked_at % AT_ONCE == 0:
             await asyncio.sleep(0)
         looked_at += 1
         if not worker.present:
             continue
-        reasons[_why(name, worker, record := worker.record)] += 1
-        lanes, states = _lanes(name, worker, record), [one for one in worker.containers if one.service == name]
-        if lanes and len(here) < MOST_SHOWN:
-            state = "; ".join(sorted({one.state for one in states})) or "assigned"
-            why = "; ".join(sorted({one.reason for one in states} - {""}))
-            here.append({"worker_id": worker.id, "tier": record.tier, "lanes": lanes, "state": state, "reason": why})
+        if name not in _services(worker):
+            told.without[_why_not(name, worker.record.placement)] += 1
+            continue
+        told.ill[_ill(name, worker)] += 1
+        if len(here) < MOST_SHOWN:
+            here.append(_copy(name, worker))
     rules, entry = pool.arranging.now.rules, pool.catalog[name]
-    rule = rules.of(name)
+    ruled = [one for one in pool.model_entries if one.service == name and one.name in rules.models]
+    assigned = pool.fleet.assigned()
     return {
         "service": name,
         **counted(pool)[name],
-        "most": rule.most,
-        "strategy": rules.strategy_of(rule),
-        "rule": msgspec.to_builtins(rule),
-        "prefer": rule.prefer.words if rule.prefer else _tiers(entry.tiers),
-        "only": rule.only.words if rule.only else "",
+        **_rule(rules, rules.of(name), entry.tiers),
+        "models": [
+            {
+                "model": one.name,
+                "wanted": one.wanted,
+                "assigned": assigned.get(lane(name, one.name), 0),
+                **_rule(rules, rules.of(name, one.name), entry.tiers),
+            }
+            for one in ruled
+        ],
         "needs": msgspec.to_builtins(entry.needs),
         "workers": here,
-        "reasons": _ranked(reasons),
+        "reasons": told.ranked(),
         "looked_at": looked_at,
     }
 
 
-def _tiers(tiers: tuple[int, ...]) -> str:
-    return f"machines of tier {', '.join(map(str, tiers))}" if tiers else ""
+class _Told:
+    """Why a service has no healthy copy: on machines that have it, and on those that have not been given it."""
+
+    def __init__(self) -> None:
+        self.ill, self.without = Counter[str](), Counter[str]()
+
+    def ranked(self) -> list[dict[str, Any]]:
+        """Return the commonest reasons: first those of machines that have it, where any does not run well.
+
+        Others then have not got it because there are enough, which is no reason.
+        """
+        del self.ill[""], self.without[""]
+        others = [(why, n) for why, n in self.without.most_common() if not self.ill or not why.startswith(PLENTY)]
+        return [{"reason": why, "workers": count} for why, count in (self.ill.most_common() + others)[:TOLD]]
 
 
-def _why(name: str, worker: Worker, record: WorkerRecord) -> str:
-    """Say why a worker has no healthy copy of a service; an empty string where it has."""
-    if _lanes(name, worker, record):
-        states = [one for one in worker.containers if one.service == name]
-        if any(one.state == "healthy" for one in states):
-            return ""
-        said = {f"{one.state}: {one.reason}" if one.reason else one.state for one in states}
-        return "; ".join(sorted(said)) or "it was assigned just now"
-    reasons = {reason for of, reason in record.placement.items() if of.partition(" ")[0] == name}
+def _copy(name: str, worker: Worker) -> dict[str, Any]:
+    """Return what a worker runs of a service, and how that stands."""
+    states = [one for one in worker.containers if one.service == name]
+    own = [one for one in states if one.unassigned]
+    lanes = [one.lane for one in worker.brief.assignment if one.service == name]
+    lanes += [lane(name, model.name) for one in own for model in one.models] or ([name] if own else [])
+    return {
+        "worker_id": worker.id,
+        "tier": worker.brief.tier,
+        "lanes": lanes,
+        "state": "; ".join(sorted({one.state for one in states})) or "assigned",
+        "reason": "; ".join(sorted({one.reason for one in states} - {""})),
+    }
+
+
+def _rule(rules: Rules, rule: Rule, tiers: tuple[int, ...]) -> dict[str, Any]:
+    of_tiers = f"machines of tier {', '.join(map(str, tiers))}" if tiers else ""
+    return {
+        "most": rule.most,
+        "strategy": rules.strategy_of(rule),
+        "over": rule.over,
+        "prefer": rule.prefer.words if rule.prefer else of_tiers,
+        "only": rule.only.words if rule.only else "",
+    }
+
+
+def _services(worker: Worker) -> set[str]:
+    """Return the services that a worker is to run, and those that its owner offers."""
+    own = {one.service for one in worker.containers if one.unassigned}
+    return own.union(one.service for one in worker.brief.assignment)
+
+
+def _ill(name: str, worker: Worker) -> str:
+    """Say how a worker's copy of a service stands; an empty string where it is healthy."""
+    states = [one for one in worker.containers if one.service == name]
+    if any(one.state == "healthy" for one in states):
+        return ""
+    said = {f"{one.state}: {one.reason}" if one.reason else one.state for one in states}
+    return "; ".join(sorted(said)) or "it was assigned just now"
+
+
+def _why_not(name: str, placement: Mapping[str, str]) -> str:
+    """Say why a worker was not given a service."""
+    reasons = {reason for of, reason in placement.items() if of.partition(" ")[0] == name}
     return "; ".join(sorted({OWN.sub("", reason) for reason in reasons}))
-
-
-def _lanes(name: str, worker: Worker, record: WorkerRecord) -> list[str]:
-    """Return what of a service a worker is to run, and what its owner offers of it."""
-    own = [one for one in worker.containers if one.service == name and one.unassigned]
-    offered = [lane(name, model.name) for one in own for model in one.models] or ([name] if own else [])
-    return [one.lane for one in record.assignment if one.service == name] + offered
-
-
-def _ranked(reasons: Counter[str]) -> list[dict[str, Any]]:
-    del reasons[""]
-    return [{"reason": reason, "workers": count} for reason, count in reasons.most_common(TOLD)]

@@ -396,7 +396,8 @@ class Switching:
             if self.tiers.shadow is not shadow:
                 return
             decision = await self._decision(shadow.policy, worker)
-            shadow.compare(worker.id, worker.brief.tier, decision, failed=isinstance(decision, NoDecision))
+            has, failed = worker.brief, isinstance(decision, NoDecision)
+            shadow.compare(worker.id, has.tier, decision, failed=failed, prefers=has.prefers)
 
     # -- meanwhile ---------------------------------------------------------------------------------------------
 

@@ -172,7 +172,8 @@ class Tiers:
             if isinstance(other, Pending):
                 self._pend(asked.worker_id)
             else:
-                self.shadow.compare(asked.worker_id, decision.tier, other, failed=isinstance(other, NoDecision))
+                failed, prefers = isinstance(other, NoDecision), decision.prefers
+                self.shadow.compare(asked.worker_id, decision.tier, other, failed=failed, prefers=prefers)
 
     def _pend(self, worker_id: str) -> None:
         self.pending.add(worker_id)

@@ -72,13 +72,10 @@ def services_show(service: str, as_json: bool, **options: Any) -> None:
 def _print_service(out: Console, found: dict[str, Any]) -> None:
     counts = f"wanted {_wanted(found)}, assigned {found['assigned']}, healthy {found['healthy']}"
     out.print(common.safe(f"{found['service']}: {counts}"))
-    if found["only"]:
-        out.print(common.safe(f"  kept to {found['only']}"))
-    if found["prefer"]:
-        out.print(common.safe(f"  first on {found['prefer']}"))
-    if found["strategy"] != "fill" or found["rule"]["over"]:
-        over = f", shared out over {found['rule']['over']}" if found["rule"]["over"] else ""
-        out.print(common.safe(f"  strategy {found['strategy']}{over}"))
+    _print_rule(out, found)
+    for one in found["models"]:
+        out.print(common.safe(f"  {one['model']}: wanted {_wanted(one)}, assigned {one['assigned']}"))
+        _print_rule(out, one, indent="    ")
     rows = [
         (w["worker_id"], w["tier"] or "-", ", ".join(w["lanes"]), w["state"], w["reason"]) for w in found["workers"]
     ]
@@ -86,6 +83,16 @@ def _print_service(out: Console, found: dict[str, Any]) -> None:
     reasons = [(one["reason"], one["workers"]) for one in found["reasons"]]
     if reasons:
         common.table(("why not elsewhere", "workers"), reasons, empty="")(out)
+
+
+def _print_rule(out: Console, found: dict[str, Any], *, indent: str = "  ") -> None:
+    if found["only"]:
+        out.print(common.safe(f"{indent}kept to {found['only']}"))
+    if found["prefer"]:
+        out.print(common.safe(f"{indent}first on {found['prefer']}"))
+    if found["strategy"] != "fill" or found["over"]:
+        over = f", shared out over {found['over']}" if found["over"] else ""
+        out.print(common.safe(f"{indent}strategy {found['strategy']}{over}"))
 
 
 @services.command("rules")
@@ -150,7 +157,8 @@ def services_apply(file: Path | None, no_rules: bool, yes: bool, as_json: bool, 
     if not yes:
         _print_draft(common.console(err=True), found)
         common.ask(f"Put these rules in force? Workers that change: {found['changes']}")
-    body = {"file": text, "plan": found["plan"]}
+    # Who was asked has seen exactly this; who was not agrees to whatever it comes to.
+    body = {"file": text} if yes else {"file": text, "plan": found["plan"]}
     done = common.call(options, "PUT", "/api/admin/placement", body=body, timeout_s=LOOKED_S)
     words = "The rules are in force" if text else "No rules are in force"
     common.show(done, as_json, lambda out: out.print(f"{words}; workers that change: {done['changes']}."))

@@ -65,7 +65,7 @@ def _draft(draft: Draft) -> dict[str, Any]:
     moves = draft.moves
     return {
         "workers": [{"worker_id": worker_id, **one._asdict()} for worker_id, one in moves.items()],
-        "looked_at": len(draft.workers),
+        "looked_at": len(draft.lanes),
         "changes": len(moves),
         "images": sum(one.images for one in moves.values()),
         "model_bytes": sum(one.model_bytes for one in moves.values()),

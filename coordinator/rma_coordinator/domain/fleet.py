@@ -266,6 +266,8 @@ class Fleet:
         self.workers: dict[str, Worker] = {}
         self._assigned: dict[str, int] = {}
         self.census = Census()
+        #: Counted up whenever what the pool has, or has room for, is something else: services are then chosen again.
+        self.need = 0
         self.started_at = now
         self.amnesty_until = now + AMNESTY_S
         self.amnesty_reason = "the coordinator has just started"
@@ -452,19 +454,25 @@ class Fleet:
         """Keep `assigned` and the census true; to be called whenever what a worker has or its presence has changed."""
         counted = lanes_of(worker.brief.assignment, worker.containers) if worker.present else ()
         if counted != worker.counted:
+            self.need += 1
             for service in worker.counted:
                 self._assigned[service] -= 1
             for service in counted:
                 self._assigned[service] = self._assigned.get(service, 0) + 1
             worker.counted = same(counted)
-        standing = worker.standing if worker.present else NOTHING
-        if worker.draining and standing.room:
-            # It takes nothing more.
-            standing = standing._replace(room=())
-        if standing is not worker.stood:
+        standing = self.stands(worker, worker.standing)
+        if standing != worker.stood:
+            self.need += 1
             self.census.remove(worker.stood)
             self.census.add(standing)
             worker.stood = same(standing)
+
+    @staticmethod
+    def stands(worker: Worker, standing: Standing) -> Standing:
+        """Return what of how a worker was placed counts: nothing of who is away, no room of who takes nothing more."""
+        if not worker.present:
+            return NOTHING
+        return standing._replace(room=()) if worker.draining and standing.room else standing
 
     def stand(self, worker: Worker, standing: Standing) -> None:
         """Note what a worker has of what rules govern, and has room for."""
@@ -473,7 +481,8 @@ class Fleet:
             self.recount(worker)
 
     def new_census(self) -> None:
-        """Forget how workers stand: other rules are in force."""
+        """Forget how workers stand: other rules are in force, and all are to be placed by them."""
+        self.need += 1
         self.census = Census()
         for worker in self.workers.values():
             worker.standing = worker.stood = NOTHING

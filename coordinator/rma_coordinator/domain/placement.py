@@ -34,6 +34,8 @@ NOT_PREFERRED, PREFERRED, BY_POLICY = 99, -1, -99
 TOLD_MODELS = 16
 
 NOT_AGREED = "the owner has not agreed"
+#: What a machine is told that has room for what others run.
+ENOUGH, AS_MANY = "enough copies in the pool", "the pool runs as many copies as it may"
 
 
 class Placement(NamedTuple):
@@ -50,13 +52,15 @@ class Placement(NamedTuple):
 class Ruling(NamedTuple):
     """The rules of a pool, as they bear on one machine; ``census`` counts all others.
 
-    While machines are ``counted`` nobody takes what others may take: it is only said who has room for it.
+    While machines are ``counted`` it is only said who has what and room for what. A machine that ``takes_nothing``,
+    which says why, leaves what others may take to them.
     """
 
     rules: Rules = NO_RULES
     machine: Machine = Machine()
     census: Census = NOBODY
     counted: bool = False
+    takes_nothing: str = ""
 
 
 NO_RULING = Ruling()
@@ -213,18 +217,19 @@ class _Places:
             return enough
         if wish.ruling.counted:
             return "" if here else "who has room for it is being counted"
-        if too_many := _too_many(candidate, wish):
+        if (too_many := _too_many(candidate, wish)) or here:
             return too_many
         bounded = not candidate.liked or candidate.rule.most is not None
-        return self._better(candidate) if bounded and not here else ""
+        return wish.ruling.takes_nothing or (self._better(candidate) if bounded else "")
 
     def _better(self, candidate: _Candidate) -> str:
         """Say that other machines come before this one for all copies that there may still be."""
         wish, rule, group = self._wish, candidate.rule, _group(candidate, self._wish)
         bounds = [] if candidate.liked else [candidate.wanted]
         left = min([*bounds, *([] if rule.most is None else [rule.most])]) - _running(candidate, wish)
-        strategy, over = wish.ruling.rules.strategy_of(rule), bool(rule.over)
-        count = wish.ruling.census.better(candidate.lane, group, len(self.chosen), strategy=strategy, over=over)
+        # What it runs and has not been looked at yet counts too, as it does with all others.
+        runs = len(self._lanes | wish.current.keys())
+        count = wish.ruling.census.better(candidate.lane, group, runs, strategy=wish.ruling.rules.strategy_of(rule))
         if count < left:
             return ""
         return f"left to {count} machines that come first" if count > 1 else "left to a machine that comes first"
@@ -374,7 +379,7 @@ def _too_many(candidate: _Candidate, wish: _Wish) -> str:
     here = candidate.lane in wish.current
     if here and wish.ruling.census.worse(candidate.lane, _group(candidate, wish)) >= surplus:
         return ""
-    return f"the pool runs as many copies as it may ({most})"
+    return f"{AS_MANY} ({most})"
 
 
 def _running(candidate: _Candidate, wish: _Wish) -> int:
@@ -391,7 +396,7 @@ def _enough_copies(candidate: _Candidate, wish: _Wish) -> str:
     running = wish.pool.get(candidate.lane, 0)
     if running < candidate.wanted:
         return ""
-    return f"enough copies in the pool ({running} running, {candidate.wanted} wanted)"
+    return f"{ENOUGH} ({running} running, {candidate.wanted} wanted)"
 
 
 def _shortened(reasons: dict[str, str]) -> dict[str, str]:

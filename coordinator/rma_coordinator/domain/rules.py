@@ -164,7 +164,10 @@ NO_RULES = Rules()
 
 
 def _wanting(entry: E, rule: Rule) -> E:
-    return entry if rule.wanted is None else msgspec.structs.replace(entry, wanted=rule.wanted)
+    wanted = entry.wanted if rule.wanted is None else rule.wanted
+    # Nobody lacks what there may never be.
+    wanted = wanted if rule.most is None else min(wanted, rule.most)
+    return entry if wanted == entry.wanted else msgspec.structs.replace(entry, wanted=wanted)
 
 
 def read_rules(
@@ -209,6 +212,9 @@ def _tables(
         where = _path(kind, name)
         if known is not None and name not in known:
             problems.append(Problem(where, f"the pool has no such {kind[:-1]}; there are {_few(known)}"))
+        if not isinstance(table, dict):
+            problems.append(Problem(where, f"is a table: {where.replace('$.', '[')}]"))
+            continue
         try:
             rules[name] = rule = strict.convert(table, Rule, subject=where)
         except ValidationProblem as error:
