@@ -289,11 +289,15 @@ class Pool:
     async def look_at_policies(self, *, first: bool = False, by: str = ITSELF) -> Found:
         """Look at which policies plugins have now; what is in force stays so. Raises PluginError, SettingProblem."""
         assert self.policy_plugins is not None  # noqa: S101 - whoever asks has looked
-        found = await self.policy_plugins.look(first=first)
-        self.tiers.take(self.policy_plugins.policies, self.policy_plugins.refused)
+        try:
+            found = await self.policy_plugins.look(first=first)
+            self.tiers.take(self.policy_plugins.policies, self.policy_plugins.refused)
+        except RMAError as error:
+            if not first:
+                await self.switching.rescanned(f"none is taken in: {error}", by=by)
+            raise
         if not first:
-            words = "plugins with policies were looked at by %s: %s"
-            logger.info(words, by, found.words, extra={"action": "policies_rescanned"})
+            await self.switching.rescanned(found.words, by=by)
         return found
 
     async def end_policies(self) -> None:
