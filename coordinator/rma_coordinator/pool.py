@@ -168,6 +168,8 @@ class Pool:
         self.plugins = plugins
         #: Follows a join token when the certificate is not publicly trusted: `.` and the hash of its key.
         self.pin = pin
+        #: A word for this process: workers tell the next one what this one may not have written.
+        self.process = secrets.token_hex(8)
         self._made_at = clock()
         self._started = False
         self._renewing = asyncio.Lock()
@@ -564,7 +566,7 @@ class Pool:
             self._need += 1
         if beat.report is not None or beat.runtimes is not None or beat.plugins is not None:
             self._new_facts(worker, beat)
-        elif worker.placed != self._need:
+        if worker.placed != self._need:
             self.place(worker)
         seat = self.dispatcher.seats.get(worker.id)
         if seat is not None and seat.running:
@@ -574,14 +576,20 @@ class Pool:
 
     def _new_facts(self, worker: Worker, beat: Heartbeat) -> None:
         record = worker.record
-        worker.record = msgspec.structs.replace(
+        told = msgspec.structs.replace(
             record,
             report=beat.report or record.report,
             runtimes=record.runtimes if beat.runtimes is None else beat.runtimes,
             plugins=record.plugins if beat.plugins is None else beat.plugins,
         )
-        worker.could = None
-        self.decide_again(worker)
+        # After a restart of the coordinator everyone tells everything once more.
+        if told == record:
+            return
+        worker.record = told
+        self.fleet.changed.add(worker.id)
+        if (told.report, told.runtimes) != (record.report, record.runtimes):
+            worker.could = None
+            self.decide_again(worker)
 
     def decide_again(self, worker: Worker) -> None:
         """Ask for a worker's tier once more, and choose its services by it."""
@@ -614,6 +622,7 @@ class Pool:
             cancel=cancel,
             nonce=self.nonces.make() if nonce else "",
             connect=self.parking.keeps_channel(worker),
+            process=self.process,
         )
 
     def offers(self, worker: Worker, slots: Mapping[str, int] | None = None) -> None:

@@ -211,7 +211,10 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class HeartbeatAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What the worker should do next; ``containers`` only when the worker's generation is old."""
+    """What the worker should do next; ``containers`` only when the worker's generation is old.
+
+    ``process`` is a word for the coordinator's process: what one before it was told, another may not know.
+    """
 
     heartbeat_interval_s: Seconds
     generation: Generation
@@ -222,6 +225,7 @@ class HeartbeatAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     nonce: str = ""
     connect: bool = True
     messages: tuple[str, ...] = ()
+    process: str = ""
 
 
 class TaskOffer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
