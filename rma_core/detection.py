@@ -66,7 +66,8 @@ _PLACE = re.compile(r'^(?:Current thread|Thread) .*\n  File "(.+)", line (\d+) i
 class Observation(msgspec.Struct, frozen=True, kw_only=True):
     """What one detector saw, or how it failed, in one round; what `rma_core.record` writes down.
 
-    ``crashed`` says that it hung or died, which counts towards quarantine.
+    ``crashed`` says that it hung or died, which counts towards quarantine; ``failed`` that it did so, or did anything
+    else but answer what a detector may.
     """
 
     detector: Name
@@ -77,6 +78,7 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     import_seconds: Seconds | None = None
     plugin_state: PluginState = "active"
     crashed: bool = False
+    failed: bool = False
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -125,13 +127,13 @@ async def observe(
     async def one(detector: DetectorPlugin) -> Observation:
         table = (config or {}).get(detector.name, {})
         async with places:
-            seen = hide_identity(await _observe(detector, table, deadline_s, quarantine, plugins.hidden))
-        _tell(plugins, seen, table)
-        return seen
+            return hide_identity(await _observe(detector, table, deadline_s, quarantine, plugins.hidden))
 
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(one(detector)) for detector in detectors[:MAX_DETECTORS]]
     seen = tuple(task.result() for task in tasks)
+    for detector, found, claim in zip(detectors, seen, _claims(seen), strict=False):
+        _tell(plugins, found, claim, (config or {}).get(detector.name, {}))
     bad = next((o for o in seen if o.plugin_state in ("failed", "invalid")), None)
     if bad and plugins.strict:
         raise PluginError(f"detector {bad.detector} of {bad.distribution}: {bad.detection.reason}")
@@ -192,14 +194,26 @@ def _probe(seen: Observation, own: Sequence[str], notes: Sequence[str]) -> Probe
     )
 
 
-def _tell(plugins: Plugins, seen: Observation, table: Mapping[str, object]) -> None:
+def _claims(observations: Iterable[Observation]) -> Iterator[str]:
+    """Say of each which device it gives that another has found before it; an empty string for none."""
+    found_by: dict[str, str] = {}
+    for seen in observations:
+        ids = [device.id for device in seen.detection.devices]
+        taken = next((one for one in ids if found_by.get(one, seen.detector) != seen.detector), "")
+        found_by.update((one, seen.detector) for one in ids if one not in found_by)
+        yield f"device {taken!r} was already found by {found_by[taken]}, which is kept" if taken else ""
+
+
+def _tell(plugins: Plugins, seen: Observation, claim: str, table: Mapping[str, object]) -> None:
     """Let the host know how it went: it keeps the plugin's state, and logs the call when asked to."""
     reason = seen.detection.reason
     if seen.plugin_state == "active":
         # The plugin itself works; that it found something broken, or broke, is still what its owner looks for here.
         reason = f"unhealthy: {reason}" if seen.detection.state == "unhealthy" else ""
+    reason = "; ".join(filter(None, (reason, claim)))
     state: State = seen.plugin_state
-    plugins.note_detector(seen.detector, state=state, reason=reason, import_seconds=seen.import_seconds)
+    failed, seconds = seen.failed or bool(claim), seen.import_seconds
+    plugins.note_detector(seen.detector, state=state, reason=reason, import_seconds=seconds, failed=failed)
     result = f"{seen.detection.state}, {len(seen.detection.devices)} devices"
     plugins.log_call(seen.detector, "detector", table, result=result, seconds=seen.seconds)
 
@@ -262,15 +276,16 @@ async def run_one(
         return _failure(detector, f"no child process can be started for it: {error}")
     if ended is None:
         most = f"{isolation.MOST_SCRATCH_BYTES // 2**20} MiB or {isolation.MOST_SCRATCH_FILES} files"
-        return _failure(detector, f"put more than {most} into its temporary folder and was stopped", crashed=True)
+        words = f"put more than {most} into its temporary folder and was stopped"
+        return _failure(detector, words, crashed=True, failed=True)
     if ended.output:
         logger.debug("detector %s printed, at the end: %s", detector.name, ended.output)
     if ended.answer is None:
-        return _failure(detector, died(ended, deadline_s), seconds=ended.seconds, crashed=True)
+        return _failure(detector, died(ended, deadline_s), seconds=ended.seconds, crashed=True, failed=True)
     try:
         answer = decode(ended.answer, Answer, subject="its answer does not fit")
     except ValidationProblem as error:
-        return _failure(detector, f"{error} (a bug in the plugin)", seconds=ended.seconds)
+        return _failure(detector, f"{error} (a bug in the plugin)", seconds=ended.seconds, failed=True)
     return _answered(detector, answer, ended.seconds)
 
 
@@ -357,13 +372,15 @@ def _answered(detector: DetectorPlugin, answer: Answer, seconds: float) -> Obser
     if answer.outcome == "answered" and answer.detection is not None:
         detection = plausible(answer.detection)
         seen = _failure(detector, "", seconds=seconds, import_seconds=answer.import_seconds)
-        return msgspec.structs.replace(seen, detection=detection)
+        return msgspec.structs.replace(seen, detection=detection, failed=detection != answer.detection)
     return _failure(
         detector,
         words.get(answer.outcome, answer.reason),
         seconds=seconds,
         import_seconds=answer.import_seconds,
         plugin_state=answer.outcome if answer.outcome in ("failed", "invalid") else "active",
+        # To decline is an answer too.
+        failed=answer.outcome != "declined",
     )
 
 
@@ -375,6 +392,7 @@ def _failure(
     import_seconds: float | None = None,
     plugin_state: PluginState = "active",
     crashed: bool = False,
+    failed: bool = False,
 ) -> Observation:
     return Observation(
         detector=detector.name[:200],
@@ -385,6 +403,7 @@ def _failure(
         import_seconds=import_seconds,
         plugin_state=plugin_state,
         crashed=crashed,
+        failed=failed,
     )
 
 

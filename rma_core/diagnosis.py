@@ -55,7 +55,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
 async def examine(settings: AgentSettings, plugins: Plugins) -> list[Finding]:
     """Look at everything and return what was found, in the order in which things depend on each other."""
     report = await look(settings, plugins)
-    running = await _running(settings)
+    running = await running_agent(settings)
     runtimes = await _runtimes(settings, plugins) if running is None else list(_as_the_agent_says(running))
     return [
         *_home(settings.home_path),
@@ -68,7 +68,7 @@ async def examine(settings: AgentSettings, plugins: Plugins) -> list[Finding]:
     ]
 
 
-async def _running(settings: AgentSettings) -> AgentStatus | None:
+async def running_agent(settings: AgentSettings) -> AgentStatus | None:
     """Return what the agent on this machine says of itself, if one runs."""
     try:
         return convert(await ask(settings.home_path, "status"), AgentStatus, subject="the agent's status")

@@ -19,6 +19,7 @@ import pluggy
 
 from rma_core import detector_files, hookspecs, signatures
 from rma_core.errors import PluginConflict, PluginError, PluginInvalid, RMAError
+from rma_core.failures import Failures
 from rma_core.hookspecs import GROUPS, PROJECT
 
 if TYPE_CHECKING:
@@ -125,6 +126,8 @@ class Plugins:
         self.policies_apart = False
         #: Folders that no detector and no policy may look into.
         self.hidden: tuple[str, ...] = ()
+        #: How often each has failed; shared with those that are found later in the same process.
+        self.failures = Failures()
         self._plugins: list[_Plugin] = []
 
     @classmethod
@@ -180,6 +183,7 @@ class Plugins:
         """Return how each plugin stands: built-in ones first, then by kind and name."""
         from rma_core.models.worker import PluginReport
 
+        failed = [self.failures.of(p.kind, p.name, p.version) for p in self._plugins]
         return tuple(
             PluginReport(
                 name=p.name[:200],
@@ -189,8 +193,10 @@ class Plugins:
                 distribution=p.distribution[:200],
                 version=p.version[:100],
                 import_seconds=p.import_seconds,
+                failures=count.times,
+                failed_at=count.at,
             )
-            for p in self._plugins
+            for p, count in zip(self._plugins, failed, strict=True)
         )
 
     def detectors(self) -> tuple[DetectorPlugin, ...]:
@@ -223,19 +229,27 @@ class Plugins:
             return self.policies_apart and not plugin.registered and plugin.distribution != BUILT_IN
         return plugin.kind == "detector"
 
-    def note_detector(self, name: str, *, state: State, reason: str = "", import_seconds: float | None = None) -> None:
-        """Keep how a detector's last run in its child went."""
-        self._note("detector", name, state, reason, import_seconds)
+    def note_detector(
+        self, name: str, *, state: State, reason: str = "", import_seconds: float | None = None, failed: bool = False
+    ) -> None:
+        """Keep how a detector's last run in its child went, and count it where the detector ``failed``."""
+        for plugin in self._note("detector", name, state, reason, import_seconds):
+            if failed:
+                self._count(plugin)
 
     def note_policy(self, name: str, *, state: State, reason: str = "", import_seconds: float | None = None) -> None:
         """Keep how a plugin's policies do in their child."""
         self._note("policy", name, state, reason, import_seconds)
 
-    def _note(self, kind: Kind, name: str, state: State, reason: str, import_seconds: float | None) -> None:
-        for plugin in self._plugins:
-            if plugin.kind == kind and plugin.name == name and not plugin.refused:
-                plugin.import_seconds = import_seconds if import_seconds is not None else plugin.import_seconds
-                _move(plugin, state, reason)
+    def _note(self, kind: Kind, name: str, state: State, reason: str, import_seconds: float | None) -> list[_Plugin]:
+        noted = [one for one in self._plugins if one.kind == kind and one.name == name and not one.refused]
+        for plugin in noted:
+            plugin.import_seconds = import_seconds if import_seconds is not None else plugin.import_seconds
+            _move(plugin, state, reason)
+        return noted
+
+    def _count(self, plugin: _Plugin) -> None:
+        self.failures.add(plugin.kind, plugin.name, plugin.version)
 
     def runtimes(self, config: PluginTables | None = None) -> dict[str, ContainerRuntime]:
         """Return every container runtime by its name; ``config`` is the ``[plugins]`` table."""
@@ -277,6 +291,7 @@ class Plugins:
             raise
         except BaseException as error:  # noqa: BLE001 - isolation boundary: a stranger's module may raise anything, SystemExit too
             plugin.import_seconds = time.perf_counter() - started
+            self._count(plugin)
             _move(plugin, *self._verdict(plugin, error, "cannot be imported"))
 
     def _collect(self, kind: Kind, config: PluginTables) -> dict[str, Any]:
@@ -290,6 +305,7 @@ class Plugins:
             except KeyboardInterrupt:
                 raise
             except BaseException as error:  # noqa: BLE001 - isolation boundary: a plugin may raise anything, SystemExit too
+                self._count(plugin)
                 verdicts[plugin] = self._verdict(plugin, error, GROUPS[KINDS[kind]])
         for name, twins in _by(given, lambda pair: pair[1].name):
             if len(twins) > 1:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import importlib
 import importlib.machinery
@@ -162,7 +163,10 @@ class PolicyPlugins:
             return _look_at(plugin, table)
 
         hidden = self._plugins.hidden
-        version = PolicyVersion(plugin, table, files=files, installed=installed, hidden=hidden, clock=self._clock)
+        failed = functools.partial(self._plugins.failures.add, "policy", plugin.name, plugin.version)
+        version = PolicyVersion(
+            plugin, table, files=files, installed=installed, failed=failed, hidden=hidden, clock=self._clock
+        )
         # Where everything starts at once, one may be slow; a pool must not lose what is in force by that.
         for left in reversed(range(tries)):
             try:

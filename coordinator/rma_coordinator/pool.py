@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from rma_coordinator.spool import Body
     from rma_coordinator.store import Store
     from rma_core.catalog import CatalogEntry
+    from rma_core.failures import Failures
     from rma_core.interfaces import TierPolicy
     from rma_core.model_catalog import ModelEntry
     from rma_core.models.hardware import HardwareReport
@@ -118,13 +119,14 @@ class Pool:
         models: Sequence[ModelEntry] = (),
         plugins: Callable[[], tuple[PluginReport, ...]] = tuple,
         policy_plugins: PolicyPlugins | None = None,
+        failures: Failures | None = None,
         pin: str = "",
     ) -> None:
         self.settings = settings
         self.store = store
         self.clock = clock
         self.wall = wall
-        self.tiers = Tiers(policies, wanted=settings.tier_policy, folder=settings.home_path / FOLDER)
+        self.tiers = Tiers(policies, wanted=settings.tier_policy, folder=settings.home_path / FOLDER, failures=failures)
         #: What plugins have of policies, each in a child; ``None`` where nobody looks for them.
         self.policy_plugins = policy_plugins
         self.switching = Switching(self)

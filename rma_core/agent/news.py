@@ -26,11 +26,14 @@ class Told(NamedTuple):
     plugins: tuple[PluginReport, ...] | None = None
 
     @property
-    def states(self) -> list[tuple[str, ...]] | None:
-        """How plugins stand; what their last import took is no news."""
+    def states(self) -> list[tuple[object, ...]] | None:
+        """How plugins stand: what their last import took is no news, and failures are some once they have doubled."""
         if self.plugins is None:
             return None
-        return [(one.kind, one.name, one.state, one.distribution, one.version, one.reason) for one in self.plugins]
+        return [
+            (one.kind, one.name, one.state, one.distribution, one.version, one.reason, one.failures.bit_length())
+            for one in self.plugins
+        ]
 
 
 class News:

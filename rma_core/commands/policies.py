@@ -67,9 +67,16 @@ def _list_policies(options: dict[str, Any], *, as_json: bool) -> None:
 
 
 def _print_policies(out: Console, found: dict[str, Any]) -> None:
-    rows = [(p["name"], p["version"], "active" if p["active"] else "", p["summary"]) for p in found["policies"]]
-    rows += [(p["name"], p["version"], p["state"], p["reason"]) for p in found["unused"]]
-    common.table(("policy", "version", "", "what it does"), rows, empty="No policies.")(out)
+    listed = [*found["policies"], *found["unused"]]
+    states = ["active" if p["active"] else "" for p in found["policies"]] + [p["state"] for p in found["unused"]]
+    words = [p["summary"] for p in found["policies"]] + [p["reason"] for p in found["unused"]]
+    some = any(common.failed(p) for p in listed)
+    rows = [
+        (p["name"], p["version"], state, *([common.failed(p)] if some else []), said)
+        for p, state, said in zip(listed, states, words, strict=True)
+    ]
+    columns = ("policy", "version", "", *(["failed"] if some else []), "what it does")
+    common.table(columns, rows, empty="No policies.")(out)
     if found["since"]:
         before = f", {_before(found)} was before" if found["previous"] else ""
         active = _called(found["active"], found["version"])
@@ -132,6 +139,8 @@ def policies_show(name: str, as_json: bool, **options: Any) -> None:
 def _print_policy(out: Console, found: dict[str, Any]) -> None:
     state = " (in force)" if found["active"] else ""
     out.print(common.safe(f"{_called(found['name'], found['version'])}{state}: {found['summary']}"))
+    if failed := common.failed(found):
+        out.print(common.safe(f"It has failed {failed}."))
     if found["text"]:
         out.print()
         out.print(common.safe(found["text"].rstrip()))

@@ -52,7 +52,10 @@ class RuntimeReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PluginReport(msgspec.Struct, frozen=True, kw_only=True):
-    """One plugin of the agent: its state and why, who ships it, and what importing it cost in seconds."""
+    """One plugin: its state and why, who ships it, and what importing it cost in seconds.
+
+    ``failures`` is how often it has failed since the program that runs it started, ``failed_at`` when last.
+    """
 
     name: Name
     kind: Annotated[str, Meta(max_length=32)]
@@ -61,6 +64,8 @@ class PluginReport(msgspec.Struct, frozen=True, kw_only=True):
     distribution: Annotated[str, Meta(max_length=200)] = ""
     version: Annotated[str, Meta(max_length=100)] = ""
     import_seconds: Seconds | None = None
+    failures: Annotated[int, Meta(ge=0, le=2**53)] = 0
+    failed_at: Annotated[str, Meta(pattern=r"^(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ)?$")] = ""
 
 
 def lane(service: str, model: str) -> str:
