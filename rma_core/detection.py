@@ -7,11 +7,13 @@ happened in words its owner can act on.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import re
 import sys
 from fnmatch import fnmatchcase
+from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -261,7 +263,8 @@ async def run_one(
     beside = str(Path(detector.path).parent) if detector.path else ""
     try:
         async with isolation.Scratch.made() as scratch:
-            more = {} if built_in else bounds(given, detector.folder, beside, writes=scratch.path, hidden=hidden)
+            where = (detector.folder, beside, *mapped(detector.value))
+            more = {} if built_in else bounds(given, *where, writes=scratch.path, hidden=hidden)
             running = asyncio.ensure_future(
                 isolation.run(
                     child_of(detector.folder),
@@ -313,6 +316,23 @@ def bounds(table: Mapping[str, object], *folders: str, writes: str, hidden: Sequ
     paths = {"reads": reads, "writes": [writes], "hidden": kept}
     # A path may be no text; `child` takes this back.
     return {"bounds": {name: [os.fsencode(path).decode("latin-1") for path in found] for name, found in paths.items()}}
+
+
+def mapped(value: str) -> list[str]:
+    """Return where what an entry point names lies beside the path, as `pip install -e` may leave it (PEP 660).
+
+    What the path does not lead to, finders know that were set up when Python started. Nothing is imported.
+    """
+    name, found = value.partition(":")[0].partition(".")[0].strip(), list[str]()
+    for finder in sys.meta_path:
+        if finder in (BuiltinImporter, FrozenImporter, PathFinder):
+            continue
+        with contextlib.suppress(Exception):
+            spec = finder.find_spec(name, None, None)
+            if spec is not None:
+                found += spec.submodule_search_locations or []
+                found += [spec.origin] if spec.has_location and spec.origin else []
+    return found
 
 
 def _paths_in(value: object) -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from rma_core import confinement
+from rma_core import confinement, policies_apart
 from rma_core.agent.attach.nearby import find
 from rma_core.agent.control import ask
 from rma_core.agent.detecting import look
@@ -55,6 +55,9 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
 async def examine(settings: AgentSettings, plugins: Plugins) -> list[Finding]:
     """Look at everything and return what was found, in the order in which things depend on each other."""
     report = await look(settings, plugins)
+    async with policies_apart.started(plugins, settings.plugins):
+        # How they stand is among the plugins.
+        pass
     running = await running_agent(settings)
     runtimes = await _runtimes(settings, plugins) if running is None else list(_as_the_agent_says(running))
     return [

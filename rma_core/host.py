@@ -1,8 +1,8 @@
 """The plugin host: finds plugins by entry point, decides by name, calls each one alone. The only module with pluggy.
 
 Detectors are never imported here: `rma_core.detection` runs each in a child and tells the host how it went. Nor are
-strangers' policies in a coordinator, where each plugin has a child too. Runtimes run in this process, and elsewhere
-policies; what is blocked or not approved is not imported at all.
+strangers' policies: each plugin has a child, of a coordinator or of a command (`rma_core.policies_apart`). Runtimes run
+in this process; what is blocked or not approved is not imported at all.
 """
 
 from __future__ import annotations
@@ -122,8 +122,6 @@ class Plugins:
         """Start with none. ``strict`` raises what would disable a plugin; ``trace`` logs every hook call."""
         self.strict = strict
         self.trace = trace
-        #: Strangers' policies are left to children: see `policy_plugins`.
-        self.policies_apart = False
         #: Folders that no detector and no policy may look into.
         self.hidden: tuple[str, ...] = ()
         #: How often each has failed; shared with those that are found later in the same process.
@@ -142,7 +140,6 @@ class Plugins:
         strict: bool = False,
         trace: bool = False,
         files: str = "",
-        policies_apart: bool = False,
         own: PluginFolders | None = None,
         hidden: tuple[str, ...] = (),
     ) -> Plugins:
@@ -151,11 +148,10 @@ class Plugins:
         ``only`` (``None``: all) and ``blocked`` name entry points. With ``approval_required`` a plugin that is not
         built in needs its name, or ``*``, in ``approved``; one in a folder of its ``own`` needs its owner's approval of
         exactly those files. ``files`` is a folder of detectors that are files; ``hidden`` folders are kept from all.
-        With ``policies_apart`` policies that are not built in are not imported: `policy_plugins` has them. Nothing
-        raises unless ``strict``, but SettingProblem for a folder that is none.
+        Nothing raises unless ``strict``, but SettingProblem for a folder that is none.
         """
         found = cls(strict=strict, trace=trace)
-        found.policies_apart, found.hidden = policies_apart, hidden
+        found.hidden = hidden
         of_files = _of_files(files) if files and "detector" in kinds else []
         decisions = own.decisions() if own else None
         found._plugins = sorted([*_installed(kinds, own), *of_files], key=_order)
@@ -215,7 +211,7 @@ class Plugins:
         return tuple(
             PolicyPlugin(p.name, p.value, p.distribution, p.version, p.folder)
             for p in self._plugins
-            if not p.refused and self._apart(p)
+            if p.kind == "policy" and not p.refused and self._apart(p)
         )
 
     def take_over(self, found: Plugins) -> None:
@@ -226,7 +222,7 @@ class Plugins:
     def _apart(self, plugin: _Plugin) -> bool:
         """Whether a plugin is imported in children only."""
         if plugin.kind == "policy":
-            return self.policies_apart and not plugin.registered and plugin.distribution != BUILT_IN
+            return not plugin.registered and plugin.distribution != BUILT_IN
         return plugin.kind == "detector"
 
     def note_detector(
@@ -256,7 +252,7 @@ class Plugins:
         return self._collect("runtime", config or {})
 
     def policies(self, config: PluginTables | None = None) -> dict[str, TierPolicy]:
-        """Return every tier policy by its name; ``config`` is the ``[plugins]`` table."""
+        """Return the tier policies that run in this process by name: built in, or registered."""
         return self._collect("policy", config or {})
 
     def _refuse_twins(self) -> None:

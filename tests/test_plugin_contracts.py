@@ -240,6 +240,15 @@ POLICIES = {
         """,
         {"it looks at nothing else": "libnobody"},
     ),
+    "busy": policy(
+        """
+        import subprocess, sys
+        if not hasattr(self, "started"):
+            self.started = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        return TierDecision(tier=1, reason='why not')
+        """,
+        {"it looks at nothing else": "python", "it leaves nothing running": "it leaves running: "},
+    ),
     "none": Case(
         POLICY + "        pass\n" + POLICY_END.replace("[Policy()]", "[]"),
         {"it gives a policy": "return a list", **dict.fromkeys((DECIDED, SAME, QUICK), "gives no policy")},

@@ -18,14 +18,14 @@ import msgspec
 
 from rma_core.backoff import Backoff
 from rma_core.interfaces import TierDecision
-from rma_core.policy_process import PolicyProcess, Question, decision_deadline
+from rma_core.policy_process import PolicyProcess, Question, decision_deadline, unusable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from rma_core.host import PolicyPlugin, State
     from rma_core.interfaces import PolicyInput
-    from rma_core.policy_process import Answer, Hello
+    from rma_core.policy_process import Answer
 
 logger = logging.getLogger(__name__)
 
@@ -339,7 +339,7 @@ class PolicyVersion:
             raise NotNow(f"no child process can be started: {error}") from None
         if process.ended:
             self._failed()
-            raise _unusable(process.hello, process.ended)
+            raise Unusable(*unusable(process.hello, process.ended))
         try:
             # They may have been replaced while they were imported.
             await self._same()
@@ -375,15 +375,3 @@ class PolicyVersion:
 
 def _key(line: bytes) -> bytes:
     return hashlib.sha256(line).digest()[:16]
-
-
-def _unusable(hello: Hello, ended: str) -> Unusable:
-    words = {
-        "failed": ("cannot be imported: ", "failed"),
-        "raised": ("rma_tier_policies: ", "failed"),
-        "invalid": ("", "invalid"),
-    }
-    if not hello.reason:
-        return Unusable("failed", ended)
-    before, state = words.get(hello.outcome, ("", "failed"))
-    return Unusable("invalid" if state == "invalid" else "failed", f"{before}{hello.reason}")

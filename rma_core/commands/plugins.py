@@ -89,14 +89,19 @@ def _with_the_agents(settings: AgentSettings, reports: Iterable[PluginReport]) -
 
 
 def _used_plugins(settings: AgentSettings) -> Plugins:
-    """Return all plugins after each was really used once: detectors in their children, the others asked for objects."""
+    """Return all plugins after each was really used once: detectors and policies in children, runtimes here."""
+    from rma_core import policies_apart
     from rma_core.detection import observe
     from rma_core.host import Plugins
 
     found = Plugins.discover(**settings.plugin_rules())
     found.runtimes(settings.plugins)
-    found.policies(settings.plugins)
-    common.run_async(observe(found, config=settings.plugins, deadline_s=settings.detect_deadline_s))
+
+    async def use() -> None:
+        async with policies_apart.started(found, settings.plugins):
+            await observe(found, config=settings.plugins, deadline_s=settings.detect_deadline_s)
+
+    common.run_async(use())
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
@@ -12,17 +11,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rma_core.commands import common
-from rma_core.errors import Problem, Refused, UsageProblem, ValidationProblem
+from rma_core.commands.policies_offline import POLICY_FILES, decided, machines_in
+from rma_core.errors import Refused, UsageProblem
 from rma_core.models.sizes import human
-from rma_core.settings import AgentSettings, CoordinatorSettings, load_settings
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from rma_core.interfaces import TierPolicy
 
-#: A file of machines is never read further: 100,000 short reports are 20 MB.
-MAX_REPORT_BYTES = 64 * 1024 * 1024
 #: The options of steps, and what the pool calls them.
 STEPS = {
     "canary": "canary",
@@ -38,8 +34,6 @@ PERCENT = click.FloatRange(0, 100)
 WAITED_S, LOOK_AGAIN_S = 60.0, 0.3
 #: A plugin's policy may hang, and every plugin that is new is started: such calls may take this long.
 ASKED_S = 120.0
-#: What a policy's name ends with that is a file's.
-POLICY_FILES = ".toml"
 
 
 @click.group(invoke_without_command=True)
@@ -168,8 +162,7 @@ def policies_preview(name: str, report: str | None, as_json: bool, **options: An
         )
         common.show(answer, as_json, lambda out: _print_plan(out, name, answer))
         return
-    policy = _policy(name, common.outer(options).get("home"))
-    machines = [_decide(policy, data, index) for index, data in enumerate(_machines(report))]
+    machines = common.run_async(decided(name, common.outer(options).get("home"), machines_in(report)))
     rows = [(m["name"], m["tier"] or "-", m["reason"]) for m in machines]
     common.show(
         {"policy": name, "machines": machines},
@@ -353,42 +346,3 @@ def _policy_text(path: Path) -> dict[str, str]:
     name, text = load(path)
     read_policy(text, name=name, subject=path.name)
     return {"policy": name, "file": text}
-
-
-def _machines(report: str) -> list[Any]:
-    try:
-        # A pipe or a device may have no end.
-        with sys.stdin.buffer if report == "-" else Path(report).open("rb") as file:
-            content = file.read(MAX_REPORT_BYTES + 1)
-        if len(content) > MAX_REPORT_BYTES:
-            raise UsageProblem(f"{report} has more than {MAX_REPORT_BYTES} bytes, which no list of machines needs")
-        data = json.loads(content)
-    except OSError as error:
-        raise UsageProblem(f"{report} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValidationProblem(report, [Problem("$", f"not JSON: {error}")]) from None
-    return data if isinstance(data, list) else [data]
-
-
-def _policy(name: str, home: str | None) -> TierPolicy:
-    """Return a policy: a file's, or an installed one as the settings on this machine have it."""
-    from rma_core.host import Plugins
-
-    if name.endswith(POLICY_FILES):
-        from rma_core.policy_file import read_file
-
-        return read_file(Path(name))
-    settings = load_settings(CoordinatorSettings, flags={"home": home}, known=(AgentSettings,))
-    found = Plugins.discover(kinds=["policy"], **settings.plugin_rules()).policies(settings.plugins)
-    if name not in found:
-        raise UsageProblem(f"there is no tier policy {name!r}", hints=(f"installed: {', '.join(sorted(found))}",))
-    return found[name]
-
-
-def _decide(policy: TierPolicy, data: Any, index: int) -> dict[str, Any]:
-    from rma_core.interfaces import PolicyInput
-    from rma_core.record import read_report
-
-    label = str(data.get("name", f"#{index + 1}")) if isinstance(data, dict) else f"#{index + 1}"
-    decision = policy.decide(PolicyInput(report=read_report(data, subject=f"machine {label}")))
-    return {"name": label, "tier": decision.tier, "reason": decision.reason}

@@ -107,7 +107,7 @@ class PluginCase:
             folder=self.folder,
             more={
                 "use": _USE, "kind": self.kind, "machine": machine, "machines": self.machines(),
-                "own_folder": self.folder,
+                "own_folder": self.folder, **self.bounds(),
             },
         )  # fmt: skip
         ended = await isolation.run(
@@ -118,6 +118,10 @@ class PluginCase:
         )
         seen = _without_answer(ended, deadline_s) if ended.answer is None else _read(ended.answer)
         return msgspec.structs.replace(seen, seconds=ended.seconds, printed=ended.output.strip())
+
+    def bounds(self) -> dict[str, object]:
+        """Return what keeps its child from the rest of this machine, where something does."""
+        return {}
 
     def machines(self) -> Sequence[Any]:
         """Return the machines that a policy is asked about."""
