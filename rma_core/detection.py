@@ -59,6 +59,8 @@ PATHS = ("LD_LIBRARY_PATH", "ROCM_PATH", "CUDA_HOME", "CUDA_PATH")
 
 PluginState = Literal["active", "failed", "invalid", "quarantined"]
 Seconds = Annotated[float, Meta(ge=0, le=86_400)]
+#: What a plugin uses that is deprecated, by the words of `rma_core.deprecations`.
+Words = Annotated[tuple[Name, ...], Meta(max_length=8)]
 
 #: The program that plugins run in.
 CHILD = str(Path(__file__).with_name("child.py"))
@@ -81,6 +83,7 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     plugin_state: PluginState = "active"
     crashed: bool = False
     failed: bool = False
+    deprecated: Words = ()
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,6 +93,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     reason: Annotated[str, Meta(max_length=2000)] = ""
     import_seconds: Seconds = 0.0
     detection: Detection | None = None
+    deprecated: Words = ()
 
 
 async def detect(
@@ -214,8 +218,15 @@ def _tell(plugins: Plugins, seen: Observation, claim: str, table: Mapping[str, o
         reason = f"unhealthy: {reason}" if seen.detection.state == "unhealthy" else ""
     reason = "; ".join(filter(None, (reason, claim)))
     state: State = seen.plugin_state
-    failed, seconds = seen.failed or bool(claim), seen.import_seconds
-    plugins.note_detector(seen.detector, state=state, reason=reason, import_seconds=seconds, failed=failed)
+    plugins.note(
+        "detector",
+        seen.detector,
+        state=state,
+        reason=reason,
+        import_seconds=seen.import_seconds,
+        failed=seen.failed or bool(claim),
+        deprecated=seen.deprecated,
+    )
     result = f"{seen.detection.state}, {len(seen.detection.devices)} devices"
     plugins.log_call(seen.detector, "detector", table, result=result, seconds=seen.seconds)
 
@@ -392,8 +403,9 @@ def _answered(detector: DetectorPlugin, answer: Answer, seconds: float) -> Obser
     if answer.outcome == "answered" and answer.detection is not None:
         detection = plausible(answer.detection)
         seen = _failure(detector, "", seconds=seconds, import_seconds=answer.import_seconds)
-        return msgspec.structs.replace(seen, detection=detection, failed=detection != answer.detection)
-    return _failure(
+        failed = detection != answer.detection
+        return msgspec.structs.replace(seen, detection=detection, failed=failed, deprecated=answer.deprecated)
+    seen = _failure(
         detector,
         words.get(answer.outcome, answer.reason),
         seconds=seconds,
@@ -402,6 +414,7 @@ def _answered(detector: DetectorPlugin, answer: Answer, seconds: float) -> Obser
         # To decline is an answer too.
         failed=answer.outcome != "declined",
     )
+    return msgspec.structs.replace(seen, deprecated=answer.deprecated)
 
 
 def _failure(

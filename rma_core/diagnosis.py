@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rma_core.host import Plugins
     from rma_core.interfaces import ContainerRuntime, RuntimeHealth
     from rma_core.models.hardware import HardwareReport
-    from rma_core.models.worker import RuntimeReport
+    from rma_core.models.worker import PluginReport, RuntimeReport
     from rma_core.settings import AgentSettings
 
 #: Less free space than this and the next image will not fit.
@@ -132,6 +132,8 @@ def _plugins(plugins: Plugins) -> Iterable[Finding]:
                 message=f"{report.state}: {report.reason}",
                 advice=_plugin_advice(report.state, report.distribution),
             )
+        for words in report.deprecated:
+            yield Finding(level="warning", subject=f"plugin {report.name}", message=words, advice=_update(report))
 
 
 def _plugin_advice(state: str, distribution: str) -> str:
@@ -139,6 +141,10 @@ def _plugin_advice(state: str, distribution: str) -> str:
         # The reason says by what, and how that is changed.
         return "nothing, if you do not trust it"
     return f"update or remove {distribution}: pip install -U {distribution}"
+
+
+def _update(report: PluginReport) -> str:
+    return f"look for a newer {report.distribution} than {report.version}, or tell its author"
 
 
 def _detectors(report: HardwareReport) -> Iterable[Finding]:

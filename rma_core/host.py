@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import pluggy
 
-from rma_core import detector_files, hookspecs, signatures
+from rma_core import deprecations, detector_files, hookspecs, signatures
 from rma_core.errors import PluginConflict, PluginError, PluginInvalid, RMAError
 from rma_core.failures import Failures
 from rma_core.hookspecs import GROUPS, PROJECT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
     from importlib.metadata import Distribution
 
     from rma_core.interfaces import ContainerRuntime, PluginConfig, TierPolicy
@@ -101,6 +101,7 @@ class _Plugin:
         self.state: State = "active"
         self.reason = ""
         self.import_seconds: float | None = None
+        self.deprecated: tuple[str, ...] = ()
         self.refused = False
         #: It was handed over, not found.
         self.registered = False
@@ -191,6 +192,7 @@ class Plugins:
                 import_seconds=p.import_seconds,
                 failures=count.times,
                 failed_at=count.at,
+                deprecated=deprecations.words_of(p.deprecated),
             )
             for p, count in zip(self._plugins, failed, strict=True)
         )
@@ -225,24 +227,27 @@ class Plugins:
             return not plugin.registered and plugin.distribution != BUILT_IN
         return plugin.kind == "detector"
 
-    def note_detector(
-        self, name: str, *, state: State, reason: str = "", import_seconds: float | None = None, failed: bool = False
+    def note(
+        self,
+        kind: Kind,
+        name: str,
+        *,
+        state: State,
+        reason: str = "",
+        import_seconds: float | None = None,
+        failed: bool = False,
+        deprecated: Sequence[str] = (),
     ) -> None:
-        """Keep how a detector's last run in its child went, and count it where the detector ``failed``."""
-        for plugin in self._note("detector", name, state, reason, import_seconds):
-            if failed:
-                self._count(plugin)
+        """Keep how a plugin did in its child, and count it where it ``failed``.
 
-    def note_policy(self, name: str, *, state: State, reason: str = "", import_seconds: float | None = None) -> None:
-        """Keep how a plugin's policies do in their child."""
-        self._note("policy", name, state, reason, import_seconds)
-
-    def _note(self, kind: Kind, name: str, state: State, reason: str, import_seconds: float | None) -> list[_Plugin]:
-        noted = [one for one in self._plugins if one.kind == kind and one.name == name and not one.refused]
-        for plugin in noted:
+        ``deprecated`` is what it uses of that, by the words of `rma_core.deprecations`.
+        """
+        for plugin in (one for one in self._plugins if (one.kind, one.name) == (kind, name) and not one.refused):
             plugin.import_seconds = import_seconds if import_seconds is not None else plugin.import_seconds
             _move(plugin, state, reason)
-        return noted
+            _deprecate(plugin, deprecated)
+            if failed:
+                self._count(plugin)
 
     def _count(self, plugin: _Plugin) -> None:
         self.failures.add(plugin.kind, plugin.name, plugin.version)
@@ -282,6 +287,7 @@ class Plugins:
                 _see(plugin.own)
             module = load(plugin.value) if module is None else module
             plugin.import_seconds = time.perf_counter() - started
+            _deprecate(plugin, deprecations.used_by(module))
             plugin.call = bind(module, KINDS[plugin.kind])
         except KeyboardInterrupt:
             raise
@@ -516,6 +522,14 @@ def _move(plugin: _Plugin, state: State, reason: str) -> None:
         extra = {"action": f"plugin_{state}", "plugin": plugin.name}
         logger.info("%s %s of %s is %s", plugin.kind, plugin.name, plugin.shipped_by, words, extra=extra)
     plugin.state, plugin.reason = state, reason
+
+
+def _deprecate(plugin: _Plugin, used: Sequence[str]) -> None:
+    """Keep what is deprecated of what a plugin uses, and warn of it."""
+    # One that was left alone has not told it.
+    plugin.deprecated = tuple(used) or plugin.deprecated
+    for words in deprecations.words_of(used):
+        deprecations.warn(plugin.kind, plugin.name, plugin.shipped_by, words)
 
 
 def _order(plugin: _Plugin) -> tuple[bool, str, str, str]:

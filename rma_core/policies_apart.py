@@ -13,7 +13,7 @@ import msgspec
 
 from rma_core.errors import PluginError
 from rma_core.interfaces import TierDecision
-from rma_core.policy_process import PolicyProcess, Question, decision_deadline, unusable
+from rma_core.policy_process import Hello, PolicyProcess, Question, decision_deadline, unusable
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Collection, Mapping, Sequence
@@ -104,7 +104,7 @@ class _Child:
         self.verdict: tuple[State, str] | None = None
         self._deadline_s, self._wrong = decision_deadline(plugin.name, table)
         self._process: PolicyProcess | None = None
-        self._import_seconds: float | None = None
+        self._hello = Hello(outcome="failed")
 
     async def start(self) -> None:
         """Start it and take in which policies it has."""
@@ -116,7 +116,7 @@ class _Child:
         except OSError as error:
             self.verdict = "failed", f"no child process can be started for it: {error}"
             return
-        self._import_seconds = process.hello.import_seconds
+        self._hello = process.hello
         if process.ended:
             self._count()
             self.verdict = unusable(process.hello, process.ended)
@@ -128,7 +128,14 @@ class _Child:
         state, reason = self.verdict or ("active", "")
         if self.verdict and self._plugins.strict:
             raise PluginError(f"the policy plugin {self.plugin.name}: {reason}")
-        self._plugins.note_policy(self.plugin.name, state=state, reason=reason, import_seconds=self._import_seconds)
+        self._plugins.note(
+            "policy",
+            self.plugin.name,
+            state=state,
+            reason=reason,
+            import_seconds=self._hello.import_seconds,
+            deprecated=self._hello.deprecated,
+        )
 
     async def decisions(self, policy: str, machines: Sequence[PolicyInput]) -> AsyncIterator[TierDecision | str]:
         """Give a decision for each machine, or why there is none. Raises PluginError for no child to be had again."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import msgspec
 from msgspec import Meta
 
-from rma_core.detection import CONFINED, bounds, deadline_of, died, mapped, request_for
+from rma_core.detection import CONFINED, Words, bounds, deadline_of, died, mapped, request_for
 from rma_core.interfaces import PolicyInput
 from rma_core.isolation import LAST_WORDS_S, OUTPUT_BYTES, REAP_S, Ended, settle, surely
 from rma_core.models.hardware import Name
@@ -75,6 +75,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
     reason: Annotated[str, Meta(max_length=2000)] = ""
     import_seconds: float = 0.0
     given: tuple[Offered, ...] = ()
+    deprecated: Words = ()
 
 
 def decision_deadline(name: str, table: Mapping[str, object]) -> tuple[float, str]:

@@ -62,6 +62,8 @@ class Policy:
 class Offers:
     """A plugin, as an object, whose hook returns what it was made with."""
 
+    RMA_HOOK_VERSION = HOOK_VERSION
+
     def __init__(self, result: object) -> None:
         self.result = result
 
@@ -221,7 +223,7 @@ def test_one_unreadable_distribution_hides_no_other(install: Callable[..., None]
 def test_an_unapproved_plugin_with_a_built_in_name_changes_nothing(install: Callable[..., None]) -> None:
     install("usurper", "rma.detectors", {"host": "usurper_host"})
     plugins = Plugins.discover(kinds=["detector"], approval_required=True)
-    plugins.note_detector("host", state="active")
+    plugins.note("detector", "host", state="active")
     assert {(r.distribution, r.state) for r in plugins.reports() if r.name == "host"} == {
         (BUILT_IN, "active"),
         ("usurper", "unapproved"),

@@ -84,7 +84,7 @@ def test_six_lines_make_a_detector_for_a_card_that_is_there(tmp_path: Path) -> N
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "rma.toml").write_text(f'[plugins.coral]\nbus = "{slot.parent}"\n')
     checked = rma("plugins", "check", str(made.folder), folder=tmp_path)
-    assert (checked.returncode, "coral: all 16 kept" in checked.stdout) == (0, True), checked.stdout
+    assert (checked.returncode, "coral: all 17 kept" in checked.stdout) == (0, True), checked.stdout
 
 
 def test_what_fails_is_a_sentence_in_the_table_and_an_exit_code(tmp_path: Path) -> None:
@@ -175,4 +175,4 @@ def test_an_installed_plugin_can_be_checked_in_its_authors_own_tests(tmp_path: P
         pytest_of_its_own, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False
     )
     assert ran.returncode == 0, ran.stdout
-    assert "12 passed" in ran.stdout
+    assert "13 passed" in ran.stdout

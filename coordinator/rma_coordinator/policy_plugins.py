@@ -177,13 +177,14 @@ class PolicyPlugins:
                 if not left:
                     self._refuse(plugin.name, error.state, str(error))
                     return None
-        self._plugins.note_policy(plugin.name, state="active", import_seconds=version.import_seconds)
+        seconds, deprecated = version.import_seconds, version.deprecated
+        self._plugins.note("policy", plugin.name, state="active", import_seconds=seconds, deprecated=deprecated)
         return version
 
     def _refuse(self, plugin: str, state: State, reason: str) -> None:
         if self._plugins.strict:
             raise PluginError(f"the policy plugin {plugin}: {reason}")
-        self._plugins.note_policy(plugin, state=state, reason=reason)
+        self._plugins.note("policy", plugin, state=state, reason=reason)
 
     def _twins(self, found: Mapping[str, PolicyVersion]) -> set[str]:
         """Return the plugins that cannot be used because their policies are called like others."""

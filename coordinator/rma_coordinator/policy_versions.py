@@ -133,6 +133,7 @@ class PolicyVersion:
         self.plugin, self.files = plugin, files
         self.policies: dict[str, ChildPolicy] = {}
         self.import_seconds: float | None = None
+        self.deprecated: tuple[str, ...] = ()
         self.used_at = clock()
         self.deadline_s, self._wrong = decision_deadline(plugin.name, table)
         self._table, self._installed, self._failed = table, installed, failed
@@ -168,7 +169,7 @@ class PolicyVersion:
             process = await self._living()
         except NotNow as error:
             raise Unusable("failed", str(error)) from None
-        self.import_seconds = process.hello.import_seconds
+        self.import_seconds, self.deprecated = process.hello.import_seconds, process.hello.deprecated
         self.policies = {one.name: ChildPolicy(self, one.name, one.summary) for one in process.hello.given}
 
     # -- answers -----------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rma_core.settings import AgentSettings
     from rma_core.testing.checking import Result, Target
 
-MARKS = {"kept": "✓", "broken": "✗", "open": "·"}
+MARKS = {"kept": "✓", "broken": "✗", "open": "·", "deprecated": "!"}
 
 
 @click.group(invoke_without_command=True)
@@ -66,7 +66,7 @@ def _list_plugins(home: str | None, *, as_json: bool) -> None:
             f"{p['distribution']} {p['version']}",
             "" if p["import_seconds"] is None else f"{p['import_seconds'] * 1000:.0f} ms",
             *([common.failed(p)] if some else []),
-            p["reason"],
+            "; ".join(filter(None, (p["reason"], *p["deprecated"]))),
         )
         for p in reports
     ]
@@ -192,6 +192,8 @@ def _print_checks(out: Console, done: Sequence[tuple[Target, list[Result]]]) -> 
         rows = [(MARKS[result.state], result.check, result.message) for result in results]
         common.table(("", f"{target.kind} {target.name}", "why"), rows, empty="No checks.")(out)
         broken = sum(result.state == "broken" for result in results)
-        out.print(common.safe(f"{target.name}: {f'{broken} broken' if broken else f'all {len(results)} kept'}"))
+        warned = ", and a warning" if any(result.state == "deprecated" for result in results) else ""
+        words = f"{broken} broken" if broken else f"all {len(results)} kept"
+        out.print(common.safe(f"{target.name}: {words}{warned}"))
     if any(target.kind == "runtime" for target, _ in done):
         common.say("What needs containers is for its author to try: runtime_contract in rma_core.testing.")

@@ -54,7 +54,8 @@ class RuntimeReport(msgspec.Struct, frozen=True, kw_only=True):
 class PluginReport(msgspec.Struct, frozen=True, kw_only=True):
     """One plugin: its state and why, who ships it, and what importing it cost in seconds.
 
-    ``failures`` is how often it has failed since the program that runs it started, ``failed_at`` when last.
+    ``failures`` is how often it has failed since the program that runs it started, ``failed_at`` when last;
+    ``deprecated`` says what of it a later release may refuse.
     """
 
     name: Name
@@ -66,6 +67,7 @@ class PluginReport(msgspec.Struct, frozen=True, kw_only=True):
     import_seconds: Seconds | None = None
     failures: Annotated[int, Meta(ge=0, le=2**53)] = 0
     failed_at: Annotated[str, Meta(pattern=r"^(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ)?$")] = ""
+    deprecated: Annotated[tuple[Reason, ...], Meta(max_length=8)] = ()
 
 
 def lane(service: str, model: str) -> str:

@@ -134,6 +134,7 @@ policy_contract: tuple[Check, ...] = (
     watching.its_hook_fits,
     watching.it_answers,
     watching.its_import_is_light,
+    watching.it_uses_nothing_deprecated,
     it_gives_a_policy,
     it_decides_for_every_machine,
     it_decides_the_same_twice,
