@@ -124,6 +124,7 @@ def answer_of(request: dict[str, Any]) -> bytes:
 
 def imported(request: dict[str, Any], answer: dict[str, Any], group: str) -> Callable[[dict[str, object]], object]:
     """Import the plugin and return its hook of ``group``; ``answer`` says how far it came."""
+    from rma_core.deprecations import used_by
     from rma_core.host import bind, load
 
     started = time.perf_counter()
@@ -131,6 +132,7 @@ def imported(request: dict[str, Any], answer: dict[str, Any], group: str) -> Cal
         plugin = load(request["value"])
     finally:
         answer["import_seconds"] = time.perf_counter() - started
+    answer["deprecated"] = used_by(plugin)
     answer["outcome"] = "invalid"
     hook = bind(plugin, group)
     answer["outcome"] = "raised"

@@ -7,11 +7,13 @@ happened in words its owner can act on.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import re
 import sys
 from fnmatch import fnmatchcase
+from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -57,6 +59,8 @@ PATHS = ("LD_LIBRARY_PATH", "ROCM_PATH", "CUDA_HOME", "CUDA_PATH")
 
 PluginState = Literal["active", "failed", "invalid", "quarantined"]
 Seconds = Annotated[float, Meta(ge=0, le=86_400)]
+#: What a plugin uses that is deprecated, by the words of `rma_core.deprecations`.
+Words = Annotated[tuple[Name, ...], Meta(max_length=8)]
 
 #: The program that plugins run in.
 CHILD = str(Path(__file__).with_name("child.py"))
@@ -66,7 +70,8 @@ _PLACE = re.compile(r'^(?:Current thread|Thread) .*\n  File "(.+)", line (\d+) i
 class Observation(msgspec.Struct, frozen=True, kw_only=True):
     """What one detector saw, or how it failed, in one round; what `rma_core.record` writes down.
 
-    ``crashed`` says that it hung or died, which counts towards quarantine.
+    ``crashed`` says that it hung or died, which counts towards quarantine; ``failed`` that it did so, or did anything
+    else but answer what a detector may.
     """
 
     detector: Name
@@ -77,6 +82,8 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     import_seconds: Seconds | None = None
     plugin_state: PluginState = "active"
     crashed: bool = False
+    failed: bool = False
+    deprecated: Words = ()
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,6 +93,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     reason: Annotated[str, Meta(max_length=2000)] = ""
     import_seconds: Seconds = 0.0
     detection: Detection | None = None
+    deprecated: Words = ()
 
 
 async def detect(
@@ -125,13 +133,13 @@ async def observe(
     async def one(detector: DetectorPlugin) -> Observation:
         table = (config or {}).get(detector.name, {})
         async with places:
-            seen = hide_identity(await _observe(detector, table, deadline_s, quarantine, plugins.hidden))
-        _tell(plugins, seen, table)
-        return seen
+            return hide_identity(await _observe(detector, table, deadline_s, quarantine, plugins.hidden))
 
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(one(detector)) for detector in detectors[:MAX_DETECTORS]]
     seen = tuple(task.result() for task in tasks)
+    for detector, found, claim in zip(detectors, seen, _claims(seen), strict=False):
+        _tell(plugins, found, claim, (config or {}).get(detector.name, {}))
     bad = next((o for o in seen if o.plugin_state in ("failed", "invalid")), None)
     if bad and plugins.strict:
         raise PluginError(f"detector {bad.detector} of {bad.distribution}: {bad.detection.reason}")
@@ -192,14 +200,33 @@ def _probe(seen: Observation, own: Sequence[str], notes: Sequence[str]) -> Probe
     )
 
 
-def _tell(plugins: Plugins, seen: Observation, table: Mapping[str, object]) -> None:
+def _claims(observations: Iterable[Observation]) -> Iterator[str]:
+    """Say of each which device it gives that another has found before it; an empty string for none."""
+    found_by: dict[str, str] = {}
+    for seen in observations:
+        ids = [device.id for device in seen.detection.devices]
+        taken = next((one for one in ids if found_by.get(one, seen.detector) != seen.detector), "")
+        found_by.update((one, seen.detector) for one in ids if one not in found_by)
+        yield f"device {taken!r} was already found by {found_by[taken]}, which is kept" if taken else ""
+
+
+def _tell(plugins: Plugins, seen: Observation, claim: str, table: Mapping[str, object]) -> None:
     """Let the host know how it went: it keeps the plugin's state, and logs the call when asked to."""
     reason = seen.detection.reason
     if seen.plugin_state == "active":
         # The plugin itself works; that it found something broken, or broke, is still what its owner looks for here.
         reason = f"unhealthy: {reason}" if seen.detection.state == "unhealthy" else ""
+    reason = "; ".join(filter(None, (reason, claim)))
     state: State = seen.plugin_state
-    plugins.note_detector(seen.detector, state=state, reason=reason, import_seconds=seen.import_seconds)
+    plugins.note(
+        "detector",
+        seen.detector,
+        state=state,
+        reason=reason,
+        import_seconds=seen.import_seconds,
+        failed=seen.failed or bool(claim),
+        deprecated=seen.deprecated,
+    )
     result = f"{seen.detection.state}, {len(seen.detection.devices)} devices"
     plugins.log_call(seen.detector, "detector", table, result=result, seconds=seen.seconds)
 
@@ -247,7 +274,8 @@ async def run_one(
     beside = str(Path(detector.path).parent) if detector.path else ""
     try:
         async with isolation.Scratch.made() as scratch:
-            more = {} if built_in else bounds(given, detector.folder, beside, writes=scratch.path, hidden=hidden)
+            where = (detector.folder, beside, *mapped(detector.value))
+            more = {} if built_in else bounds(given, *where, writes=scratch.path, hidden=hidden)
             running = asyncio.ensure_future(
                 isolation.run(
                     child_of(detector.folder),
@@ -262,15 +290,16 @@ async def run_one(
         return _failure(detector, f"no child process can be started for it: {error}")
     if ended is None:
         most = f"{isolation.MOST_SCRATCH_BYTES // 2**20} MiB or {isolation.MOST_SCRATCH_FILES} files"
-        return _failure(detector, f"put more than {most} into its temporary folder and was stopped", crashed=True)
+        words = f"put more than {most} into its temporary folder and was stopped"
+        return _failure(detector, words, crashed=True, failed=True)
     if ended.output:
         logger.debug("detector %s printed, at the end: %s", detector.name, ended.output)
     if ended.answer is None:
-        return _failure(detector, died(ended, deadline_s), seconds=ended.seconds, crashed=True)
+        return _failure(detector, died(ended, deadline_s), seconds=ended.seconds, crashed=True, failed=True)
     try:
         answer = decode(ended.answer, Answer, subject="its answer does not fit")
     except ValidationProblem as error:
-        return _failure(detector, f"{error} (a bug in the plugin)", seconds=ended.seconds)
+        return _failure(detector, f"{error} (a bug in the plugin)", seconds=ended.seconds, failed=True)
     return _answered(detector, answer, ended.seconds)
 
 
@@ -298,6 +327,23 @@ def bounds(table: Mapping[str, object], *folders: str, writes: str, hidden: Sequ
     paths = {"reads": reads, "writes": [writes], "hidden": kept}
     # A path may be no text; `child` takes this back.
     return {"bounds": {name: [os.fsencode(path).decode("latin-1") for path in found] for name, found in paths.items()}}
+
+
+def mapped(value: str) -> list[str]:
+    """Return where what an entry point names lies beside the path, as `pip install -e` may leave it (PEP 660).
+
+    What the path does not lead to, finders know that were set up when Python started. Nothing is imported.
+    """
+    name, found = value.partition(":")[0].partition(".")[0].strip(), list[str]()
+    for finder in sys.meta_path:
+        if finder in (BuiltinImporter, FrozenImporter, PathFinder):
+            continue
+        with contextlib.suppress(Exception):
+            spec = finder.find_spec(name, None, None)
+            if spec is not None:
+                found += spec.submodule_search_locations or []
+                found += [spec.origin] if spec.has_location and spec.origin else []
+    return found
 
 
 def _paths_in(value: object) -> Iterator[str]:
@@ -358,14 +404,18 @@ def _answered(detector: DetectorPlugin, answer: Answer, seconds: float) -> Obser
     if answer.outcome == "answered" and answer.detection is not None:
         detection = plausible(answer.detection)
         seen = _failure(detector, "", seconds=seconds, import_seconds=answer.import_seconds)
-        return msgspec.structs.replace(seen, detection=detection)
-    return _failure(
+        failed = detection != answer.detection
+        return msgspec.structs.replace(seen, detection=detection, failed=failed, deprecated=answer.deprecated)
+    seen = _failure(
         detector,
         words.get(answer.outcome, answer.reason),
         seconds=seconds,
         import_seconds=answer.import_seconds,
         plugin_state=answer.outcome if answer.outcome in ("failed", "invalid") else "active",
+        # To decline is an answer too.
+        failed=answer.outcome != "declined",
     )
+    return msgspec.structs.replace(seen, deprecated=answer.deprecated)
 
 
 def _failure(
@@ -376,6 +426,7 @@ def _failure(
     import_seconds: float | None = None,
     plugin_state: PluginState = "active",
     crashed: bool = False,
+    failed: bool = False,
 ) -> Observation:
     return Observation(
         detector=detector.name[:200],
@@ -386,6 +437,7 @@ def _failure(
         import_seconds=import_seconds,
         plugin_state=plugin_state,
         crashed=crashed,
+        failed=failed,
     )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from rma_core import confinement
+from rma_core import confinement, policies_apart
 from rma_core.agent.attach.nearby import find
 from rma_core.agent.control import ask
 from rma_core.agent.detecting import look
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rma_core.host import Plugins
     from rma_core.interfaces import ContainerRuntime, RuntimeHealth
     from rma_core.models.hardware import HardwareReport
-    from rma_core.models.worker import RuntimeReport
+    from rma_core.models.worker import PluginReport, RuntimeReport
     from rma_core.settings import AgentSettings
 
 #: Less free space than this and the next image will not fit.
@@ -55,7 +55,10 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
 async def examine(settings: AgentSettings, plugins: Plugins) -> list[Finding]:
     """Look at everything and return what was found, in the order in which things depend on each other."""
     report = await look(settings, plugins)
-    running = await _running(settings)
+    async with policies_apart.started(plugins, settings.plugins):
+        # How they stand is among the plugins.
+        pass
+    running = await running_agent(settings)
     runtimes = await _runtimes(settings, plugins) if running is None else list(_as_the_agent_says(running))
     return [
         *_home(settings.home_path),
@@ -68,7 +71,7 @@ async def examine(settings: AgentSettings, plugins: Plugins) -> list[Finding]:
     ]
 
 
-async def _running(settings: AgentSettings) -> AgentStatus | None:
+async def running_agent(settings: AgentSettings) -> AgentStatus | None:
     """Return what the agent on this machine says of itself, if one runs."""
     try:
         return convert(await ask(settings.home_path, "status"), AgentStatus, subject="the agent's status")
@@ -129,6 +132,8 @@ def _plugins(plugins: Plugins) -> Iterable[Finding]:
                 message=f"{report.state}: {report.reason}",
                 advice=_plugin_advice(report.state, report.distribution),
             )
+        for words in report.deprecated:
+            yield Finding(level="warning", subject=f"plugin {report.name}", message=words, advice=_update(report))
 
 
 def _plugin_advice(state: str, distribution: str) -> str:
@@ -136,6 +141,10 @@ def _plugin_advice(state: str, distribution: str) -> str:
         # The reason says by what, and how that is changed.
         return "nothing, if you do not trust it"
     return f"update or remove {distribution}: pip install -U {distribution}"
+
+
+def _update(report: PluginReport) -> str:
+    return f"look for a newer {report.distribution} than {report.version}, or tell its author"
 
 
 def _detectors(report: HardwareReport) -> Iterable[Finding]:

@@ -1,8 +1,8 @@
 """The plugin host: finds plugins by entry point, decides by name, calls each one alone. The only module with pluggy.
 
 Detectors are never imported here: `rma_core.detection` runs each in a child and tells the host how it went. Nor are
-strangers' policies in a coordinator, where each plugin has a child too. Runtimes run in this process, and elsewhere
-policies; what is blocked or not approved is not imported at all.
+strangers' policies: each plugin has a child, of a coordinator or of a command (`rma_core.policies_apart`). Runtimes run
+in this process; what is blocked or not approved is not imported at all.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import pluggy
 
-from rma_core import detector_files, hookspecs, signatures
+from rma_core import deprecations, detector_files, hookspecs, signatures
 from rma_core.errors import PluginConflict, PluginError, PluginInvalid, RMAError
+from rma_core.failures import Failures
 from rma_core.hookspecs import GROUPS, PROJECT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
     from importlib.metadata import Distribution
 
     from rma_core.interfaces import ContainerRuntime, PluginConfig, TierPolicy
@@ -100,6 +101,7 @@ class _Plugin:
         self.state: State = "active"
         self.reason = ""
         self.import_seconds: float | None = None
+        self.deprecated: tuple[str, ...] = ()
         self.refused = False
         #: It was handed over, not found.
         self.registered = False
@@ -121,10 +123,10 @@ class Plugins:
         """Start with none. ``strict`` raises what would disable a plugin; ``trace`` logs every hook call."""
         self.strict = strict
         self.trace = trace
-        #: Strangers' policies are left to children: see `policy_plugins`.
-        self.policies_apart = False
         #: Folders that no detector and no policy may look into.
         self.hidden: tuple[str, ...] = ()
+        #: How often each has failed; shared with those that are found later in the same process.
+        self.failures = Failures()
         self._plugins: list[_Plugin] = []
 
     @classmethod
@@ -139,7 +141,6 @@ class Plugins:
         strict: bool = False,
         trace: bool = False,
         files: str = "",
-        policies_apart: bool = False,
         own: PluginFolders | None = None,
         hidden: tuple[str, ...] = (),
     ) -> Plugins:
@@ -148,11 +149,10 @@ class Plugins:
         ``only`` (``None``: all) and ``blocked`` name entry points. With ``approval_required`` a plugin that is not
         built in needs its name, or ``*``, in ``approved``; one in a folder of its ``own`` needs its owner's approval of
         exactly those files. ``files`` is a folder of detectors that are files; ``hidden`` folders are kept from all.
-        With ``policies_apart`` policies that are not built in are not imported: `policy_plugins` has them. Nothing
-        raises unless ``strict``, but SettingProblem for a folder that is none.
+        Nothing raises unless ``strict``, but SettingProblem for a folder that is none.
         """
         found = cls(strict=strict, trace=trace)
-        found.policies_apart, found.hidden = policies_apart, hidden
+        found.hidden = hidden
         of_files = _of_files(files) if files and "detector" in kinds else []
         decisions = own.decisions() if own else None
         found._plugins = sorted([*_installed(kinds, own), *of_files], key=_order)
@@ -180,6 +180,7 @@ class Plugins:
         """Return how each plugin stands: built-in ones first, then by kind and name."""
         from rma_core.models.worker import PluginReport
 
+        failed = [self.failures.of(p.kind, p.name, p.version) for p in self._plugins]
         return tuple(
             PluginReport(
                 name=p.name[:200],
@@ -189,8 +190,11 @@ class Plugins:
                 distribution=p.distribution[:200],
                 version=p.version[:100],
                 import_seconds=p.import_seconds,
+                failures=count.times,
+                failed_at=count.at,
+                deprecated=deprecations.words_of(p.deprecated),
             )
-            for p in self._plugins
+            for p, count in zip(self._plugins, failed, strict=True)
         )
 
     def detectors(self) -> tuple[DetectorPlugin, ...]:
@@ -209,7 +213,7 @@ class Plugins:
         return tuple(
             PolicyPlugin(p.name, p.value, p.distribution, p.version, p.folder)
             for p in self._plugins
-            if not p.refused and self._apart(p)
+            if p.kind == "policy" and not p.refused and self._apart(p)
         )
 
     def take_over(self, found: Plugins) -> None:
@@ -220,29 +224,40 @@ class Plugins:
     def _apart(self, plugin: _Plugin) -> bool:
         """Whether a plugin is imported in children only."""
         if plugin.kind == "policy":
-            return self.policies_apart and not plugin.registered and plugin.distribution != BUILT_IN
+            return not plugin.registered and plugin.distribution != BUILT_IN
         return plugin.kind == "detector"
 
-    def note_detector(self, name: str, *, state: State, reason: str = "", import_seconds: float | None = None) -> None:
-        """Keep how a detector's last run in its child went."""
-        self._note("detector", name, state, reason, import_seconds)
+    def note(
+        self,
+        kind: Kind,
+        name: str,
+        *,
+        state: State,
+        reason: str = "",
+        import_seconds: float | None = None,
+        failed: bool = False,
+        deprecated: Sequence[str] = (),
+    ) -> None:
+        """Keep how a plugin did in its child, and count it where it ``failed``.
 
-    def note_policy(self, name: str, *, state: State, reason: str = "", import_seconds: float | None = None) -> None:
-        """Keep how a plugin's policies do in their child."""
-        self._note("policy", name, state, reason, import_seconds)
+        ``deprecated`` is what it uses of that, by the words of `rma_core.deprecations`.
+        """
+        for plugin in (one for one in self._plugins if (one.kind, one.name) == (kind, name) and not one.refused):
+            plugin.import_seconds = import_seconds if import_seconds is not None else plugin.import_seconds
+            _move(plugin, state, reason)
+            _deprecate(plugin, deprecated)
+            if failed:
+                self._count(plugin)
 
-    def _note(self, kind: Kind, name: str, state: State, reason: str, import_seconds: float | None) -> None:
-        for plugin in self._plugins:
-            if plugin.kind == kind and plugin.name == name and not plugin.refused:
-                plugin.import_seconds = import_seconds if import_seconds is not None else plugin.import_seconds
-                _move(plugin, state, reason)
+    def _count(self, plugin: _Plugin) -> None:
+        self.failures.add(plugin.kind, plugin.name, plugin.version)
 
     def runtimes(self, config: PluginTables | None = None) -> dict[str, ContainerRuntime]:
         """Return every container runtime by its name; ``config`` is the ``[plugins]`` table."""
         return self._collect("runtime", config or {})
 
     def policies(self, config: PluginTables | None = None) -> dict[str, TierPolicy]:
-        """Return every tier policy by its name; ``config`` is the ``[plugins]`` table."""
+        """Return the tier policies that run in this process by name: built in, or registered."""
         return self._collect("policy", config or {})
 
     def _refuse_twins(self) -> None:
@@ -272,11 +287,13 @@ class Plugins:
                 _see(plugin.own)
             module = load(plugin.value) if module is None else module
             plugin.import_seconds = time.perf_counter() - started
+            _deprecate(plugin, deprecations.used_by(module))
             plugin.call = bind(module, KINDS[plugin.kind])
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # noqa: BLE001 - isolation boundary: a stranger's module may raise anything, SystemExit too
             plugin.import_seconds = time.perf_counter() - started
+            self._count(plugin)
             _move(plugin, *self._verdict(plugin, error, "cannot be imported"))
 
     def _collect(self, kind: Kind, config: PluginTables) -> dict[str, Any]:
@@ -290,6 +307,7 @@ class Plugins:
             except KeyboardInterrupt:
                 raise
             except BaseException as error:  # noqa: BLE001 - isolation boundary: a plugin may raise anything, SystemExit too
+                self._count(plugin)
                 verdicts[plugin] = self._verdict(plugin, error, GROUPS[KINDS[kind]])
         for name, twins in _by(given, lambda pair: pair[1].name):
             if len(twins) > 1:
@@ -504,6 +522,14 @@ def _move(plugin: _Plugin, state: State, reason: str) -> None:
         extra = {"action": f"plugin_{state}", "plugin": plugin.name}
         logger.info("%s %s of %s is %s", plugin.kind, plugin.name, plugin.shipped_by, words, extra=extra)
     plugin.state, plugin.reason = state, reason
+
+
+def _deprecate(plugin: _Plugin, used: Sequence[str]) -> None:
+    """Keep what is deprecated of what a plugin uses, and warn of it."""
+    # One that was left alone has not told it.
+    plugin.deprecated = tuple(used) or plugin.deprecated
+    for words in deprecations.words_of(used):
+        deprecations.warn(plugin.kind, plugin.name, plugin.shipped_by, words)
 
 
 def _order(plugin: _Plugin) -> tuple[bool, str, str, str]:

@@ -18,7 +18,7 @@ import msgspec
 from msgspec import Meta
 
 from rma_core.catalog import ServiceName
-from rma_core.detection import CONFINED, bounds, deadline_of, died, request_for
+from rma_core.detection import CONFINED, Words, bounds, deadline_of, died, mapped, request_for
 from rma_core.interfaces import PolicyInput
 from rma_core.isolation import LAST_WORDS_S, OUTPUT_BYTES, REAP_S, Ended, settle, surely
 from rma_core.models.hardware import Name
@@ -28,6 +28,8 @@ from rma_core.policy_child import CHARACTERS, OUT_OF_MEMORY
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from rma_core.host import State
 
 #: Importing a plugin and calling its hook take no longer.
 START_S = 10.0
@@ -75,6 +77,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
     reason: Annotated[str, Meta(max_length=2000)] = ""
     import_seconds: float = 0.0
     given: tuple[Offered, ...] = ()
+    deprecated: Words = ()
 
 
 def decision_deadline(name: str, table: Mapping[str, object]) -> tuple[float, str]:
@@ -82,6 +85,20 @@ def decision_deadline(name: str, table: Mapping[str, object]) -> tuple[float, st
     if not isinstance(table.get(CONFINED, True), bool):
         return DECISION_S, f"{CONFINED} in [plugins.{name}] is {table[CONFINED]!r}: give true or false"
     return deadline_of(name, table, DECISION_S, most_s=MOST_DECISION_S)
+
+
+def unusable(hello: Hello, ended: str) -> tuple[State, str]:
+    """Return the state of a plugin whose child had nothing to say and has ``ended``, and why."""
+    if not hello.reason:
+        return "failed", ended
+    before = {"failed": "cannot be imported: ", "raised": "rma_tier_policies: "}.get(hello.outcome, "")
+    return "invalid" if hello.outcome == "invalid" else "failed", f"{before}{hello.reason}"
+
+
+def confined(value: str, table: Mapping[str, object], folder: str, *, hidden: Sequence[str] = ()) -> dict[str, object]:
+    """Return what a child is told to keep to: it reads Python, its ``folder`` and what its table names, and no more."""
+    found = bounds(table, folder, *mapped(value), writes="", hidden=hidden)
+    return {"bounds": {**cast("dict[str, object]", found["bounds"]), "writes": []}} if found else {}
 
 
 class PolicyProcess:
@@ -112,11 +129,7 @@ class PolicyProcess:
         """
         from rma_core.process_tree import MARK
 
-        confined = bounds(table, folder, writes="", hidden=hidden)
-        if confined:
-            # It needs no temporary files.
-            confined = {"bounds": {**cast("dict[str, object]", confined["bounds"]), "writes": []}}
-        more = {"use": _USE, "memory_bytes": memory_bytes, **confined}
+        more = {"use": _USE, "memory_bytes": memory_bytes, **confined(value, table, folder, hidden=hidden)}
         loop, mark = asyncio.get_running_loop(), f"policy-{secrets.token_hex(8)}"
         transport, talk = await loop.subprocess_exec(
             lambda: _Talk(loop),

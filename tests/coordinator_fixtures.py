@@ -301,7 +301,7 @@ def make_app(
     return create_app(
         config,
         store=store or SqliteStore(home / "coordinator.db"),
-        plugins=Plugins.discover(kinds=["policy"], policies_apart=True, **rules),
+        plugins=Plugins.discover(kinds=["policy"], **rules),
         clock=clock,
         catalog=tuple(entries),
     )

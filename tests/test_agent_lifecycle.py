@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import signal
@@ -23,6 +24,7 @@ from rma_core.backoff import Backoff
 from rma_core.errors import AgentAbsent, SettingProblem, UsageProblem
 from rma_core.models import channel as frames
 from rma_core.models.hardware import Capabilities, HardwareReport
+from rma_core.models.worker import Heartbeat, PluginReport
 from rma_core.settings import AgentSettings
 from tests.agent_runtimes import MemoryRuntime
 from tests.agent_service import PATIENCE_S, LocalService, local_service
@@ -240,6 +242,40 @@ async def test_new_generations_arrive_over_the_channel_and_slots_are_told_at_onc
         await line.say(frames.Assign(answer=house.pool.answer(1)))
         await line.wait(lambda: any(slots(f) == {"ner": 1} for f in line.control))
         await house.pool.until(lambda: house.runtime.running() == {"rma-ner"})
+
+
+@pytest.mark.parametrize("use_channel", [True, False], ids=["channel", "plain way"])
+async def test_another_process_of_the_coordinator_is_told_everything_once_more_and_the_same_one_is_not(
+    house: House, *, use_channel: bool
+) -> None:
+    plugins = (PluginReport(name="host", kind="detector", state="active"),)
+
+    def beats() -> list[Heartbeat]:
+        lines = house.pool.lines if use_channel else []
+        return [*house.pool.beats, *(f.beat for line in lines for f in line.control if isinstance(f, frames.Beat))]
+
+    def has_told(times: int) -> bool:
+        return sum(None not in (beat.report, beat.runtimes, beat.plugins) for beat in beats()) == times
+
+    def has_beaten(times: int) -> bool:
+        return len(beats()) >= times
+
+    house.pool.interval_s = 0.1
+    house.pool.answer_more["process"] = "first"
+    async with house.agent(use_channel=use_channel, plugins=lambda: plugins):
+        if use_channel:
+            await house.serving()
+        else:
+            await house.pool.until(beats)
+        # The first one has it by the registration.
+        for number, process in enumerate(("first", "second", "third")):
+            house.pool.answer_more["process"] = process
+            for line in house.pool.lines:
+                await line.say(frames.Assign(answer=house.pool.answer(1)))
+            await house.pool.until(functools.partial(has_told, number))
+            # What was told is not told again and again.
+            await house.pool.until(functools.partial(has_beaten, len(beats()) + 5))
+            assert has_told(number)
 
 
 async def test_an_attempt_that_a_heartbeats_answer_cancels_ends(house: House) -> None:

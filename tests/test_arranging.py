@@ -323,9 +323,10 @@ async def test_applying_gives_a_lack_to_the_best_machine_and_lets_others_give_wa
     async with running(tmp_path, entries=catalog) as pool:
         machines = await fleet(pool, 4)
         first, last = machines[0].id, machines[-1].id
-        alone = f'[services.ner]\nwanted = 1\nmost = 1\nprefer = {{ workers = ["{last}"] }}\n'
-        await apply(pool, alone)
-        assert who(pool, "ner") == [last]
+        # In this order those that give way are looked at before and after those that take over.
+        for one in (first, last, first):
+            await apply(pool, f'[services.ner]\nwanted = 1\nmost = 1\nprefer = {{ workers = ["{one}"] }}\n')
+            assert who(pool, "ner") == [one]
         text = f'strategy = "spread"\n[services.notes]\nonly = {{ workers = ["{first}", "{machines[1].id}"] }}\n'
         await apply(pool, f"{text}[services.ner]\nwanted = 0\n")
         assert (who(pool, "notes"), who(pool, "ner")) == (sorted([first, machines[1].id]), [])

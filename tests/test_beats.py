@@ -13,6 +13,7 @@ from rma_coordinator.api import asgi
 from rma_coordinator.api.beats import read_beat
 from rma_coordinator.domain.fleet import Fleet, Worker
 from rma_coordinator.domain.worker_records import WorkerRecord
+from rma_coordinator.pool import Pool
 from rma_core.errors import ValidationProblem
 from rma_core.models.hardware import Capabilities, HardwareReport
 from rma_core.models.strict import decode, encode
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     import pytest
 
+OTHER = Capabilities(cpu_cores=3, ram="8.0GB")
 CONTAINERS = st.lists(
     st.fixed_dictionaries(
         {"name": st.sampled_from(("rma-ocr", "rma-notes")), "service": st.sampled_from(("ocr", "notes"))},
@@ -116,6 +118,29 @@ async def test_the_answer_when_nothing_is_new_is_the_one_that_the_pool_gives(tmp
         assert {box["service"] for box in outdated["containers"]} == {"notes", "ner"}
         await pool.set_disabled(worker, disabled=True)
         assert (await machine.beat(generation=known)).status_code == 401
+
+
+async def test_what_a_worker_tells_once_more_is_neither_decided_nor_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decided: list[str] = []
+    monkeypatch.setattr(Pool, "decide_again", lambda _, worker: decided.append(worker.id))
+    async with running(tmp_path) as coordinator:
+        machine = await coordinator.enrol()
+        pool, worker = coordinator.pool, coordinator.pool.fleet.get(machine.id)
+        known = worker.record
+        told = {"report": known.report, "runtimes": known.runtimes, "plugins": known.plugins}
+        plain = msgspec.to_builtins(told)
+        pool.fleet.changed.clear()
+        await machine.beat(**plain)
+        assert (decided, pool.fleet.changed) == ([], set())
+        plugins = [{"name": "host", "kind": "detector", "state": "active"}]
+        await machine.beat(**plain | {"plugins": plugins})
+        assert (decided, pool.fleet.changed) == ([], {machine.id})
+        assert worker.record.plugins[0].name == "host"
+        report = msgspec.to_builtins(msgspec.structs.replace(known.report, capabilities=OTHER))
+        await machine.beat(report=report)
+        assert decided == [machine.id]
 
 
 async def test_a_heartbeat_whose_body_does_not_come_is_refused_and_leaves_nothing(

@@ -33,6 +33,18 @@ class Policy:
 def rma_tier_policies(config):
     yield Policy(config.get("name", "{name}"))
 """
+#: What is imported where the host runs: a runtime.
+RUNTIME = """
+from rma_core import ContainerRuntime, hookimpl
+
+def _nothing(self, *args): ...
+
+@hookimpl
+def rma_container_runtimes(config):
+    members = dict.fromkeys(ContainerRuntime.__abstractmethods__, _nothing)
+    members |= {"name": config.get("name", "{name}"), "isolated": True}
+    yield type("Runtime", (ContainerRuntime,), members)()
+"""
 
 
 class Policy:
@@ -49,6 +61,8 @@ class Policy:
 
 class Offers:
     """A plugin, as an object, whose hook returns what it was made with."""
+
+    RMA_HOOK_VERSION = HOOK_VERSION
 
     def __init__(self, result: object) -> None:
         self.result = result
@@ -85,27 +99,38 @@ def registered(plugin: object, kind: Kind = "policy") -> tuple[Plugins, PluginRe
 
 
 def test_an_installed_plugin_is_found_imported_and_used(install: Callable[..., None]) -> None:
-    install("rma-policy-fair", "rma.policies", {"fair": "fair_policy"}, fair_policy=POLICY.replace("{name}", "fair"))
-    plugins = Plugins.discover(kinds=["policy"])
+    install(
+        "rma-runtime-fair", "rma.runtimes", {"fair": "fair_runtime"}, fair_runtime=RUNTIME.replace("{name}", "fair")
+    )
+    plugins = Plugins.discover(kinds=["runtime"])
     report = discovered("fair", plugins)
     assert (report.state, report.distribution, report.version, report.kind) == (
         "active",
-        "rma-policy-fair",
+        "rma-runtime-fair",
         "1.2",
-        "policy",
+        "runtime",
     )
     assert report.import_seconds is not None
-    assert set(plugins.policies()) >= {"fair"}
-    assert "other" in plugins.policies({"fair": {"name": "other"}})
+    assert set(plugins.runtimes()) >= {"fair"}
+    assert "other" in plugins.runtimes({"fair": {"name": "other"}})
+
+
+def test_a_policy_that_is_not_built_in_is_never_imported_here(install: Callable[..., None]) -> None:
+    install("rma-policy-fair", "rma.policies", {"fair": "fair_policy"}, fair_policy="raise SystemExit('imported')")
+    plugins = Plugins.discover(strict=True)
+    assert discovered("fair", plugins).state == "active"
+    assert "fair" not in plugins.policies()
+    assert [one.name for one in plugins.policy_plugins()] == ["fair"]
+    assert "fair_policy" not in sys.modules
 
 
 def test_a_plugin_is_blocked_by_name_before_it_is_imported(install: Callable[..., None]) -> None:
-    install("evil", "rma.policies", {"evil": "evil_policy"}, evil_policy="raise SystemExit('imported')")
-    for options in ({"blocked": frozenset({"evil"})}, {"only": frozenset({"threshold"})}):
-        report = discovered("evil", Plugins.discover(kinds=["policy"], strict=True, **options))  # type: ignore[arg-type]
+    install("evil", "rma.runtimes", {"evil": "evil_runtime"}, evil_runtime="raise SystemExit('imported')")
+    for options in ({"blocked": frozenset({"evil"})}, {"only": frozenset({"process"})}):
+        report = discovered("evil", Plugins.discover(kinds=["runtime"], strict=True, **options))  # type: ignore[arg-type]
         assert (report.state, report.import_seconds) == ("blocked", None)
         assert "RMA_" in report.reason
-    assert "evil_policy" not in sys.modules
+    assert "evil_runtime" not in sys.modules
 
 
 def test_a_plugin_waits_for_approval_where_that_is_required(install: Callable[..., None]) -> None:
@@ -132,19 +157,19 @@ def test_a_plugin_waits_for_approval_where_that_is_required(install: Callable[..
 def test_a_plugin_that_cannot_be_imported_is_failed_and_the_others_go_on(
     install: Callable[..., None], source: str, reason: str
 ) -> None:
-    install("broken", "rma.policies", {"broken": "broken_policy"}, broken_policy=source)
-    install("fine", "rma.policies", {"fine": "fine_policy"}, fine_policy=POLICY.replace("{name}", "fine"))
-    plugins = Plugins.discover(kinds=["policy"])
+    install("broken", "rma.runtimes", {"broken": "broken_runtime"}, broken_runtime=source)
+    install("fine", "rma.runtimes", {"fine": "fine_runtime"}, fine_runtime=RUNTIME.replace("{name}", "fine"))
+    plugins = Plugins.discover(kinds=["runtime"])
     report = discovered("broken", plugins)
     assert report.state == "failed"
     assert reason in report.reason
-    assert "fine" in plugins.policies()
+    assert "fine" in plugins.runtimes()
 
 
 def test_strict_mode_raises_what_a_plugin_raises(install: Callable[..., None]) -> None:
-    install("broken", "rma.policies", {"broken": "broken_policy"}, broken_policy="raise ValueError('broken')")
+    install("broken", "rma.runtimes", {"broken": "broken_runtime"}, broken_runtime="raise ValueError('broken')")
     with pytest.raises(ValueError, match="broken"):
-        Plugins.discover(kinds=["policy"], strict=True)
+        Plugins.discover(kinds=["runtime"], strict=True)
 
 
 def test_two_plugins_of_one_name_are_both_refused_and_both_named(install: Callable[..., None]) -> None:
@@ -198,7 +223,7 @@ def test_one_unreadable_distribution_hides_no_other(install: Callable[..., None]
 def test_an_unapproved_plugin_with_a_built_in_name_changes_nothing(install: Callable[..., None]) -> None:
     install("usurper", "rma.detectors", {"host": "usurper_host"})
     plugins = Plugins.discover(kinds=["detector"], approval_required=True)
-    plugins.note_detector("host", state="active")
+    plugins.note("detector", "host", state="active")
     assert {(r.distribution, r.state) for r in plugins.reports() if r.name == "host"} == {
         (BUILT_IN, "active"),
         ("usurper", "unapproved"),

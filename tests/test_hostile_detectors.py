@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,8 @@ WORST = {
     "returns_nothing": ("unhealthy", "returned nothing"),
     "breaks_on_import": ("unhealthy", ""),
 }
+#: Those that do anything else but answer what a detector may: each time is counted.
+FAIL = {name for name, (state, _) in WORST.items() if state == "unhealthy"} | {"lies"}
 
 
 @pytest.fixture
@@ -72,10 +75,18 @@ def check_the_admin_sees_it(made: Pool) -> None:
     [unwell] = made.get("/api/admin/plugins")["workers"]
     named = {probe["detector"] for probe in unwell["probes"]}
     assert named == {name for name, (state, _) in WORST.items() if state == "unhealthy"}
+    counted = {plugin["name"]: plugin for plugin in unwell["plugins"]}
+    assert set(counted) == FAIL
+    assert all(counted[name]["failures"] >= 1 and counted[name]["failed_at"] for name in FAIL)
+    said = " ".join(made.ask("workers", listed["worker_id"]).stdout.split())
+    assert re.search(r"hangs detector active (once|\d+ times), ", said)
 
 
 def check_the_owner_sees_it(made: Pool) -> None:
     plugins = {plugin["name"]: plugin for plugin in made.json("plugins")["plugins"]}
+    # The agent has looked at least once since it started, and this command has just now.
+    assert {name for name, plugin in plugins.items() if plugin["failures"] >= 2} == FAIL
+    assert {name for name, plugin in plugins.items() if not plugin["failures"]} == set(plugins) - FAIL
     assert plugins["host"]["state"] == "active"
     assert (plugins["breaks_on_import"]["state"], plugins["breaks_on_import"]["distribution"]) == (
         "failed",
@@ -84,7 +95,7 @@ def check_the_owner_sees_it(made: Pool) -> None:
     assert plugins["breaks_on_import"]["reason"]
     for name, (state, words) in WORST.items():
         assert state != "unhealthy" or words in plugins[name]["reason"]
-        assert bool(plugins[name]["reason"]) == (state == "unhealthy")
+        assert bool(plugins[name]["reason"]) == (name in FAIL)
     done = made.ask("doctor", "--json", check=False)
     assert done.returncode == 1
     findings: list[dict[str, Any]] = json.loads(done.stdout)["findings"]

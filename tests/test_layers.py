@@ -35,7 +35,7 @@ LAYERS = (
     {"interfaces"},
     {"hookspecs"},
     {"own_files"},
-    {"detector_files", "plugin_folders", "signatures", "offers", "host"},
+    {"deprecations", "detector_files", "failures", "plugin_folders", "signatures", "offers", "host"},
     {"agent"},
     {"commands", "diagnosis", "__main__"},
 )

@@ -95,7 +95,7 @@ def test_six_lines_make_a_detector_for_a_card_that_is_there(tmp_path: Path) -> N
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "rma.toml").write_text(f'[plugins.coral]\nroot = "{tmp_path / "machine"}"\n')
     checked = rma("plugins", "check", str(made.folder), folder=tmp_path)
-    assert (checked.returncode, "coral: all 16 kept" in checked.stdout) == (0, True), checked.stdout
+    assert (checked.returncode, "coral: all 17 kept" in checked.stdout) == (0, True), checked.stdout
     found = runpy.run_path(str(module))["rma_detect_devices"]({"root": str(tmp_path / "machine")})
     assert [(device.id, device.name) for device in found.devices] == [("npu:0000:03:00.0", "Coral Edge TPU")]
 
@@ -188,4 +188,4 @@ def test_an_installed_plugin_can_be_checked_in_its_authors_own_tests(tmp_path: P
         pytest_of_its_own, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False
     )
     assert ran.returncode == 0, ran.stdout
-    assert "12 passed" in ran.stdout
+    assert "13 passed" in ran.stdout

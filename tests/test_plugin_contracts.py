@@ -56,6 +56,8 @@ DETECTOR = """
 import os, pathlib, random, socket, subprocess, sys, time
 from rma_core import Detection, Device, hookimpl
 
+RMA_HOOK_VERSION = 1
+
 def board(**more):
     return Detection.healthy([Device(**{"id": "npu:0", "kind": "npu", "name": "Board", **more})])
 
@@ -65,6 +67,8 @@ def rma_detect_devices(config):
 POLICY = """
 import ctypes, random, time
 from rma_core import TierDecision, hookimpl
+
+RMA_HOOK_VERSION = 1
 
 class Policy:
     name, summary = "odd", "for a test"
@@ -80,6 +84,8 @@ def rma_tier_policies(config):
 RUNTIME = """
 import subprocess, sys
 from rma_core import ContainerRuntime, ContainerState, RuntimeAbsent, RuntimeHealth, hookimpl
+
+RMA_HOOK_VERSION = 1
 
 class Odd(ContainerRuntime):
     name, isolated = "odd", True
@@ -126,6 +132,10 @@ NEEDS = "it needs no more than it is given"
 DETECTORS = {
     "good": detector("return board()", {}),
     "heavy": detector("return board()", {"its import is light": "loads click"}, above="import click"),
+    "aged": Case(
+        DETECTOR.replace("RMA_HOOK_VERSION = 1", "") + "    return board()\n",
+        {"it uses nothing deprecated": "a release from 2028-01-01 on may refuse it"},
+    ),
     "empty": detector("return Detection.healthy([])", {"its answer is consistent": "names no device"}),
     "twins": detector(
         "return Detection.healthy([*board().devices, *board().devices])",
@@ -243,6 +253,15 @@ POLICIES = {
         return TierDecision(tier=1, reason='why not')
         """,
         {"it looks at nothing else": "libnobody"},
+    ),
+    "busy": policy(
+        """
+        import subprocess, sys
+        if not hasattr(self, "started"):
+            self.started = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        return TierDecision(tier=1, reason='why not')
+        """,
+        {"it looks at nothing else": "python", "it leaves nothing running": "it leaves running: "},
     ),
     "none": Case(
         POLICY + "        pass\n" + POLICY_END.replace("[Policy()]", "[]"),

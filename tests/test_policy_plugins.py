@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from rma_coordinator import switching
 from rma_core.errors import SettingProblem
 from rma_core.plugin_folders import Approval, PluginFolders
 from tests import policy_pool
@@ -107,6 +108,43 @@ async def test_a_broken_version_is_refused_with_its_reason_and_the_old_one_stays
         assert (await rescan(pool))["unused"] == []
         await in_force(pool)
         assert tiers(pool, machines) == [9, 9, 9]
+
+
+async def test_who_had_plugins_looked_at_and_what_that_found_is_in_the_audit_after_a_restart_too(
+    tmp_path: Path, folder: Path
+) -> None:
+    home = tmp_path / "home"
+    install(folder)
+    async with pool_of(home, machines=0) as (pool, _):
+        install(folder, "1.1")
+        install(folder, name="late", code=BROKEN)
+        await rescan(pool)
+        await rescan(pool)
+        shown = (await pool.client.get("/api/admin/policies/threshold")).json()["entries"]
+        key = pool.pool.keyring.principal(pool.key).id
+    async with pool_of(home, machines=0) as (pool, _):
+        entries = (await pool.client.get("/api/admin/audit")).json()["entries"]
+        assert entries == shown
+        again, first = entries
+        assert (first["action"], first["by"]) == ("policy_rescanned", key)
+        before = "plugins with policies were looked at: "
+        late = "late of rma-policy-late 1.0 is failed: cannot be imported: module 'a_module_that_nobody_has'"
+        assert first["message"].startswith(f"{before}night 1.1 is there, 1.0 was; {late}")
+        # What is refused still is.
+        assert again["message"].startswith(f"{before}{late}")
+
+
+async def test_a_look_that_takes_nothing_in_is_in_the_audit_too(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(switching, "MOST_WORDS", 200)
+    async with pool_of(tmp_path / "home", machines=0, strict_plugins=True) as (pool, _):
+        install(folder, code="raise ValueError('no' * 200)\n")
+        assert (await pool.client.post("/api/admin/policies/rescan")).status_code == 409
+        [said] = await audit(pool)
+        words = "plugins with policies were looked at: none is taken in: the policy plugin night: cannot be imported"
+        assert said.startswith(words)
+        assert len(said) == switching.MOST_WORDS + 1
 
 
 async def test_two_plugins_with_one_policy_are_both_refused(tmp_path: Path, folder: Path) -> None:

@@ -9,10 +9,13 @@ import msgspec
 import pytest
 
 from rma_coordinator import policy_versions
+from rma_coordinator.tiers import NoDecision, Tiers
+from rma_core.interfaces import PolicyInput, TierDecision
+from rma_core.models.hardware import Capabilities, HardwareReport
 from rma_core.policy_process import PolicyProcess
 from tests import policy_pool
 from tests.coordinator_fixtures import soon, until
-from tests.policy_plugins import children, install, source
+from tests.policy_plugins import BROKEN, children, install, source
 from tests.policy_pool import (
     DEADLINE_S,
     activate,
@@ -85,6 +88,46 @@ async def test_one_worker_for_which_it_fails_stays_where_it_was_and_says_so(
         assert pool.pool.tiers.active == "night"
         assert (await enrol(pool)).answer["tier"] == 7
         assert [one.pid for one in children()] == [child.pid]
+
+
+async def test_how_often_each_version_failed_is_listed(tmp_path: Path, folder: Path) -> None:
+    install(folder)
+    async with pool_of(tmp_path / "home", machines=1) as (pool, _):
+        odd = [await enrol(pool, does) for does in ("raise", "die", "hang")]
+
+        async def failures() -> dict[tuple[str, str], int]:
+            found = await standing(pool)
+            return {(one["name"], one["version"]): one["failures"] for one in (*found["policies"], *found["unused"])}
+
+        assert await failures() == {("night", "1.0"): 0, ("threshold", ""): 0}
+        seen = await pool.client.post("/api/admin/policies/preview", json={"policy": "night"}, timeout=60)
+        assert seen.json()["failed"] == len(odd)
+        counted = await failures()
+        # One that dies of what it was asked second is asked that again, first.
+        assert counted.pop(("night", "1.0")) >= len(odd)
+        assert counted == {("threshold", ""): 0}
+        shown = (await pool.client.get("/api/admin/policies/night")).json()
+        assert (shown["failures"] >= len(odd), bool(shown["failed_at"])) == (True, True)
+        plugins = (await pool.client.get("/api/admin/plugins")).json()["coordinator"]
+        assert {one["name"]: one["failures"] for one in plugins} == {"threshold": 0, "night": shown["failures"]}
+        install(folder, "1.1", code=BROKEN)
+        await rescan(pool)
+        assert await failures() == {("night", "1.1"): 1, ("threshold", ""): 0}
+
+
+def test_a_policy_in_this_process_that_raises_is_counted_too() -> None:
+    class Raising:
+        name, summary = "raising", "for tests"
+
+        def decide(self, asked: PolicyInput) -> TierDecision:
+            raise ValueError(asked.worker_id)
+
+    policy = Raising()
+    tiers = Tiers({"raising": policy}, wanted="raising")
+    asked = PolicyInput(report=HardwareReport(capabilities=Capabilities(cpu_cores=1, ram="1GB")), worker_id="w")
+    for _ in range(2):
+        assert isinstance(tiers.decide(asked), NoDecision)
+    assert tiers.failed(policy).times == 2
 
 
 async def test_nothing_else_waits_while_it_hangs(tmp_path: Path, folder: Path) -> None:

@@ -80,6 +80,7 @@ def create_app(
         catalog=load_catalog(config) if catalog is None else catalog,
         models=load_model_catalog(config) if catalog is None else models,
         plugins=plugins.reports,
+        failures=plugins.failures,
         pin=pin,
     )
     app = Quart("rma_coordinator", static_folder=None)

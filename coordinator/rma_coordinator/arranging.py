@@ -22,7 +22,6 @@ from rma_core.errors import Refused, ValidationProblem
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 
-    from rma_coordinator.audit import AuditEntry
     from rma_coordinator.domain.census import Standing
     from rma_coordinator.domain.fleet import Worker
     from rma_coordinator.domain.placement import Placement
@@ -218,10 +217,8 @@ class Arranging:
                 hints = ("look at it once more",)
                 raise Refused("the fleet, or the rules, have changed since that preview", hints=hints)
             record = RulesRecord(text=text, at=self._pool.wall(), by=by)
-            audit = self._pool.switching.audit
             what = "rules of placement are in force" if text else "no rules of placement are in force any more"
-            entry = audit.entry("rules_applied", f"{what}; workers whose services change: {len(draft.moves)}", by=by)
-            await self._commit(record, entry)
+            await self._commit(record, f"{what}; workers whose services change: {len(draft.moves)}", by=by)
             self.record, self.now, self.trouble = record, draft.arranged, ""
             logger.info(
                 "%s, by %s; workers that change: %d", what, by, len(draft.moves), extra={"action": "rules_applied"}
@@ -229,16 +226,14 @@ class Arranging:
             await self._give(draft)
             return draft
 
-    async def _commit(self, record: RulesRecord, entry: AuditEntry) -> None:
-        audit = self._pool.switching.audit
+    async def _commit(self, record: RulesRecord, words: str, *, by: str) -> None:
         try:
-            await self._pool.store.commit([Put(KEY, record), *audit.changes(entry)])
+            await self._pool.switching.enter("rules_applied", words, by=by, more=[Put(KEY, record)])
         except BaseException:
             # It may be kept all the same, and the next start would go by it.
             self._unsure = True
             raise
         self._unsure = False
-        audit.keep(entry)
 
     async def make_sure(self) -> None:
         """Write once more what counts here, after a commit of which nobody knows whether it is kept."""

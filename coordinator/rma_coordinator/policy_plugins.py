@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import importlib
 import importlib.machinery
@@ -23,6 +24,7 @@ from rma_coordinator.policy_versions import PolicyVersion, Unusable
 from rma_core.errors import PluginError
 from rma_core.host import Plugins
 from rma_core.plugin_folders import MOST_BYTES, digest_of
+from rma_core.policies_apart import clashes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -147,7 +149,7 @@ class PolicyPlugins:
         # Python remembers folders that it has looked through.
         importlib.invalidate_caches()
         rules = settings.plugin_rules()
-        self._plugins.take_over(Plugins.discover(kinds=["policy"], policies_apart=True, **rules))
+        self._plugins.take_over(Plugins.discover(kinds=["policy"], **rules))
 
     async def _version(
         self, plugin: PolicyPlugin, table: Mapping[str, object], before: PolicyVersion | None, *, tries: int
@@ -162,7 +164,10 @@ class PolicyPlugins:
             return _look_at(plugin, table)
 
         hidden = self._plugins.hidden
-        version = PolicyVersion(plugin, table, files=files, installed=installed, hidden=hidden, clock=self._clock)
+        failed = functools.partial(self._plugins.failures.add, "policy", plugin.name, plugin.version)
+        version = PolicyVersion(
+            plugin, table, files=files, installed=installed, failed=failed, hidden=hidden, clock=self._clock
+        )
         # Where everything starts at once, one may be slow; a pool must not lose what is in force by that.
         for left in reversed(range(tries)):
             try:
@@ -172,33 +177,23 @@ class PolicyPlugins:
                 if not left:
                     self._refuse(plugin.name, error.state, str(error))
                     return None
-        self._plugins.note_policy(plugin.name, state="active", import_seconds=version.import_seconds)
+        seconds, deprecated = version.import_seconds, version.deprecated
+        self._plugins.note("policy", plugin.name, state="active", import_seconds=seconds, deprecated=deprecated)
         return version
 
     def _refuse(self, plugin: str, state: State, reason: str) -> None:
         if self._plugins.strict:
             raise PluginError(f"the policy plugin {plugin}: {reason}")
-        self._plugins.note_policy(plugin, state=state, reason=reason)
+        self._plugins.note("policy", plugin, state=state, reason=reason)
 
     def _twins(self, found: Mapping[str, PolicyVersion]) -> set[str]:
         """Return the plugins that cannot be used because their policies are called like others."""
-        givers: dict[str, list[str]] = {}
-        for plugin, version in found.items():
-            for name in version.policies:
-                givers.setdefault(name, []).append(plugin)
-        refused: set[str] = set()
-        for name, plugins in givers.items():
-            if name in self._taken:
-                words = f"it gives a policy {name!r}, and {name!r} is built in: another name is needed"
-            elif len(plugins) > 1:
-                who = " and ".join(f"{found[one].plugin.distribution} {found[one].plugin.version}" for one in plugins)
-                words = f"policy {name!r} is given {len(plugins)} times, by {who}; uninstall all but one"
-            else:
-                continue
-            refused.update(plugins)
-            for plugin in plugins:
-                self._refuse(plugin, "invalid", words)
-        return refused
+        given = {plugin: version.policies for plugin, version in found.items()}
+        shipped_by = {plugin: f"{one.plugin.distribution} {one.plugin.version}" for plugin, one in found.items()}
+        refused = clashes(given, shipped_by=shipped_by, taken=self._taken)
+        for plugin, words in refused.items():
+            self._refuse(plugin, "invalid", words)
+        return set(refused)
 
     def _reasons(self, before: Mapping[str, PolicyVersion]) -> dict[str, str]:
         """Return why policies cannot be used: those that unused plugins had, or are called like."""

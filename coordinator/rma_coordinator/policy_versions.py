@@ -18,14 +18,14 @@ import msgspec
 
 from rma_core.backoff import Backoff
 from rma_core.interfaces import TierDecision
-from rma_core.policy_process import PolicyProcess, Question, decision_deadline
+from rma_core.policy_process import PolicyProcess, Question, decision_deadline, unusable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from rma_core.host import PolicyPlugin, State
     from rma_core.interfaces import PolicyInput
-    from rma_core.policy_process import Answer, Hello
+    from rma_core.policy_process import Answer
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class NotAskedYet(Exception):
     """There is no answer yet; who prepares it will find it."""
 
 
-class Failed(Exception):
+class PolicyFailed(Exception):
     """What a policy did instead of deciding, in words that go on from its name."""
 
 
@@ -99,7 +99,7 @@ class ChildPolicy:
         return self.of.files
 
     def decide(self, asked: PolicyInput) -> TierDecision:
-        """Return what it has said of this machine. Raises NotAskedYet, Failed."""
+        """Return what it has said of this machine. Raises NotAskedYet, PolicyFailed."""
         return self.of.answer(self._line(asked))
 
     async def prepare(self, asked: Iterable[PolicyInput], *, within_s: float = PREPARED_S) -> None:
@@ -121,20 +121,23 @@ class PolicyVersion:
         *,
         files: str,
         installed: Callable[[], tuple[str, str]],
+        failed: Callable[[], None],
         hidden: Sequence[str],
         clock: Callable[[], float],
     ) -> None:
         """Keep what it is: its configuration ``table``, and ``files``, a word for both code and table.
 
         ``installed`` says which version is there now, and that version's word; a child is started only of this one.
-        ``hidden`` folders are kept from it.
+        ``failed`` is told each time that one fails; ``hidden`` folders are kept from it.
         """
         self.plugin, self.files = plugin, files
         self.policies: dict[str, ChildPolicy] = {}
         self.import_seconds: float | None = None
+        self.deprecated: tuple[str, ...] = ()
         self.used_at = clock()
         self.deadline_s, self._wrong = decision_deadline(plugin.name, table)
-        self._table, self._installed, self._hidden, self._clock = table, installed, hidden, clock
+        self._table, self._installed, self._failed = table, installed, failed
+        self._hidden, self._clock = hidden, clock
         self._process: PolicyProcess | None = None
         self._kept: dict[bytes, _Kept] = {}
         self._waiting: dict[bytes, _Waiting] = {}
@@ -166,18 +169,18 @@ class PolicyVersion:
             process = await self._living()
         except NotNow as error:
             raise Unusable("failed", str(error)) from None
-        self.import_seconds = process.hello.import_seconds
+        self.import_seconds, self.deprecated = process.hello.import_seconds, process.hello.deprecated
         self.policies = {one.name: ChildPolicy(self, one.name, one.summary) for one in process.hello.given}
 
     # -- answers -----------------------------------------------------------------------------------------------
 
     def answer(self, line: bytes) -> TierDecision:
-        """Return the answer to a question. Raises NotAskedYet, Failed."""
+        """Return the answer to a question. Raises NotAskedYet, PolicyFailed."""
         found = self._kept.get(_key(line))
         if found is None or (found.decision is None and found.until <= self._clock()):
             raise NotAskedYet
         if found.decision is None:
-            raise Failed(found.words)
+            raise PolicyFailed(found.words)
         return found.decision
 
     async def prepare(self, lines: Iterable[tuple[bytes, str]], within_s: float) -> None:
@@ -193,7 +196,7 @@ class PolicyVersion:
         with contextlib.suppress(NotAskedYet):
             try:
                 self.answer(line)
-            except Failed:
+            except PolicyFailed:
                 return None
             # What is used stays longest.
             self._kept[_key(line)] = self._kept.pop(_key(line))
@@ -278,6 +281,7 @@ class PolicyVersion:
 
     def _taken(self, answer: Answer) -> _Kept:
         if answer.error:
+            self._failed()
             return _Kept(None, f"failed: {answer.error}", self._clock() + FAILED_S)
         return _Kept(TierDecision(tier=answer.tier, reason=answer.reason, prefers=answer.prefers))
 
@@ -285,6 +289,7 @@ class PolicyVersion:
         """Blame a machine only where it was the first that the child was asked about: others may have brought it on."""
         words = "policies of %s: their child %s"
         logger.info(words, self.plugin.name, process.ended, extra={"action": "policy", "plugin": self.plugin.name})
+        self._failed()
         now = self._clock()
         if todo and not process.answered:
             worker_id = batch[todo[0]].worker_id
@@ -334,7 +339,8 @@ class PolicyVersion:
         except OSError as error:
             raise NotNow(f"no child process can be started: {error}") from None
         if process.ended:
-            raise _unusable(process.hello, process.ended)
+            self._failed()
+            raise Unusable(*unusable(process.hello, process.ended))
         try:
             # They may have been replaced while they were imported.
             await self._same()
@@ -370,15 +376,3 @@ class PolicyVersion:
 
 def _key(line: bytes) -> bytes:
     return hashlib.sha256(line).digest()[:16]
-
-
-def _unusable(hello: Hello, ended: str) -> Unusable:
-    words = {
-        "failed": ("cannot be imported: ", "failed"),
-        "raised": ("rma_tier_policies: ", "failed"),
-        "invalid": ("", "invalid"),
-    }
-    if not hello.reason:
-        return Unusable("failed", ended)
-    before, state = words.get(hello.outcome, ("", "failed"))
-    return Unusable("invalid" if state == "invalid" else "failed", f"{before}{hello.reason}")

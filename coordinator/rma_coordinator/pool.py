@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from rma_coordinator.spool import Body
     from rma_coordinator.store import Store
     from rma_core.catalog import CatalogEntry
+    from rma_core.failures import Failures
     from rma_core.interfaces import TierPolicy
     from rma_core.model_catalog import ModelEntry
     from rma_core.models.hardware import HardwareReport
@@ -123,13 +124,14 @@ class Pool:
         models: Sequence[ModelEntry] = (),
         plugins: Callable[[], tuple[PluginReport, ...]] = tuple,
         policy_plugins: PolicyPlugins | None = None,
+        failures: Failures | None = None,
         pin: str = "",
     ) -> None:
         self.settings = settings
         self.store = store
         self.clock = clock
         self.wall = wall
-        self.tiers = Tiers(policies, wanted=settings.tier_policy, folder=settings.home_path / FOLDER)
+        self.tiers = Tiers(policies, wanted=settings.tier_policy, folder=settings.home_path / FOLDER, failures=failures)
         #: What plugins have of policies, each in a child; ``None`` where nobody looks for them.
         self.policy_plugins = policy_plugins
         self.switching = Switching(self)
@@ -170,6 +172,8 @@ class Pool:
         self.plugins = plugins
         #: Follows a join token when the certificate is not publicly trusted: `.` and the hash of its key.
         self.pin = pin
+        #: A word for this process: workers tell the next one what this one may not have written.
+        self.process = secrets.token_hex(8)
         self._made_at = clock()
         self._started = False
         self._renewing = asyncio.Lock()
@@ -306,11 +310,15 @@ class Pool:
     async def look_at_policies(self, *, first: bool = False, by: str = ITSELF) -> Found:
         """Look at which policies plugins have now; what is in force stays so. Raises PluginError, SettingProblem."""
         assert self.policy_plugins is not None  # noqa: S101 - whoever asks has looked
-        found = await self.policy_plugins.look(first=first)
-        self.tiers.take(self.policy_plugins.policies, self.policy_plugins.refused)
+        try:
+            found = await self.policy_plugins.look(first=first)
+            self.tiers.take(self.policy_plugins.policies, self.policy_plugins.refused)
+        except RMAError as error:
+            if not first:
+                await self.switching.rescanned(f"none is taken in: {error}", by=by)
+            raise
         if not first:
-            words = "plugins with policies were looked at by %s: %s"
-            logger.info(words, by, found.words, extra={"action": "policies_rescanned"})
+            await self.switching.rescanned(found.words, by=by)
         return found
 
     async def end_policies(self) -> None:
@@ -601,7 +609,7 @@ class Pool:
         self.fleet.beat(worker, beat, ip_address=ip_address)
         if beat.report is not None or beat.runtimes is not None or beat.plugins is not None:
             self._new_facts(worker, beat)
-        elif worker.placed != self.fleet.need:
+        if worker.placed != self.fleet.need:
             self.place(worker)
         seat = self.dispatcher.seats.get(worker.id)
         if seat is not None and seat.running:
@@ -611,14 +619,20 @@ class Pool:
 
     def _new_facts(self, worker: Worker, beat: Heartbeat) -> None:
         record = worker.record
-        worker.record = msgspec.structs.replace(
+        told = msgspec.structs.replace(
             record,
             report=beat.report or record.report,
             runtimes=record.runtimes if beat.runtimes is None else beat.runtimes,
             plugins=record.plugins if beat.plugins is None else beat.plugins,
         )
-        worker.could = None
-        self.decide_again(worker)
+        # After a restart of the coordinator everyone tells everything once more.
+        if told == record:
+            return
+        worker.record = told
+        self.fleet.changed.add(worker.id)
+        if (told.report, told.runtimes) != (record.report, record.runtimes):
+            worker.could = None
+            self.decide_again(worker)
 
     def decide_again(self, worker: Worker) -> None:
         """Ask for a worker's tier once more, and choose its services by it."""
@@ -653,6 +667,7 @@ class Pool:
             cancel=cancel,
             nonce=self.nonces.make() if nonce else "",
             connect=self.parking.keeps_channel(worker),
+            process=self.process,
         )
 
     def offers(self, worker: Worker, slots: Mapping[str, int] | None = None) -> None:

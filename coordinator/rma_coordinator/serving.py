@@ -63,7 +63,7 @@ def make_app(settings: CoordinatorSettings, *, pin: str = "") -> Quart:
     """Return the application for these settings; its plugins are policies only, the others are the agent's."""
     StateFolder(settings.home_path).prepare()
     store = make_store(settings.store, settings.home_path)
-    plugins = Plugins.discover(kinds=["policy"], policies_apart=True, **settings.plugin_rules())
+    plugins = Plugins.discover(kinds=["policy"], **settings.plugin_rules())
 
     def settings_now() -> CoordinatorSettings:
         return load_settings(CoordinatorSettings, flags={"home": settings.home}, known=(AgentSettings,))

@@ -42,6 +42,8 @@ MOST_BACK = 20
 KEY = "policy"
 #: Workers that are named where a policy fails.
 NAMED = 3
+#: What a look at plugins has found is cut to this in the audit: their reasons are strangers' words.
+MOST_WORDS = 4000
 
 
 class Switching:
@@ -61,6 +63,8 @@ class Switching:
         self._one = asyncio.Lock()
         #: Held by whoever makes a plan to put in force; nobody who wants to go back waits for that.
         self._planning = asyncio.Lock()
+        #: One commit at a time: entries of the audit are kept in the order of their numbers.
+        self._writing = asyncio.Lock()
         self._wake = asyncio.Event()
         #: After a start the one in the shadow is asked beside everything else.
         self._shadow_due = False
@@ -348,19 +352,31 @@ class Switching:
 
     async def _commit(self, action: str, words: str, *, by: str, **changed: object) -> None:
         """Write the record with what has changed in it, and what is said of that in the audit; then keep both."""
-        entry = self.audit.entry(action, words, by=by)
         base = self._record or PolicyRecord(wanted=self._own().digest, choices=self.choices)
         record = msgspec.structs.replace(base, wanted=self._own().digest, **changed)
         try:
-            await self._pool.store.commit([Put(KEY, record), *self.audit.changes(entry)])
+            await self.enter(action, words, by=by, more=[Put(KEY, record)])
         except BaseException:
             # It may be kept all the same, and the next start would go by it.
             self._unsure = True
             raise
         self._unsure = False
-        self.audit.keep(entry)
         self._record = record
         logger.info("tier policy: %s", words, extra={"action": action})
+
+    async def rescanned(self, words: str, *, by: str) -> None:
+        """Keep in the log and the audit who had plugins looked at, and what that has found. Raises StoreFailed."""
+        words = f"plugins with policies were looked at: {words}"
+        words = words if len(words) <= MOST_WORDS else f"{words[:MOST_WORDS]}…"
+        logger.info("%s (by %s)", words, by, extra={"action": "policy_rescanned"})
+        await self.enter("policy_rescanned", words, by=by)
+
+    async def enter(self, action: str, words: str, *, by: str, more: Iterable[Put] = ()) -> None:
+        """Write an entry of the audit together with what it speaks of, then show it. Raises StoreFailed."""
+        async with self._writing:
+            entry = self.audit.entry(action, words, by=by)
+            await self._pool.store.commit([*more, *self.audit.changes(entry)])
+            self.audit.keep(entry)
 
     async def _make_sure(self) -> None:
         """Write once more what counts here, after a commit of which nobody knows whether it is kept."""

@@ -6,9 +6,10 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, NamedTuple
 
-from rma_coordinator.policy_versions import PREPARED_S, ChildPolicy, Failed, NotAskedYet
+from rma_coordinator.policy_versions import PREPARED_S, ChildPolicy, NotAskedYet, PolicyFailed
 from rma_core import offers
 from rma_core.errors import NotFound, Refused, RMAError, SettingProblem
+from rma_core.failures import Failures
 from rma_core.interfaces import TierDecision
 from rma_core.policy_file import SUFFIX, load, read_policy
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from rma_coordinator.shadow import Shadow
+    from rma_core.failures import Failed
     from rma_core.interfaces import PolicyInput, TierPolicy
 
 logger = logging.getLogger(__name__)
@@ -45,8 +47,19 @@ class Known(NamedTuple):
 class Tiers:
     """The policies of a pool: those that are installed, and those in the files of a folder."""
 
-    def __init__(self, installed: Mapping[str, TierPolicy], *, wanted: str, folder: Path | None = None) -> None:
-        """Keep what there is; ``wanted`` is the policy that the settings name. Raises what is wrong with its file."""
+    def __init__(
+        self,
+        installed: Mapping[str, TierPolicy],
+        *,
+        wanted: str,
+        folder: Path | None = None,
+        failures: Failures | None = None,
+    ) -> None:
+        """Keep what there is; ``wanted`` is the policy that the settings name. Raises what is wrong with its file.
+
+        ``failures`` counts those of policies in this process, and those of plugins as whoever runs their children says.
+        """
+        self._failures = failures or Failures()
         self._installed = self._ours = {name: Known(policy) for name, policy in installed.items()}
         #: Why a policy cannot be used that a plugin should have.
         self.refused: dict[str, str] = {}
@@ -123,8 +136,8 @@ class Tiers:
     def decide(self, asked: PolicyInput, policy: TierPolicy | None = None) -> TierDecision:
         """Ask a policy (the one in force unless given) for a tier. One that fails gives none, and says so."""
         if policy is not None:
-            return _decided(policy, asked)
-        decision = _decided(self.current or self.find().policy, asked)
+            return self._decided(policy, asked)
+        decision = self._decided(self.current or self.find().policy, asked)
         if asked.worker_id:
             self._note(asked, decision)
         return decision
@@ -168,7 +181,7 @@ class Tiers:
             self.failing.discard(asked.worker_id)
         self._asked(asked.worker_id)
         if self.shadow is not None and not isinstance(decision, Pending):
-            other = _decided(self.shadow.policy, asked)
+            other = self._decided(self.shadow.policy, asked)
             if isinstance(other, Pending):
                 self._pend(asked.worker_id)
             else:
@@ -179,23 +192,29 @@ class Tiers:
         self.pending.add(worker_id)
         self.pended.set()
 
+    def failed(self, policy: TierPolicy) -> Failed:
+        """Return how often a policy has failed; of a plugin's that version."""
+        if isinstance(policy, ChildPolicy):
+            return self._failures.of("policy", policy.of.plugin.name, policy.version)
+        return self._failures.of("policy", policy.name)
+
+    def _decided(self, policy: TierPolicy, asked: PolicyInput) -> TierDecision:
+        name = f"the tier policy {policy.name!r}"
+        try:
+            return offers.decision(policy.decide(asked))
+        except NotAskedYet:
+            return Pending(tier=None, reason=f"{name} is being asked, and the tier follows")
+        except PolicyFailed as error:
+            return NoDecision(tier=None, reason=f"{name} {error}")
+        except Exception as error:
+            logger.debug("policy %s failed", policy.name, exc_info=True)
+            self._failures.add("policy", policy.name)
+            return NoDecision(tier=None, reason=f"{name} failed: {type(error).__name__}: {error}")
+
 
 def failed_for_many(failed: int, workers: int) -> bool:
     """Whether a policy fails for more than single machines."""
     return failed >= max(1, workers * MANY_SHARE) and (failed >= MANY or failed == workers)
-
-
-def _decided(policy: TierPolicy, asked: PolicyInput) -> TierDecision:
-    name = f"the tier policy {policy.name!r}"
-    try:
-        return offers.decision(policy.decide(asked))
-    except NotAskedYet:
-        return Pending(tier=None, reason=f"{name} is being asked, and the tier follows")
-    except Failed as error:
-        return NoDecision(tier=None, reason=f"{name} {error}")
-    except Exception as error:
-        logger.debug("policy %s failed", policy.name, exc_info=True)
-        return NoDecision(tier=None, reason=f"{name} failed: {type(error).__name__}: {error}")
 
 
 def with_files(

@@ -24,6 +24,8 @@ from rma_core import ContainerAccess, Detection, Device, PluginConfig, hookimpl,
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
+#: The version of RMA's hooks that this was written for.
+RMA_HOOK_VERSION = 1
 KFD_NODES = "sys/class/kfd/kfd/topology/nodes"
 KFD = "dev/kfd"
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 Facts = dict[str, bool | int | float | str | None]
 Table = dict[str, object]
 
+#: The version of RMA's hooks that this was written for.
+RMA_HOOK_VERSION = 1
 #: What is asked; SPSoftwareDataType would add nothing but the user's and the machine's name to what sysctl knows.
 PROFILER = ("/usr/sbin/system_profiler", "-json", "SPHardwareDataType", "SPDisplaysDataType")
 #: Names that a macOS does not have are passed over by sysctl: `debug.iogpu…` is macOS 13's, `iogpu…` that of 14 and on.

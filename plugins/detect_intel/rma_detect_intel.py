@@ -26,6 +26,8 @@ from rma_core import ContainerAccess, Detection, Device, PluginConfig, hookimpl,
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+#: The version of RMA's hooks that this was written for.
+RMA_HOOK_VERSION = 1
 VENDOR = "0x8086"
 GPU_CLASS = "0x03"
 NPUS = {

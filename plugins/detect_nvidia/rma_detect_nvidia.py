@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
     T = TypeVar("T")
 
+#: The version of RMA's hooks that this was written for.
+RMA_HOOK_VERSION = 1
 #: What the driver's library is called.
 LIBRARY = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"
 #: Where it lies when the loader does not know: WSL, NixOS, GKE's nodes; below the root folder.

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from rma_core import PluginConfig
 
+#: The version of RMA's hooks that this was written for.
+RMA_HOOK_VERSION = 1
 START_ADVICE = {
     "linux": "start it (sudo systemctl start docker, or open Docker Desktop)",
     "darwin": "start it (open Docker Desktop, or `colima start`)",

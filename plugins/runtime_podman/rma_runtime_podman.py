@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from rma_core import ContainerSpec, ContainerStats, PluginConfig
     from rma_core.container_engine import Engine, Json
 
+#: The version of RMA's hooks that this was written for.
+RMA_HOOK_VERSION = 1
 #: The oldest Podman whose own call for making containers is spoken here, and the version of that call.
 OLDEST, API = 4, "v4.0.0"
 #: Seconds for `podman info`, which looks the whole storage over, and for other questions to the program.

@@ -60,7 +60,9 @@ class Detecting:
         if self._read is not None:
             new = self._read()
             self._settings = msgspec.structs.replace(self._settings, **{name: getattr(new, name) for name in OF_LOOKS})
-        return Plugins.discover(kinds=["detector"], **self._settings.plugin_rules())
+        found = Plugins.discover(kinds=["detector"], **self._settings.plugin_rules())
+        found.failures = self.plugins.failures
+        return found
 
     def reports(self) -> tuple[PluginReport, ...]:
         """Return how each plugin stands."""

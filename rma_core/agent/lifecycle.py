@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
-
-import msgspec
+from typing import TYPE_CHECKING, Any, Literal
 
 import rma_core
 from rma_core import http
@@ -28,6 +26,7 @@ from rma_core.agent.llm.own_models import OwnModels
 from rma_core.agent.load import Load
 from rma_core.agent.lookout import Lookout
 from rma_core.agent.membership import Link, Membership, Messages
+from rma_core.agent.news import News, Told
 from rma_core.agent.offering import Offering
 from rma_core.agent.owner import Owner, status
 from rma_core.agent.poll import Poller
@@ -45,7 +44,7 @@ if TYPE_CHECKING:
     from rma_core.agent.streams import ChannelStream
     from rma_core.interfaces import ContainerRuntime
     from rma_core.models.hardware import HardwareReport
-    from rma_core.models.worker import Assignment, AttemptRef, PluginReport, RuntimeReport
+    from rma_core.models.worker import Assignment, AttemptRef, PluginReport
     from rma_core.settings import AgentSettings
 
 logger = logging.getLogger(__name__)
@@ -54,19 +53,6 @@ logger = logging.getLogger(__name__)
 MAX_LISTED = 1024
 #: How `websockets` calls a connection that ended without a goodbye.
 CUT_OFF = "no close frame received or sent"
-
-
-class Told(NamedTuple):
-    """What the coordinator is told when it is new, beside what every heartbeat says."""
-
-    report: HardwareReport | None = None
-    runtimes: tuple[RuntimeReport, ...] = ()
-    plugins: tuple[PluginReport, ...] = ()
-
-    @property
-    def states(self) -> list[tuple[str, ...]]:
-        """How plugins stand; what their last import took is no news."""
-        return [(one.kind, one.name, one.state, one.distribution, one.version, one.reason) for one in self.plugins]
 
 
 class Agent:
@@ -128,6 +114,7 @@ class Agent:
         self.answers = Answers(self.client, changed=self.changed, clock=clock)
         self.link = Link(self.client)
         self.load = Load()
+        self._news = News(self._all)
         self.channel = Channel(self.client, self, self.answers, agent_version=rma_core.__version__, clock=clock)
         self.membership = Membership(
             self.client,
@@ -141,7 +128,7 @@ class Agent:
             self.channel,
             make=self.heartbeat,
             bare=self.sign_of_life,
-            told=self._was_told,
+            told=self._news.read,
             answered=self.assigned,
             forgotten=self.forgotten,
             link=self.link,
@@ -166,8 +153,6 @@ class Agent:
         self._hurried = asyncio.Event()
         self._plain_way = asyncio.Event()
         self._messages = Messages()
-        #: What the coordinator knows, and what it will know once the registration on its way is answered.
-        self._told, self._registering = Told(), Told()
         self._minor: set[asyncio.Task[None]] = set()
         self.owner = Owner(self)
         self._ending = Ending(self, hurried=self._hurried)
@@ -254,11 +239,11 @@ class Agent:
     # Membership.
 
     def _registration(self) -> RegisterRequest:
-        self._registering = told = self._all()
+        told = self._news.registering()
         return registration(
             self.report,
-            runtimes=told.runtimes,
-            plugins=told.plugins,
+            runtimes=told.runtimes or (),
+            plugins=told.plugins or (),
             services=self.consent.names,
             agreed_models=self.consent.model_names,
             own_models=self.own.offered.paths,
@@ -267,7 +252,7 @@ class Agent:
 
     def _registered(self, answer: RegisterResponse) -> None:
         self.reconciler.worker_id = answer.worker_id
-        self._told = self._registering
+        self._news.registered()
         self._set_tier(answer.tier, answer.tier_reason)
         self.heart.pace(answer.heartbeat_interval_s)
         self._want(answer.generation, answer.containers)
@@ -345,6 +330,8 @@ class Agent:
         self.heart.heard()
         self.heart.pace(answer.heartbeat_interval_s)
         self.client.keep_nonce(answer.nonce)
+        if self._news.answered_by(answer.process):
+            self.changed()
         self._set_tier(answer.tier, answer.tier_reason)
         for ref in answer.cancel:
             self.attempts.stop(ref.lease_id, Stop("request", "the coordinator no longer wants it", tell=False))
@@ -370,13 +357,7 @@ class Agent:
 
     def heartbeat(self) -> Heartbeat:
         """Return the next heartbeat, with everything that the coordinator does not know yet."""
-        now, known = self._all(), self._told
-        return msgspec.structs.replace(
-            self.sign_of_life(),
-            report=now.report if now.report is not known.report else None,
-            runtimes=now.runtimes if now.runtimes != known.runtimes else None,
-            plugins=now.plugins if now.states != known.states else None,
-        )
+        return self._news.added_to(self.sign_of_life())
 
     def sign_of_life(self) -> Heartbeat:
         """Return what every heartbeat says."""
@@ -393,15 +374,6 @@ class Agent:
             generation=max(0, self.reconciler.generation),
             draining=self.draining,
             paused=self.paused,
-        )
-
-    def _was_told(self, beat: Heartbeat) -> None:
-        """Keep what the coordinator knows now; what has changed meanwhile it does not."""
-        known = self._told
-        self._told = Told(
-            known.report if beat.report is None else beat.report,
-            known.runtimes if beat.runtimes is None else beat.runtimes,
-            known.plugins if beat.plugins is None else beat.plugins,
         )
 
     def _all(self) -> Told:

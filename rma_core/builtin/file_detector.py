@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from rma_core import PluginConfig
 
+#: The version of RMA's hooks that this was written for.
+RMA_HOOK_VERSION = 1
 #: Nothing longer is read: a report has less room.
 MAX_BYTES = 512 * 1024
 #: So much of what a failed program said is quoted, its end.

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+#: The version of RMA's hooks that this was written for.
+RMA_HOOK_VERSION = 1
 #: macOS answers in milliseconds; a tool that hangs must not take the detector's deadline with it.
 TOOL_TIMEOUT_S = 3.0
 #: Names of architectures as kernels and Windows say them, and as container images do.

@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+#: The version of RMA's hooks that this was written for.
+RMA_HOOK_VERSION = 1
 #: How long `start` watches a new process for a sudden end; one that listens sooner is returned sooner.
 SETTLE_S = 1.0
 #: How often it looks meanwhile.

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
     from rma_core import HardwareReport, PluginConfig, PolicyInput, TierPolicy
 
+#: The version of RMA's hooks that this was written for.
+RMA_HOOK_VERSION = 1
 #: More of a driver's own words than this hides the rest of the sentence.
 QUOTE_CHARACTERS = 160
 #: What the table ``[plugins.threshold]`` may hold; the second is read by the plugin host.

@@ -313,6 +313,15 @@ def ago(when: str | None) -> str:
     return f"{seconds:.0f} s"
 
 
+def failed(one: Mapping[str, Any]) -> str:
+    """Return how often a plugin or a policy has failed and when last; nothing where it has not."""
+    times = one.get("failures", 0)
+    if not times:
+        return ""
+    when = f"{ago(one['failed_at'])} ago"
+    return f"once, {when}" if times == 1 else f"{times} times, last {when}"
+
+
 def run_async(main: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine to its end."""
     return asyncio.run(main)

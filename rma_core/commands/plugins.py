@@ -10,22 +10,23 @@ import click
 import msgspec
 
 from rma_core.commands import common
-from rma_core.commands.machine import settings_of
+from rma_core.commands.machine import agent_settings, settings_of
 from rma_core.commands.plugin_owner import plugins_approve, plugins_block, plugins_install, plugins_remove
 from rma_core.errors import UsageProblem
 from rma_core.host import KINDS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from rich.console import Console
 
     from rma_core.host import Kind, Plugins
+    from rma_core.models.worker import PluginReport
     from rma_core.plugin_folders import PluginFolders
     from rma_core.settings import AgentSettings
     from rma_core.testing.checking import Result, Target
 
-MARKS = {"kept": "✓", "broken": "✗", "open": "·"}
+MARKS = {"kept": "✓", "broken": "✗", "open": "·", "deprecated": "!"}
 
 
 @click.group(invoke_without_command=True)
@@ -53,8 +54,10 @@ def plugins_list(home: str | None, as_json: bool) -> None:
 
 
 def _list_plugins(home: str | None, *, as_json: bool) -> None:
-    found = _used_plugins(settings_of(home))
-    reports = [msgspec.to_builtins(report) for report in found.reports()]
+    settings = settings_of(home)
+    found = _used_plugins(settings)
+    reports = [msgspec.to_builtins(report) for report in _with_the_agents(settings, found.reports())]
+    some = any(report["failures"] for report in reports)
     rows = [
         (
             p["name"],
@@ -62,23 +65,43 @@ def _list_plugins(home: str | None, *, as_json: bool) -> None:
             p["state"],
             f"{p['distribution']} {p['version']}",
             "" if p["import_seconds"] is None else f"{p['import_seconds'] * 1000:.0f} ms",
-            p["reason"],
+            *([common.failed(p)] if some else []),
+            "; ".join(filter(None, (p["reason"], *p["deprecated"]))),
         )
         for p in reports
     ]
-    columns = ("plugin", "kind", "state", "from", "import", "why")
+    columns = ("plugin", "kind", "state", "from", "import", *(["failed"] if some else []), "why")
     common.show({"plugins": reports}, as_json, common.table(columns, rows, empty="No plugins are installed."))
 
 
+def _with_the_agents(settings: AgentSettings, reports: Iterable[PluginReport]) -> Iterator[PluginReport]:
+    """Add what a running agent has counted since it started to what has just failed here."""
+    from rma_core.diagnosis import running_agent
+
+    running = common.run_async(running_agent(agent_settings(settings)))
+    counted = {(one.kind, one.name): one for one in (running.plugins if running else ())}
+    for report in reports:
+        if (theirs := counted.get((report.kind, report.name))) is not None:
+            times, last = report.failures + theirs.failures, max(report.failed_at, theirs.failed_at)
+            yield msgspec.structs.replace(report, failures=times, failed_at=last)
+        else:
+            yield report
+
+
 def _used_plugins(settings: AgentSettings) -> Plugins:
-    """Return all plugins after each was really used once: detectors in their children, the others asked for objects."""
+    """Return all plugins after each was really used once: detectors and policies in children, runtimes here."""
+    from rma_core import policies_apart
     from rma_core.detection import observe
     from rma_core.host import Plugins
 
     found = Plugins.discover(**settings.plugin_rules())
     found.runtimes(settings.plugins)
-    found.policies(settings.plugins)
-    common.run_async(observe(found, config=settings.plugins, deadline_s=settings.detect_deadline_s))
+
+    async def use() -> None:
+        async with policies_apart.started(found, settings.plugins):
+            await observe(found, config=settings.plugins, deadline_s=settings.detect_deadline_s)
+
+    common.run_async(use())
     return found
 
 
@@ -171,7 +194,9 @@ def _print_checks(out: Console, done: Sequence[tuple[Target, list[Result]]]) -> 
         rows = [(MARKS[result.state], result.check, result.message) for result in results]
         common.table(("", f"{target.kind} {target.name}", "why"), rows, empty="No checks.")(out)
         broken = sum(result.state == "broken" for result in results)
-        out.print(common.safe(f"{target.name}: {f'{broken} broken' if broken else f'all {len(results)} kept'}"))
+        warned = ", and a warning" if any(result.state == "deprecated" for result in results) else ""
+        words = f"{broken} broken" if broken else f"all {len(results)} kept"
+        out.print(common.safe(f"{target.name}: {words}{warned}"))
     if any(target.kind == "runtime" for target, _ in done):
         suites = "runtime_contract, adoption_contract and isolation_contract in rma_core.testing"
         common.say(f"What needs containers is for its author to try: {suites}.")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,16 +10,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rma_core.commands import common, effects
-from rma_core.errors import Problem, Refused, UsageProblem, ValidationProblem
-from rma_core.settings import AgentSettings, CoordinatorSettings, load_settings
+from rma_core.commands.policies_offline import POLICY_FILES, decided, machines_in
+from rma_core.errors import Refused, UsageProblem
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from rma_core.interfaces import TierPolicy
 
-#: A file of machines is never read further: 100,000 short reports are 20 MB.
-MAX_REPORT_BYTES = 64 * 1024 * 1024
 #: The options of steps, and what the pool calls them.
 STEPS = {
     "canary": "canary",
@@ -37,8 +32,6 @@ PERCENT = click.FloatRange(0, 100)
 WAITED_S, LOOK_AGAIN_S = 60.0, 0.3
 #: A plugin's policy may hang, and every plugin that is new is started: such calls may take this long.
 ASKED_S = 120.0
-#: What a policy's name ends with that is a file's.
-POLICY_FILES = ".toml"
 
 
 @click.group(invoke_without_command=True)
@@ -66,9 +59,16 @@ def _list_policies(options: dict[str, Any], *, as_json: bool) -> None:
 
 
 def _print_policies(out: Console, found: dict[str, Any]) -> None:
-    rows = [(p["name"], p["version"], "active" if p["active"] else "", p["summary"]) for p in found["policies"]]
-    rows += [(p["name"], p["version"], p["state"], p["reason"]) for p in found["unused"]]
-    common.table(("policy", "version", "", "what it does"), rows, empty="No policies.")(out)
+    listed = [*found["policies"], *found["unused"]]
+    states = ["active" if p["active"] else "" for p in found["policies"]] + [p["state"] for p in found["unused"]]
+    words = [p["summary"] for p in found["policies"]] + [p["reason"] for p in found["unused"]]
+    some = any(common.failed(p) for p in listed)
+    rows = [
+        (p["name"], p["version"], state, *([common.failed(p)] if some else []), said)
+        for p, state, said in zip(listed, states, words, strict=True)
+    ]
+    columns = ("policy", "version", "", *(["failed"] if some else []), "what it does")
+    common.table(columns, rows, empty="No policies.")(out)
     if found["since"]:
         before = f", {_before(found)} was before" if found["previous"] else ""
         active = _called(found["active"], found["version"])
@@ -131,6 +131,8 @@ def policies_show(name: str, as_json: bool, **options: Any) -> None:
 def _print_policy(out: Console, found: dict[str, Any]) -> None:
     state = " (in force)" if found["active"] else ""
     out.print(common.safe(f"{_called(found['name'], found['version'])}{state}: {found['summary']}"))
+    if failed := common.failed(found):
+        out.print(common.safe(f"It has failed {failed}."))
     if found["text"]:
         out.print()
         out.print(common.safe(found["text"].rstrip()))
@@ -158,8 +160,7 @@ def policies_preview(name: str, report: str | None, as_json: bool, **options: An
         )
         common.show(answer, as_json, lambda out: _print_plan(out, name, answer))
         return
-    policy = _policy(name, common.outer(options).get("home"))
-    machines = [_decide(policy, data, index) for index, data in enumerate(_machines(report))]
+    machines = common.run_async(decided(name, common.outer(options).get("home"), machines_in(report)))
     rows = [(m["name"], m["tier"] or "-", m["reason"]) for m in machines]
     common.show(
         {"policy": name, "machines": machines},
@@ -326,42 +327,3 @@ def _policy_text(path: Path) -> dict[str, str]:
     name, text = load(path)
     read_policy(text, name=name, subject=path.name)
     return {"policy": name, "file": text}
-
-
-def _machines(report: str) -> list[Any]:
-    try:
-        # A pipe or a device may have no end.
-        with sys.stdin.buffer if report == "-" else Path(report).open("rb") as file:
-            content = file.read(MAX_REPORT_BYTES + 1)
-        if len(content) > MAX_REPORT_BYTES:
-            raise UsageProblem(f"{report} has more than {MAX_REPORT_BYTES} bytes, which no list of machines needs")
-        data = json.loads(content)
-    except OSError as error:
-        raise UsageProblem(f"{report} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValidationProblem(report, [Problem("$", f"not JSON: {error}")]) from None
-    return data if isinstance(data, list) else [data]
-
-
-def _policy(name: str, home: str | None) -> TierPolicy:
-    """Return a policy: a file's, or an installed one as the settings on this machine have it."""
-    from rma_core.host import Plugins
-
-    if name.endswith(POLICY_FILES):
-        from rma_core.policy_file import read_file
-
-        return read_file(Path(name))
-    settings = load_settings(CoordinatorSettings, flags={"home": home}, known=(AgentSettings,))
-    found = Plugins.discover(kinds=["policy"], **settings.plugin_rules()).policies(settings.plugins)
-    if name not in found:
-        raise UsageProblem(f"there is no tier policy {name!r}", hints=(f"installed: {', '.join(sorted(found))}",))
-    return found[name]
-
-
-def _decide(policy: TierPolicy, data: Any, index: int) -> dict[str, Any]:
-    from rma_core.interfaces import PolicyInput
-    from rma_core.record import read_report
-
-    label = str(data.get("name", f"#{index + 1}")) if isinstance(data, dict) else f"#{index + 1}"
-    decision = policy.decide(PolicyInput(report=read_report(data, subject=f"machine {label}")))
-    return {"name": label, "tier": decision.tier, "reason": decision.reason}

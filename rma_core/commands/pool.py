@@ -111,9 +111,13 @@ def _worker(out: Any, one: dict[str, Any]) -> None:
         common.table(("work", "takes", "failures cost", "given"), speeds, empty="")(out)
     if "traffic" in one:
         out.print(common.safe(f"  passed this month: {_passed(one['traffic'])}"))
-    plugins = [(p["name"], p["kind"], p["state"], p["reason"]) for p in one["plugins"] if p["state"] != "active"]
+    plugins = [
+        (p["name"], p["kind"], p["state"], common.failed(p), p["reason"])
+        for p in one["plugins"]
+        if p["state"] != "active" or p.get("failures")
+    ]
     if plugins:
-        common.table(("plugin", "kind", "state", "why"), plugins, empty="")(out)
+        common.table(("plugin", "kind", "state", "failed", "why"), plugins, empty="")(out)
 
 
 @click.command()

@@ -52,7 +52,11 @@ class RuntimeReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PluginReport(msgspec.Struct, frozen=True, kw_only=True):
-    """One plugin of the agent: its state and why, who ships it, and what importing it cost in seconds."""
+    """One plugin: its state and why, who ships it, and what importing it cost in seconds.
+
+    ``failures`` is how often it has failed since the program that runs it started, ``failed_at`` when last;
+    ``deprecated`` says what of it a later release may refuse.
+    """
 
     name: Name
     kind: Annotated[str, Meta(max_length=32)]
@@ -61,6 +65,9 @@ class PluginReport(msgspec.Struct, frozen=True, kw_only=True):
     distribution: Annotated[str, Meta(max_length=200)] = ""
     version: Annotated[str, Meta(max_length=100)] = ""
     import_seconds: Seconds | None = None
+    failures: Annotated[int, Meta(ge=0, le=2**53)] = 0
+    failed_at: Annotated[str, Meta(pattern=r"^(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ)?$")] = ""
+    deprecated: Annotated[tuple[Reason, ...], Meta(max_length=8)] = ()
 
 
 def lane(service: str, model: str) -> str:
@@ -211,7 +218,10 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class HeartbeatAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What the worker should do next; ``containers`` only when the worker's generation is old."""
+    """What the worker should do next; ``containers`` only when the worker's generation is old.
+
+    ``process`` is a word for the coordinator's process: what one before it was told, another may not know.
+    """
 
     heartbeat_interval_s: Seconds
     generation: Generation
@@ -222,6 +232,7 @@ class HeartbeatAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     nonce: str = ""
     connect: bool = True
     messages: tuple[str, ...] = ()
+    process: str = ""
 
 
 class TaskOffer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from rma_core.deprecations import PluginDeprecation
 from rma_core.testing.detectors import DetectorCase, detector_contract
 from rma_core.testing.policies import PolicyCase, policy_contract
 from rma_core.testing.runtime_offers import OfferCase, offer_contract
@@ -15,6 +16,7 @@ __all__ = [
     "DetectorCase",
     "NotReached",
     "OfferCase",
+    "PluginDeprecation",
     "PolicyCase",
     "RuntimeCase",
     "adoption_contract",

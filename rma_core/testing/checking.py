@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import msgspec
 
 from rma_core import detector_files
+from rma_core.deprecations import PluginDeprecation
 from rma_core.detection import DEADLINE_S, deadline_of
 from rma_core.errors import NotFound, Problem, UsageProblem, ValidationProblem
 from rma_core.host import KINDS, describe, installed, normalized
@@ -72,10 +74,13 @@ class _Pyproject(msgspec.Struct):
 
 
 class Result(NamedTuple):
-    """How one check ended: ``kept``, ``broken`` with a sentence, or ``open`` with why it could not be told."""
+    """How one check ended: ``kept``, ``broken`` with a sentence, or ``open`` with why it could not be told.
+
+    One is ``deprecated`` that is kept and warns: a later release may refuse the plugin for it.
+    """
 
     check: str
-    state: Literal["kept", "broken", "open"]
+    state: Literal["kept", "broken", "open", "deprecated"]
     message: str = ""
 
 
@@ -164,11 +169,22 @@ async def result_of(check: Callable[[Any], Awaitable[None]], case: PluginCase) -
     """Run one check."""
     name = check.__name__.replace("_", " ")
     try:
-        await check(case)
+        words = await _warned(check, case)
     except NotReached as why:
         return Result(name, "open", str(why))
     except AssertionError as error:
         return Result(name, "broken", _short(str(error)))
     except Exception as error:  # noqa: BLE001 - isolation boundary: what a plugin gave may be anything
         return Result(name, "broken", _short(f"its answer cannot be used ({describe(error)})"))
-    return Result(name, "kept")
+    return Result(name, "deprecated", _short(words)) if words else Result(name, "kept")
+
+
+async def _warned(check: Callable[[Any], Awaitable[None]], case: PluginCase) -> str:
+    """Run one check; return what it warns of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", PluginDeprecation)
+        await check(case)
+    for one in caught:
+        if not issubclass(one.category, PluginDeprecation):
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+    return "; ".join(str(one.message) for one in caught if issubclass(one.category, PluginDeprecation))

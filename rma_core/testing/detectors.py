@@ -199,6 +199,7 @@ detector_contract: tuple[Check, ...] = (
     watching.its_hook_fits,
     watching.it_answers,
     watching.its_import_is_light,
+    watching.it_uses_nothing_deprecated,
     its_answer_is_consistent,
     its_reasons_are_for_people,
     its_devices_have_names_and_units,

@@ -9,6 +9,7 @@ import msgspec
 
 from rma_core.models.hardware import Capabilities
 from rma_core.offers import REASON_CHARACTERS, TIERS
+from rma_core.policy_process import confined
 from rma_core.record import from_capabilities
 from rma_core.testing import watching
 from rma_core.testing.watching import NotReached, PluginCase, check_names
@@ -43,6 +44,10 @@ class PolicyCase(PluginCase):
             {"report": msgspec.to_builtins(from_capabilities(short)), "labels": LABELS, "worker_id": f"worker-{n:08x}"}
             for n, short in enumerate(MACHINES)
         ]
+
+    def bounds(self) -> dict[str, object]:
+        """Return what a coordinator would keep it from: nobody need trust it to look at it."""
+        return confined(self.value, self.config, self.folder)
 
     async def decisions(self) -> list[tuple[str, str, dict[str, Any], dict[str, Any]]]:
         """Return each policy's name, a machine in words, and both decisions. Raises NotReached without any."""
@@ -129,6 +134,7 @@ policy_contract: tuple[Check, ...] = (
     watching.its_hook_fits,
     watching.it_answers,
     watching.its_import_is_light,
+    watching.it_uses_nothing_deprecated,
     it_gives_a_policy,
     it_decides_for_every_machine,
     it_decides_the_same_twice,

@@ -14,11 +14,13 @@ table.
 from __future__ import annotations
 
 import asyncio
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from rma_core.deprecations import PluginDeprecation
 from rma_core.errors import RMAError
 from rma_core.testing.checking import CONTRACTS, result_of, targets
 
@@ -60,5 +62,7 @@ def _test(check: Callable[[Any], Awaitable[None]], case: PluginCase) -> Callable
             pytest.skip(result.message)
         if result.state == "broken":
             pytest.fail(result.message, pytrace=False)
+        if result.state == "deprecated":
+            warnings.warn(result.message, PluginDeprecation, stacklevel=2)
 
     return run

@@ -84,6 +84,7 @@ offer_contract: tuple[Check, ...] = (
     watching.its_hook_fits,
     watching.it_answers,
     watching.its_import_is_light,
+    watching.it_uses_nothing_deprecated,
     it_gives_a_runtime,
     it_contacts_nothing_yet,
     its_probe_always_answers,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
 from rma_core import isolation
+from rma_core.deprecations import PluginDeprecation, words_of
 from rma_core.detection import CHILD, DEADLINE_S, MAX_REPORT_BYTES, died, request_for
 from rma_core.models.hardware import Detection
 
@@ -56,6 +58,8 @@ class Seen(msgspec.Struct, frozen=True, kw_only=True):
     detection: Detection | None = None
     #: What policies decided and runtimes answered, as `rma_core.testing.watched` puts it.
     given: tuple[dict[str, Any], ...] = ()
+    #: By the words of `rma_core.deprecations`.
+    deprecated: tuple[str, ...] = ()
 
     def did(self, kind: str, *, stage: str = "") -> list[str]:
         """Return what it did of one kind."""
@@ -107,7 +111,7 @@ class PluginCase:
             folder=self.folder,
             more={
                 "use": _USE, "kind": self.kind, "machine": machine, "machines": self.machines(),
-                "own_folder": self.folder,
+                "own_folder": self.folder, **self.bounds(),
             },
         )  # fmt: skip
         ended = await isolation.run(
@@ -118,6 +122,10 @@ class PluginCase:
         )
         seen = _without_answer(ended, deadline_s) if ended.answer is None else _read(ended.answer)
         return msgspec.structs.replace(seen, seconds=ended.seconds, printed=ended.output.strip())
+
+    def bounds(self) -> dict[str, object]:
+        """Return what keeps its child from the rest of this machine, where something does."""
+        return {}
 
     def machines(self) -> Sequence[Any]:
         """Return the machines that a policy is asked about."""
@@ -211,6 +219,15 @@ async def it_uses_no_network(case: PluginCase) -> None:
     """It connects to nothing and resolves no name."""
     seen = await case.used()
     assert not seen.did("network"), f"it uses the network: {', '.join(seen.did('network')[:3])}"
+
+
+async def it_uses_nothing_deprecated(case: PluginCase) -> None:
+    """It uses nothing that a later release may refuse; what it does use is a warning, and no broken rule."""
+    seen = await case.seen()
+    if seen.outcome in ("failed", "died", "late"):
+        raise NotReached("it gave no answer")
+    for words in words_of(seen.deprecated):
+        warnings.warn(f"it {words}", PluginDeprecation, stacklevel=2)
 
 
 async def it_leaves_nothing_running(case: PluginCase) -> None:

@@ -225,7 +225,7 @@ def _task(pool: Pool, task: Task) -> dict[str, Any]:
 
 
 async def plugins(pool: Pool, web: Web) -> object:  # noqa: ARG001 - every handler has the same form
-    """The coordinator's plugins, and for each worker those plugins and probes that are not well."""
+    """The coordinator's plugins, and for each worker those plugins and probes that are not well, or have failed."""
     return {
         "coordinator": msgspec.to_builtins(pool.plugins()),
         "workers": [row for _, found in sorted(pool.fleet.workers.items()) if (row := _unwell(found))],
@@ -233,7 +233,7 @@ async def plugins(pool: Pool, web: Web) -> object:  # noqa: ARG001 - every handl
 
 
 def _unwell(found: Worker) -> dict[str, Any] | None:
-    bad_plugins = [p for p in found.record.plugins if p.state != "active"]
+    bad_plugins = [p for p in found.record.plugins if p.state != "active" or p.failures]
     bad_probes = [p for p in found.record.report.probes if p.state == "unhealthy"]
     if not bad_plugins and not bad_probes:
         return None

@@ -54,18 +54,23 @@ def read_beat(data: bytes, worker: Worker) -> Heartbeat:
 
 
 @functools.lru_cache(ANSWERS)
-def nothing_new(
+def nothing_new(  # noqa: PLR0917 - keys of the cache
     interval_s: float,
     generation: int,
     tier: int | None,
     tier_reason: str,
     connect: bool,  # noqa: FBT001 - a key
+    process: str,
 ) -> tuple[Message, Message]:
     """Return the answer that says only what the worker knows, as the two messages of ASGI; not to be changed."""
-    body = encode(
-        HeartbeatAnswer(
-            heartbeat_interval_s=interval_s, generation=generation, tier=tier, tier_reason=tier_reason, connect=connect
-        )
+    said = HeartbeatAnswer(
+        heartbeat_interval_s=interval_s,
+        generation=generation,
+        tier=tier,
+        tier_reason=tier_reason,
+        connect=connect,
+        process=process,
     )
+    body = encode(said)
     more = [] if connect else [(name.encode(), value.encode()) for name, value in LAST_CALL.items()]
     return json_head(len(body), more=more), {"type": "http.response.body", "body": body, "more_body": False}

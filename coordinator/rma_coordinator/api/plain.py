@@ -59,7 +59,8 @@ async def heartbeat(pool: Pool, call: Call) -> None:
         return
     connect = pool.parking.keeps_channel(worker)
     pool.offers(worker)
-    await call.both(*nothing_new(pool.fleet.interval_s, known.generation, known.tier, known.tier_reason, connect))
+    said = (pool.fleet.interval_s, known.generation, known.tier, known.tier_reason, connect, pool.process)
+    await call.both(*nothing_new(*said))
 
 
 async def poll(pool: Pool, call: Call) -> None:

@@ -45,20 +45,21 @@ async def policies(pool: Pool, web: Web) -> object:  # noqa: ARG001 - every hand
     if pool.tiers.current is not None:
         # It may have been put in force from a text that is no file here, or is another one now.
         known[active] = Known(pool.tiers.current)
-    rows = [_row(one.policy, active=name == active) for name, one in sorted(known.items())]
+    rows = [_row(pool, one.policy, active=name == active) for name, one in sorted(known.items())]
     if installed and isinstance(installed.policy, ChildPolicy) and installed.policy is not pool.tiers.current:
-        rows.append(_row(installed.policy, active=False))
+        rows.append(_row(pool, installed.policy, active=False))
     return {"active": active, "policies": rows, "unused": _unused(pool), **pool.switching.show()}
 
 
-def _row(policy: TierPolicy, *, active: bool) -> dict[str, Any]:
-    version = policy.version if isinstance(policy, ChildPolicy) else ""
-    return {"name": policy.name, "version": version, "summary": policy.summary, "active": active}
+def _row(pool: Pool, policy: TierPolicy, *, active: bool) -> dict[str, Any]:
+    version, failed = policy.version if isinstance(policy, ChildPolicy) else "", pool.tiers.failed(policy)
+    about = {"name": policy.name, "version": version, "summary": policy.summary, "active": active}
+    return {**about, "failures": failed.times, "failed_at": failed.at}
 
 
 def _unused(pool: Pool) -> list[dict[str, Any]]:
     """Return the plugins with policies that cannot be used, each with its reason."""
-    fields = ("name", "distribution", "version", "state", "reason")
+    fields = ("name", "distribution", "version", "state", "reason", "failures", "failed_at")
     unused = pool.policy_plugins.unused() if pool.policy_plugins else []
     return [{field: getattr(one, field) for field in fields} for one in unused]
 
@@ -89,7 +90,7 @@ async def show_policy(pool: Pool, web: Web) -> object:
     else:
         known = pool.tiers.find(name)
     return {
-        **_row(known.policy, active=name == pool.tiers.active),
+        **_row(pool, known.policy, active=name == pool.tiers.active),
         "text": known.text,
         "entries": [_entry(one) for one in pool.switching.audit.latest(LATELY, prefix="policy_")],
     }
