@@ -236,8 +236,6 @@ def make_config(plain: Listener | None, secure: Listener | None) -> BoundedConfi
     config.keep_alive_timeout = server.KEEP_ALIVE_S
     config.ssl_handshake_timeout = server.HANDSHAKE_S
     config.websocket_max_message_size = server.MAX_WEBSOCKET_BYTES
-    # The agent sends pings. The server's own would keep each closed channel for another interval, and hold up the end.
-    config.websocket_ping_interval = None
     config.include_server_header = False
     config.backlog = server.BACKLOG
     config.accesslog = None
