@@ -12,24 +12,23 @@ from urllib.parse import unquote
 from hypercorn.events import Closed, RawData, Updated
 
 from rma_coordinator import server
+from rma_coordinator.http1_answer import Answer
 from rma_coordinator.http1_parser import Head, Parser, Refused
 from rma_coordinator.mailbox import Mailbox
 from rma_coordinator.websocket import Socket, offer_in
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from hypercorn.config import Config
     from hypercorn.events import Event
     from hypercorn.typing import AppWrapper, ConnectionState, TaskGroup, WorkerContext
 
-    from rma_coordinator.http1_parser import Headers, Part
+    from rma_coordinator.http1_parser import Part
     from rma_coordinator.mailbox import Message
 
     Receive = Callable[[], Awaitable[Message]]
 
-#: Statuses of answers without a body, and the first that is an answer and no word on the way to one.
-BODILESS, FINAL = frozenset({204, 304}), 200
 FAILED = 500
 CONTINUE = b"HTTP/1.1 100 \r\n\r\n"
 NO_REQUEST = Head(b"", b"", [], "1.1", keeps_alive=False)
@@ -37,74 +36,6 @@ NO_REQUEST = Head(b"", b"", [], "1.1", keeps_alive=False)
 
 class Cut(Closed):
     """The connection is to break, not to end."""
-
-
-class Answer:
-    """How an answer is written: its head, then its body by the length that it said, in chunks, or until the end."""
-
-    __slots__ = ("_config", "_head", "begun", "done", "keeps_alive", "left", "silent")
-
-    def __init__(self, head: Head, config: Config) -> None:
-        self._head, self._config = head, config
-        self.begun = self.done = self.silent = False
-        self.keeps_alive = head.keeps_alive and not head.upgrades
-        #: Bytes that are left of one that said its length; -1 for one in chunks, ``None`` for one until the end.
-        self.left: int | None = -1
-
-    def start(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-        """Return the head. Raises RuntimeError for one that would be more than that."""
-        written = [*headers, *self._config.response_headers("h11")]
-        if status >= FINAL:
-            self._settle(status, written)
-        lines = [b"HTTP/1.1 %d " % status, *[b"%b: %b" % header for header in written], b"", b""]
-        text = b"\r\n".join(lines)
-        if text.count(b"\n") != len(lines) - 1 or text.count(b"\r") != len(lines) - 1 or b"\0" in text:
-            raise RuntimeError("a header of an answer has a line of its own")
-        self.begun = status >= FINAL
-        return text
-
-    def short(self, status: int, *more: tuple[bytes, bytes]) -> bytes:
-        """Return an answer that is its status and perhaps some headers, the last on its connection."""
-        return self.start(status, [*more, (b"content-length", b"0"), (b"connection", b"close")])
-
-    def _settle(self, status: int, headers: Headers) -> None:
-        """Decide how the body is written, and whether another request may follow."""
-        closes = False
-        for name, value in headers:
-            if name == b"content-length":
-                self.left = int(value)
-            elif name == b"connection":
-                closes = value.lower() == b"close"
-        if closes:
-            self.keeps_alive = False
-        elif not self.keeps_alive:
-            headers.append((b"connection", b"close"))
-        if status in BODILESS or self._head.method == b"HEAD":
-            self.left, self.silent = 0, True
-        elif self.left == -1 and self._head.version == "1.1":
-            headers.append((b"transfer-encoding", b"chunked"))
-        elif self.left == -1:
-            self.left = None
-
-    def body(self, data: bytes) -> bytes:
-        """Return a part of the body. Raises RuntimeError where there is more than was said."""
-        if self.silent:
-            return b""
-        if not data or self.left is None:
-            return data
-        if self.left == -1:
-            return b"%x\r\n%b\r\n" % (len(data), data)
-        if len(data) > self.left:
-            raise RuntimeError("an answer is longer than it said")
-        self.left -= len(data)
-        return data
-
-    def end(self) -> bytes:
-        """Return what ends the body. Raises RuntimeError where there is less than was said."""
-        if self.left is not None and self.left > 0:
-            raise RuntimeError("an answer is shorter than it said")
-        self.done = True
-        return b"0\r\n\r\n" if self.left == -1 else b""
 
 
 class Exchange(Mailbox):
@@ -269,28 +200,16 @@ class Http1:
         }
         if head.upgrades:
             try:
-                self.stream = self._socket(head, scope)
+                offer = offer_in(head)
             except Refused as refused:
                 await self._refuse(refused)
                 return
+            self.stream = Socket(self, scope, offer, most=self.config.websocket_max_message_size)
         else:
             self.stream = Exchange(self, scope)
         self.task_group.spawn(self.stream.run)
         if head.expects:
             await self.send(RawData(CONTINUE))
-
-    def _socket(self, head: Head, scope: Message) -> Socket:
-        """Return a WebSocket. Raises Refused for a handshake that is none."""
-        offer = offer_in(head.headers)
-        del scope["method"]
-        scope |= {
-            "type": "websocket",
-            "asgi": {"spec_version": "2.3", "version": "3.0"},
-            "scheme": "wss" if self.ssl else "ws",
-            "subprotocols": offer.subprotocols,
-            "extensions": {"websocket.http.response": {}},
-        }
-        return Socket(self, scope, offer)
 
     async def let(self, scope: Message, receive: Receive, send: Callable[[Any], Awaitable[None]]) -> None:
         """Let the application do its work; what it raises is logged."""

@@ -21,9 +21,10 @@ MASKED, LENGTH = 0x80, 0x7F
 #: a length in two bytes that follow; the longest of those.
 SHORT, IN_TWO, MEDIUM = 125, 126, 0xFFFF
 MASK_BYTES = 4
-#: Why a connection ends (7.4.1): as it should, against the rules, without a reason, as nobody announced, with text that
-#: is none, with a message that is too long, by a fault of ours.
-NORMAL, PROTOCOL_ERROR, NO_STATUS, ABNORMAL, BAD_TEXT, TOO_LONG, FAILED = 1000, 1002, 1005, 1006, 1007, 1009, 1011
+#: Why a connection ends (7.4.1): as it should, because somebody leaves, against the rules, without a reason, as nobody
+#: announced, with text that is none, with a message that is too long, by a fault of ours.
+NORMAL, GOING_AWAY, PROTOCOL_ERROR, NO_STATUS, ABNORMAL = 1000, 1001, 1002, 1005, 1006
+BAD_TEXT, TOO_LONG, FAILED = 1007, 1009, 1011
 #: Reasons that somebody may give: those that are registered, and those of libraries and applications.
 REGISTERED, NEVER_SENT, FREE = range(1000, 1015), frozenset({1004, NO_STATUS, ABNORMAL}), range(3000, 5000)
 _CODE = struct.Struct("!H")
