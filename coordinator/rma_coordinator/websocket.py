@@ -1,4 +1,4 @@
-"""WebSocket for both servers, in place of their libraries: those cost a tenth of all that a request does, and more.
+"""WebSocket for both servers, in place of their libraries: those cost up to a tenth of all that a request does.
 
 The server sends no pings: the agent does.
 """
