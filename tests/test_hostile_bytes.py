@@ -380,6 +380,10 @@ async def test_rubbish_on_a_channel_ends_that_channel_or_nothing(
     assert "Traceback" not in caplog.text
 
 
+#: The lines of a handshake that are about WebSocket alone.
+WEBSOCKET = b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n"
+
+
 async def test_a_handshake_that_is_none_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async with running(tmp_path) as pool:
         machine = await pool.enrol()
@@ -392,6 +396,15 @@ async def test_a_handshake_that_is_none_is_refused(tmp_path: Path, caplog: pytes
         ):
             answer = await send(port_of(pool), (start + lines).encode(), end=True)
             assert all(400 <= status < 500 for status in statuses(answer)), answer
+        asks = f"{start}Upgrade: websocket\r\nConnection: Upgrade\r\n{WEBSOCKET.decode()}\r\n"
+        for other in (
+            asks.replace("GET", "POST", 1).replace("\r\n", "\r\nContent-Length: 3\r\n", 1) + "abc",
+            asks.replace("HTTP/1.1", "HTTP/1.0", 1),
+            asks.replace("/channel", "/\xff", 1),
+            asks.replace("13\r\n", "14\r\n", 1),
+        ):
+            answer = await send(port_of(pool), other.encode("latin-1"), end=True)
+            assert [400 <= status < 500 for status in statuses(answer)] == [True], (other, answer)
         for token in ("", "Bearer", "Bearer x.y.z", f"Bearer {pool.key}", "Bearer \xe4"):
             with pytest.raises(WebSocketException):
                 await connect(
@@ -407,7 +420,7 @@ async def test_who_is_refused_a_channel_or_floods_it_gives_the_place_back(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     start = b"GET /api/worker/channel HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-    key = b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n"
+    key = WEBSOCKET
     async with running(tmp_path) as pool:
         await pool.client.get("/health")  # its connection stays
         before = pool.server.places.taken
@@ -428,6 +441,40 @@ async def test_who_is_refused_a_channel_or_floods_it_gives_the_place_back(
                 assert await ill.closed() == 4400
         await until(lambda: pool.server.places.taken == before)
     assert "Traceback" not in caplog.text
+
+
+async def test_a_channel_may_be_spoken_to_byte_by_byte_and_its_end_is_answered(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool:
+        machine = await pool.enrol()
+        start = b"GET /api/worker/channel HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        bearer = f"Authorization: Bearer {machine.token}\r\n\r\n".encode()
+        # A ping, and an end with code 1000, each with a mask of zeros.
+        ping, end = b"\x89\x82\0\0\0\0hi", b"\x88\x82\0\0\0\0\x03\xe8"
+        async with line(port_of(pool)) as (reader, writer):
+            for byte in start + WEBSOCKET + bearer:
+                writer.write(bytes([byte]))
+                await writer.drain()
+            head = await soon(reader.readuntil(b"\r\n\r\n"))
+            assert head.startswith(b"HTTP/1.1 101 ")
+            # As in the sample of RFC 6455, 1.3.
+            assert b"accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n" in head
+            for byte in ping + ping + end:
+                writer.write(bytes([byte]))
+                await writer.drain()
+            assert await said(reader) == b"\x8a\x02hi" * 2 + b"\x88\x02\x03\xe8"
+        await well(pool)
+
+
+async def test_who_asks_for_a_channel_behind_a_request_waits_for_its_answer_or_is_cut(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool, pool.worker() as worker, line(port_of(pool)) as (reader, writer):
+        asks = b"GET /api/worker/channel HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        writer.write(notes(pool) + asks + WEBSOCKET + b"\r\n")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(PATIENCE_S):
+                await worker.answer((await worker.task()).stream, b"yes")
+        answer = await said(reader)
+        # Nothing of the one stands within the other.
+        assert statuses(answer) in ([], [200, 401]), answer
 
 
 async def test_frames_that_are_no_frames_close_the_connection(tmp_path: Path) -> None:

@@ -6,153 +6,36 @@ No answer looks whole that is not. HTTP/2 without TLS is not spoken.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from hypercorn.events import Closed, RawData, Updated
-from hypercorn.protocol.events import Body, Data, EndBody, Request, Response, StreamClosed
-from hypercorn.protocol.ws_stream import WSStream
 
 from rma_coordinator import server
-from rma_coordinator.http1_parser import BAD_REQUEST, Head, Parser, Refused
+from rma_coordinator.http1_answer import Answer
+from rma_coordinator.http1_parser import Head, Parser, Refused
+from rma_coordinator.mailbox import Mailbox
+from rma_coordinator.websocket import Socket, offer_in
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from hypercorn.config import Config
     from hypercorn.events import Event
-    from hypercorn.protocol.events import Event as StreamEvent
     from hypercorn.typing import AppWrapper, ConnectionState, TaskGroup, WorkerContext
 
-    from rma_coordinator.http1_parser import Headers, Part
+    from rma_coordinator.http1_parser import Part
+    from rma_coordinator.mailbox import Message
 
-    Message = dict[str, Any]
     Receive = Callable[[], Awaitable[Message]]
 
-STREAM_ID = 1
-#: Statuses of answers without a body, and the first that is an answer and no word on the way to one.
-BODILESS, FINAL = frozenset({204, 304}), 200
 FAILED = 500
 CONTINUE = b"HTTP/1.1 100 \r\n\r\n"
-#: Messages that wait for the application, of at most what is read at once.
-MOST_TOLD = 10
-#: What a WebSocket's end is called that nobody announced.
-ABNORMAL = 1006
 NO_REQUEST = Head(b"", b"", [], "1.1", keeps_alive=False)
 
 
 class Cut(Closed):
     """The connection is to break, not to end."""
-
-
-class Answer:
-    """How an answer is written: its head, then its body by the length that it said, in chunks, or until the end."""
-
-    __slots__ = ("_config", "_head", "begun", "done", "keeps_alive", "left", "silent")
-
-    def __init__(self, head: Head, config: Config) -> None:
-        self._head, self._config = head, config
-        self.begun = self.done = self.silent = False
-        self.keeps_alive = head.keeps_alive and not head.upgrades
-        #: Bytes that are left of one that said its length; -1 for one in chunks, ``None`` for one until the end.
-        self.left: int | None = -1
-
-    def start(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-        """Return the head. Raises RuntimeError for one that would be more than that."""
-        written = [*headers, *self._config.response_headers("h11")]
-        if status >= FINAL:
-            self._settle(status, written)
-        lines = [b"HTTP/1.1 %d " % status, *[b"%b: %b" % header for header in written], b"", b""]
-        text = b"\r\n".join(lines)
-        if text.count(b"\n") != len(lines) - 1 or text.count(b"\r") != len(lines) - 1 or b"\0" in text:
-            raise RuntimeError("a header of an answer has a line of its own")
-        self.begun = status >= FINAL
-        return text
-
-    def short(self, status: int) -> bytes:
-        """Return an answer that is its status, the last on its connection."""
-        return self.start(status, [(b"content-length", b"0"), (b"connection", b"close")])
-
-    def _settle(self, status: int, headers: Headers) -> None:
-        """Decide how the body is written, and whether another request may follow."""
-        closes = False
-        for name, value in headers:
-            if name == b"content-length":
-                self.left = int(value)
-            elif name == b"connection":
-                closes = value.lower() == b"close"
-        if closes:
-            self.keeps_alive = False
-        elif not self.keeps_alive:
-            headers.append((b"connection", b"close"))
-        if status in BODILESS or self._head.method == b"HEAD":
-            self.left, self.silent = 0, True
-        elif self.left == -1 and self._head.version == "1.1":
-            headers.append((b"transfer-encoding", b"chunked"))
-        elif self.left == -1:
-            self.left = None
-
-    def body(self, data: bytes) -> bytes:
-        """Return a part of the body. Raises RuntimeError where there is more than was said."""
-        if self.silent:
-            return b""
-        if not data or self.left is None:
-            return data
-        if self.left == -1:
-            return b"%x\r\n%b\r\n" % (len(data), data)
-        if len(data) > self.left:
-            raise RuntimeError("an answer is longer than it said")
-        self.left -= len(data)
-        return data
-
-    def end(self) -> bytes:
-        """Return what ends the body. Raises RuntimeError where there is less than was said."""
-        if self.left is not None and self.left > 0:
-            raise RuntimeError("an answer is shorter than it said")
-        self.done = True
-        return b"0\r\n\r\n" if self.left == -1 else b""
-
-
-class Mailbox:
-    """What an application has yet to receive: a few messages at most, then that nobody is there any more."""
-
-    __slots__ = ("_last", "_ready", "_room", "_told", "gone")
-
-    def __init__(self, last: Message) -> None:
-        self._last = last
-        self._told: deque[Message] = deque()
-        #: Set when there is something to receive, and when there is room for more.
-        self._ready: asyncio.Future[None] | None = None
-        self._room: asyncio.Future[None] | None = None
-        self.gone = False
-
-    async def put(self, message: Message) -> None:
-        """Add a message; wait while too many wait already. Once nobody is there it is thrown away."""
-        while len(self._told) >= MOST_TOLD and not self.gone:
-            self._room = asyncio.get_running_loop().create_future()
-            await self._room
-        if not self.gone:
-            self._told.append(message)
-            _wake(self._ready)
-
-    def leave(self, last: Message | None = None) -> None:
-        """Nobody is there any more: what waits can still be received."""
-        if not self.gone:
-            self.gone, self._last = True, last or self._last
-            _wake(self._ready)
-            _wake(self._room)
-
-    async def receive(self) -> Message:
-        """Return the next message."""
-        while not self._told:
-            if self.gone:
-                return self._last
-            self._ready = asyncio.get_running_loop().create_future()
-            await self._ready
-        told = self._told.popleft()
-        _wake(self._room)
-        return told
 
 
 class Exchange(Mailbox):
@@ -191,11 +74,6 @@ class Exchange(Mailbox):
         await self._http.ended(self)
 
 
-def _wake(waiting: asyncio.Future[None] | None) -> None:
-    if waiting is not None and not waiting.done():
-        waiting.set_result(None)
-
-
 class Http1:
     """One connection, between Hypercorn's `TCPServer` and the application; in place of its ``ProtocolWrapper``."""
 
@@ -216,7 +94,7 @@ class Http1:
         self.app, self.config, self.context, self.task_group = app, config, context, task_group
         self.connection_state, self.ssl, self.client, self.server = connection_state, ssl, client, server
         self.send = send
-        self.stream: Exchange | WSStream | None = None
+        self.stream: Exchange | Socket | None = None
         self.answer: Answer
         self._parser = Parser()
         #: Parts, and then bytes, that came before the answer to what was there before them.
@@ -234,7 +112,7 @@ class Http1:
         """Take what came, or the end of the connection."""
         if isinstance(event, Closed):
             self._over()
-            await self._close_stream()
+            self._close_stream()
         elif isinstance(event, RawData) and event.data and not self._closed:
             if self._waiting or self._catching_up:
                 await self._keep(event.data)
@@ -285,14 +163,14 @@ class Http1:
         self._caught_up.set()
 
     async def _frames(self, data: bytes) -> None:
-        if isinstance(self.stream, WSStream):
-            await self.stream.handle(Data(stream_id=STREAM_ID, data=data))
+        if isinstance(self.stream, Socket):
+            await self.stream.take(data)
 
     async def _part(self, part: Part) -> None:
         if isinstance(part, Head):
             await self._begin(part)
         elif isinstance(part, Refused):
-            await self._refuse(part.status)
+            await self._refuse(part)
         else:
             self._whole = part is None
             if isinstance(self.stream, Exchange):
@@ -303,9 +181,6 @@ class Http1:
         if self._closed:
             return
         self._whole, self.answer = False, Answer(head, self.config)
-        if head.upgrades:
-            await self._upgrade(head)
-            return
         path, _, query = head.target.partition(b"?")
         scope = {
             "type": "http",
@@ -323,50 +198,18 @@ class Http1:
             "state": self.connection_state.copy(),
             "extensions": {},
         }
-        self.stream = Exchange(self, scope)
+        if head.upgrades:
+            try:
+                offer = offer_in(head)
+            except Refused as refused:
+                await self._refuse(refused)
+                return
+            self.stream = Socket(self, scope, offer, most=self.config.websocket_max_message_size)
+        else:
+            self.stream = Exchange(self, scope)
         self.task_group.spawn(self.stream.run)
         if head.expects:
             await self.send(RawData(CONTINUE))
-
-    async def _upgrade(self, head: Head) -> None:
-        self.stream = WSStream(
-            self.app, self.config, self.context, cast("TaskGroup", self), self.ssl, self.client, self.server,
-            self._send_event, STREAM_ID,
-        )  # fmt: skip
-        request = Request(
-            stream_id=STREAM_ID,
-            headers=head.headers,
-            http_version=head.version,
-            method=head.method.decode("ascii"),
-            raw_path=head.target,
-            state=self.connection_state,
-        )
-        try:
-            await self.stream.handle(request)
-        except UnicodeDecodeError:  # of a header that is read as text
-            self.stream = None
-            await self._refuse(BAD_REQUEST)
-
-    async def spawn_app(
-        self, _app: AppWrapper, _config: Config, scope: Message, send: Callable[[Message | None], Awaitable[None]]
-    ) -> Callable[[Message], Awaitable[None]]:
-        """Let the application have a WebSocket; return what hands it messages. Called by Hypercorn's stream."""
-        mailbox = Mailbox({"type": "websocket.disconnect", "code": ABNORMAL})
-
-        async def run() -> None:
-            await self.let(scope, mailbox.receive, send)
-            # Whoever waits for room would wait for ever.
-            mailbox.leave()
-            await send(None)
-
-        async def put(message: Message) -> None:
-            if message["type"] == "websocket.disconnect":
-                mailbox.leave(message)
-            else:
-                await mailbox.put(message)
-
-        self.task_group.spawn(run)
-        return put
 
     async def let(self, scope: Message, receive: Receive, send: Callable[[Any], Awaitable[None]]) -> None:
         """Let the application do its work; what it raises is logged."""
@@ -377,22 +220,10 @@ class Http1:
 
     # -- answers -------------------------------------------------------------------------------------------------------
 
-    async def _send_event(self, event: StreamEvent) -> None:
-        """Send what Hypercorn's WebSocket has to send."""
-        if isinstance(event, StreamClosed):
-            await self.answered()
-        elif self._closed:
-            return
-        elif isinstance(event, Data):
-            await self.send(RawData(event.data))
-        elif isinstance(event, Response):
-            await self.send(RawData(self.answer.start(event.status_code, event.headers)))
-        elif isinstance(event, Body):
-            await self.send(RawData(self.answer.body(event.data)))
-        elif isinstance(event, EndBody):
-            await self.send(RawData(self.answer.end()))
-            # A handshake that was refused: nothing else would end the connection.
-            await self.answered()
+    async def say(self, data: bytes) -> None:
+        """Send what a WebSocket has to say, while anybody may hear it."""
+        if not self._closed:
+            await self.send(RawData(data))
 
     async def ended(self, exchange: Exchange) -> None:
         """The application has nothing more to say, whether it has answered or not."""
@@ -404,7 +235,7 @@ class Http1:
     async def answered(self) -> None:
         """Wait for the next request, or close the connection where that cannot be."""
         answer, goes_on = self.answer, self._whole and not self._closed and not self.context.terminated.is_set()
-        await self._close_stream()
+        self._close_stream()
         if goes_on and answer.done and answer.keeps_alive:
             if self._waiting:
                 self._catching_up = True
@@ -417,15 +248,15 @@ class Http1:
             cut = answer.begun and not answer.done and answer.left is None
             await self.send(Cut() if cut else Closed())
 
-    async def _refuse(self, status: int) -> None:
+    async def _refuse(self, refused: Refused) -> None:
         """Say that what came is no request, unless an answer has begun, and close."""
         if self._closed:
             return
         if self.stream is None:
             self.answer = Answer(NO_REQUEST, self.config)
-        said = b"" if self.answer.begun else self.answer.short(status)
+        said = b"" if self.answer.begun else self.answer.short(refused.status, *refused.headers)
         self._over()
-        await self._close_stream()
+        self._close_stream()
         await self.send(RawData(said))
         await self.send(Closed())
 
@@ -433,9 +264,7 @@ class Http1:
         self._closed = True
         self._caught_up.set()
 
-    async def _close_stream(self) -> None:
+    def _close_stream(self) -> None:
         stream, self.stream = self.stream, None
-        if isinstance(stream, Exchange):
+        if stream is not None:
             stream.leave()
-        elif stream is not None:
-            await stream.handle(StreamClosed(stream_id=STREAM_ID))

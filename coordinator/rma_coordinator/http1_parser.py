@@ -11,7 +11,7 @@ import httptools
 
 from rma_coordinator import server
 
-BAD_REQUEST, TOO_LARGE, NOT_IMPLEMENTED = 400, 431, 501
+BAD_REQUEST, UPGRADE_REQUIRED, TOO_LARGE, NOT_IMPLEMENTED = 400, 426, 431, 501
 VERSIONS = frozenset({"1.0", "1.1"})
 Headers: TypeAlias = list[tuple[bytes, bytes]]
 
@@ -29,11 +29,11 @@ class Head(NamedTuple):
 
 
 class Refused(Exception):
-    """What came is no request that could be answered; ``status`` is what it is told."""
+    """What came is no request that could be answered; ``status`` and ``headers`` are what it is told."""
 
-    def __init__(self, status: int = BAD_REQUEST) -> None:
+    def __init__(self, status: int = BAD_REQUEST, *headers: tuple[bytes, bytes]) -> None:
         super().__init__(status)
-        self.status = status
+        self.status, self.headers = status, headers
 
 
 #: A request up to its body, a part of that, its end, or that what came is none.

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, cast
 
 from hypercorn.asyncio import run as hypercorn_run
 from hypercorn.asyncio import serve, tcp_server
-from hypercorn.asyncio.tcp_server import MAX_RECV, TCPServer
+from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.config import Config, Sockets
 from hypercorn.events import Closed, RawData, Updated
 
 from rma_coordinator import server
+from rma_coordinator.direct import Direct
 from rma_coordinator.http1 import Cut, Http1
 from rma_coordinator.server import Places, Together, listening
 from rma_core.settings import CoordinatorSettings
@@ -145,19 +146,14 @@ class Connection(TCPServer):
     async def _read_data(self) -> None:
         self._idle.begin(self)
         try:
-            while data := await self._read():
-                await self.protocol.handle(RawData(data))
+            await Direct(self.reader, self.writer.transport, self._take).run()
         finally:
             self._left = True
             self._idle.end(self)
         await self.protocol.handle(Closed())
 
-    async def _read(self) -> bytes:
-        """Return what came; nothing at the end, whatever kind of end it is."""
-        try:
-            return await self.reader.read(MAX_RECV)
-        except OSError:  # TLS's own errors are such too
-            return b""
+    async def _take(self, data: bytes) -> None:
+        await self.protocol.handle(RawData(data))
 
     async def _idle_timeout(self) -> None:
         """Nothing: `Idle` looks after that."""
@@ -236,8 +232,6 @@ def make_config(plain: Listener | None, secure: Listener | None) -> BoundedConfi
     config.keep_alive_timeout = server.KEEP_ALIVE_S
     config.ssl_handshake_timeout = server.HANDSHAKE_S
     config.websocket_max_message_size = server.MAX_WEBSOCKET_BYTES
-    # The agent sends pings. The server's own would keep each closed channel for another interval, and hold up the end.
-    config.websocket_ping_interval = None
     config.include_server_header = False
     config.backlog = server.BACKLOG
     config.accesslog = None

@@ -10,13 +10,14 @@ import contextlib
 import logging
 import ssl
 from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import unquote
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from rma_coordinator import server
 from rma_coordinator.server import Places, Together, listening
+from rma_coordinator.uvicorn_websocket import WebSocketLine
 from rma_core.errors import SettingProblem
 from rma_core.settings import CoordinatorSettings
 
@@ -62,7 +63,7 @@ class UvicornServer:
         config = uvicorn.Config(
             cast("Any", app),
             http=type("Http", (_Http,), {"places": self.places}),
-            ws=_WebSocket,
+            ws=cast("Any", WebSocketLine),
             lifespan="on",
             log_config=None,
             access_log=False,
@@ -71,9 +72,6 @@ class UvicornServer:
             timeout_keep_alive=int(server.KEEP_ALIVE_S),
             timeout_graceful_shutdown=int(server.GRACE_S),
             ws_max_size=server.MAX_WEBSOCKET_BYTES,
-            # The agent sends pings.
-            ws_ping_interval=None,
-            ws_per_message_deflate=False,
         )
         sockets = [(listening(one), _context(one)) for one in self._listeners]
         self._server = _Server(config, sockets)
@@ -273,10 +271,15 @@ class _Http(HttpToolsProtocol):
     def handle_websocket_upgrade(self) -> None:
         """Hand the connection over, and its place with it."""
         self._look_no_more()
-        super().handle_websocket_upgrade()
-        taker = self.transport.get_protocol()
-        if isinstance(taker, _WebSocket):
-            taker.places, self._placed = self.places, False
+        if self._answers:
+            # Whoever asks for one waits for the answers before it.
+            self.transport.abort()
+            return
+        self.connections.discard(self)
+        self._placed = False
+        path, _, query = self.url.partition(b"?")
+        target = {"path": unquote(path.decode("ascii")), "raw_path": path, "query_string": query}
+        WebSocketLine(self, {**self.scope, **target}, self.places.give)
 
     def _look_at_head(self) -> None:
         """Close the connection when its request's head has not come in time.
@@ -297,19 +300,6 @@ class _Http(HttpToolsProtocol):
         if self._look is not None:
             self._look.cancel()
             self._look = None
-
-
-class _WebSocket(WebSocketsSansIOProtocol):
-    """A channel; it gives its place back."""
-
-    places: Places | None = None
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Give the place back."""
-        places, self.places = self.places, None
-        if places is not None:
-            places.give()
-        super().connection_lost(exc)
 
 
 def _context(listener: Listener) -> ssl.SSLContext | None:

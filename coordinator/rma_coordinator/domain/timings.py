@@ -77,15 +77,15 @@ def believed(found: Measured, seconds: float, *, asked: int, said: int) -> Measu
     """
     if seconds <= 0:
         return Measured()
-    found = found._replace(prompt_tokens=min(found.prompt_tokens, asked), answer_tokens=min(found.answer_tokens, said))
+    prompt, answer = min(found.prompt_tokens, asked), min(found.answer_tokens, said)
+    load_s = min(found.load_s, seconds)
     claimed = found.prompt_s + found.answer_s
     if claimed < LEAST_CLAIM_S:
         # So little is no measure, and would be stretched beyond all numbers.
-        return found._replace(prompt_s=0.0, answer_s=0.0, load_s=min(found.load_s, seconds))
+        return Measured(prompt, 0.0, answer, 0.0, load_s)
     had = max(seconds - found.load_s, LEAST_OF_SEEN * seconds)
     factor = min(had, max(claimed, LEAST_OF_SEEN * had)) / claimed
-    load_s = min(found.load_s, seconds)
-    return found._replace(prompt_s=found.prompt_s * factor, answer_s=found.answer_s * factor, load_s=load_s)
+    return Measured(prompt, found.prompt_s * factor, answer, found.answer_s * factor, load_s)
 
 
 def first_byte_s(expected: Expected, load_s: float, most_s: float | None) -> float:

@@ -1,0 +1,58 @@
+"""What an application has yet to receive of one request, or of one WebSocket."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import Any
+
+Message = dict[str, Any]
+
+#: Messages that wait for the application, of at most what is read at once.
+MOST_TOLD = 10
+
+
+class Mailbox:
+    """What an application has yet to receive: a few messages at most, then that nobody is there any more."""
+
+    __slots__ = ("_last", "_ready", "_room", "_told", "gone")
+
+    def __init__(self, last: Message) -> None:
+        self._last = last
+        self._told: deque[Message] = deque()
+        #: Set when there is something to receive, and when there is room for more.
+        self._ready: asyncio.Future[None] | None = None
+        self._room: asyncio.Future[None] | None = None
+        self.gone = False
+
+    async def put(self, message: Message) -> None:
+        """Add a message; wait while too many wait already. Once nobody is there it is thrown away."""
+        while len(self._told) >= MOST_TOLD and not self.gone:
+            self._room = asyncio.get_running_loop().create_future()
+            await self._room
+        if not self.gone:
+            self._told.append(message)
+            _wake(self._ready)
+
+    def leave(self, last: Message | None = None) -> None:
+        """Nobody is there any more: what waits can still be received."""
+        if not self.gone:
+            self.gone, self._last = True, last or self._last
+            _wake(self._ready)
+            _wake(self._room)
+
+    async def receive(self) -> Message:
+        """Return the next message."""
+        while not self._told:
+            if self.gone:
+                return self._last
+            self._ready = asyncio.get_running_loop().create_future()
+            await self._ready
+        told = self._told.popleft()
+        _wake(self._room)
+        return told
+
+
+def _wake(waiting: asyncio.Future[None] | None) -> None:
+    if waiting is not None and not waiting.done():
+        waiting.set_result(None)
