@@ -271,6 +271,9 @@ async def test_a_policy_is_previewed_under_rules_while_workers_change(tmp_path: 
         shown = (await pool.client.post("/api/admin/policies/preview", json=every)).json()
         now = {row["service"]: row for row in shown["services"]}
         assert (now["notes"]["now"], now["notes"]["then"]) == (2, 1), "nobody prefers it in that tier"
+        every["file"] += 'prefers = ["notes"]\n'
+        shown = (await pool.client.post("/api/admin/policies/preview", json=every)).json()
+        assert {row["then"] for row in shown["services"] if row["service"] == "notes"} == {2}
         plan = await pool.pool.switching.plan(pool.pool.tiers.find().policy)
         plan = plan._replace(rows=[row._replace(new_tier=7) for row in plan.rows])
         counting = asyncio.create_task(effects_module.effects(pool.pool, plan))
@@ -304,18 +307,22 @@ async def test_rules_whose_commit_was_given_up_are_not_in_force_after_a_restart(
 
 
 async def test_after_a_restart_a_copy_that_is_lacked_goes_to_whom_the_strategy_says(tmp_path: Path) -> None:
-    small = tuple(msgspec.structs.replace(entry(name, wanted=1), tiers=(), needs=Needs(cpu_cores=2)) for name in "abc")
-    async with running(tmp_path, entries=small[:2]) as pool:
-        machines = await fleet(pool, 2)
-        await apply(pool, 'strategy = "spread"\n[services.a]\nstrategy = "fill"\n')
-        [busy] = {*who(pool, "a"), *who(pool, "b")}
-    async with running(tmp_path, entries=small) as pool:
-        # The busy one comes first, and leaves the new service to the other.
+    cores = {"a": 5, "b": 4, "c": 4}
+    catalog = tuple(
+        msgspec.structs.replace(entry(name, wanted=1), tiers=(), needs=Needs(cpu_cores=count))
+        for name, count in cores.items()
+    )
+    async with running(tmp_path, entries=catalog[:2]) as pool:
+        machines = await fleet(pool, 3)
+        await pool.pool.store.commit([Put(KEY, RulesRecord(text='[services.c]\nstrategy = "spread"\n'))])
+        [full], [busy] = who(pool, "a"), who(pool, "b")
+        assert full != busy
+    async with running(tmp_path, entries=catalog) as pool:
+        # The one that has room beside what it runs comes first, and leaves the new one to who runs nothing.
         for machine in sorted(machines, key=lambda one: one.id != busy):
             found = StandIn(pool, machine.key, machine.answer)
             assert (await found.beat(containers=())).status_code == 200
-        assert who(pool, "c") != [busy]
-        assert len(who(pool, "c")) == 1
+        assert {*who(pool, "c")} == {one.id for one in machines} - {full, busy}
 
 
 async def test_applying_gives_a_lack_to_the_best_machine_and_lets_others_give_way_at_once(tmp_path: Path) -> None:
