@@ -10,12 +10,11 @@ from urllib.parse import urlsplit
 
 import click
 
-from rma_core import confinement, host, plugin_install
+from rma_core import confinement, host
 from rma_core.commands import common
 from rma_core.commands.machine import settings_of
 from rma_core.errors import NotFound, PluginConflict, UsageProblem
 from rma_core.plugin_folders import Approval
-from rma_core.publisher import publisher_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator
@@ -65,6 +64,10 @@ def plugins_install(what: str, yes: bool, home: str | None, as_json: bool) -> No
 
     Only wheels are taken, and nothing of them runs while they are installed.
     """
+    # Every other command would wait for these.
+    from rma_core import plugin_install
+    from rma_core.publisher import publisher_of
+
     folders, as_json = _folders(home), _json(as_json)
     with folders.staging() as staging:
         with _telling(quiet=as_json) as tell:
