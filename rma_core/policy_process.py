@@ -22,6 +22,7 @@ from rma_core.detection import CONFINED, Words, bounds, deadline_of, died, mappe
 from rma_core.interfaces import PolicyInput
 from rma_core.isolation import LAST_WORDS_S, OUTPUT_BYTES, REAP_S, Ended, settle, surely
 from rma_core.models.hardware import Name
+from rma_core.models.worker import Seconds
 from rma_core.offers import TIERS
 from rma_core.platforms import child_environment, detached_popen_kwargs, kill_tree, neutral_folder
 from rma_core.policy_child import CHARACTERS, OUT_OF_MEMORY
@@ -75,7 +76,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
 
     outcome: Literal["answered", "failed", "invalid", "declined", "raised", "unusable"]
     reason: Annotated[str, Meta(max_length=2000)] = ""
-    import_seconds: float = 0.0
+    import_seconds: Seconds = 0.0
     given: tuple[Offered, ...] = ()
     deprecated: Words = ()
 

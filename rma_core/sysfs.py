@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import stat
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -40,6 +41,10 @@ MOST_LIST_BYTES = 8 * 1024 * 1024
 #: No card has more bytes, or more of anything: a number beyond is none.
 MOST = 2**50
 MOST_CHARACTERS = 100
+
+
+#: Not there on Windows, where none of this is.
+PASSING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
 class PciDevice(NamedTuple):
@@ -97,10 +102,12 @@ def pci_name(root: Path, vendor: str, device: str) -> str:
 
 
 def read_text(path: Path, *, most_bytes: int = MOST_BYTES) -> str:
-    """Return the beginning of a file, without blanks around it; nothing when it cannot be read."""
+    """Return the beginning of a file, without blanks around it; nothing when it cannot be read, or is no file."""
     try:
-        with path.open("rb") as file:
-            return file.read(most_bytes).decode(errors="replace").strip()
+        # Whoever opens a pipe waits for somebody who writes into it.
+        with open(os.open(path, os.O_RDONLY | PASSING), "rb") as file:  # noqa: PTH123 - of a descriptor
+            regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+            return file.read(most_bytes).decode(errors="replace").strip() if regular else ""
     except (OSError, ValueError):
         return ""
 
@@ -139,7 +146,10 @@ def exists(path: Path) -> bool:
 
 def may_open(node: Path) -> bool:
     """Whether this user may use a device node, to read and to write."""
-    return os.access(node, os.R_OK | os.W_OK)
+    try:
+        return os.access(node, os.R_OK | os.W_OK)
+    except ValueError:
+        return False
 
 
 def printable(text: str) -> str:

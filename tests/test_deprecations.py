@@ -138,11 +138,26 @@ def test_commands_show_it_and_end_well(tmp_path: Path, site: Path) -> None:
     told = {one["name"]: one["deprecated"] for one in json.loads(out)["plugins"]}
     assert {name: len(words) for name, words in told.items() if words} == {"aged": 1}
     assert OLD in told["aged"][0]
-    assert err.count("states no RMA_HOOK_VERSION") == 1
+    assert err == "", "it stands in what was printed"
+    assert said("detect", "--json")[1].count("states no RMA_HOOK_VERSION") == 1
     assert OLD in " ".join(said("plugins")[0].split())
     out, _ = said("plugins", "check", "aged")
     assert re.search(r"! +it uses nothing deprecated", out)
     assert "kept, and a warning" in out
+
+
+def test_what_a_plugin_calls_itself_reaches_no_terminal_as_a_command(tmp_path: Path) -> None:
+    points = {"rma.detectors": {"aged": "aged_board"}}
+    title = "1.0\x1b]0;OWNED\x07"
+    distribute(tmp_path / "site", "rma-detect-aged", points, version=title, modules={"aged_board": DETECTOR})
+    env = environment(tmp_path / "home", {"PYTHONPATH": str(tmp_path / "site"), "RMA_ONLY_PLUGINS": "host,aged"})
+    env["RMA_APPROVE_PLUGINS"] = "*"
+    for command in ("detect", "plugins", "doctor"):
+        done = subprocess.run(
+            rma(command), env=env, capture_output=True, text=True, timeout=120, check=False, stdin=subprocess.DEVNULL
+        )
+        assert "\x1b]0" not in done.stdout + done.stderr
+        assert "states no RMA_HOOK_VERSION" in done.stdout + done.stderr
 
 
 def test_in_an_authors_tests_it_is_a_warning_and_an_error_for_who_wants_that(tmp_path: Path) -> None:

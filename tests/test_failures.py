@@ -11,7 +11,7 @@ import pytest
 
 from rma_core import failures
 from rma_core.agent.detecting import Detecting
-from rma_core.agent.news import News, Told
+from rma_core.agent.news import AGAIN_S, LONGEST_AGAIN_S, News, Told
 from rma_core.commands import common
 from rma_core.failures import NEVER, Failed, Failures
 from rma_core.models.worker import Heartbeat, PluginReport
@@ -54,6 +54,44 @@ def test_a_count_alone_is_news_only_once_it_has_doubled() -> None:
             told.append(times)
         news.read(beat)
     assert told == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
+
+
+def test_what_is_deprecated_no_more_is_news() -> None:
+    plugins = (msgspec.structs.replace(BAD, deprecated=("old",)),)
+    news = News(lambda: Told(plugins=plugins))
+    news.read(news.added_to(Heartbeat(worker_id="worker-00000000")))
+    plugins = (BAD,)
+    assert news.added_to(Heartbeat(worker_id="worker-00000000")).plugins == plugins
+
+
+def test_another_process_is_told_everything_once_more_and_many_of_them_ever_more_rarely() -> None:
+    now = 0.0
+    news = News(lambda: Told(plugins=(BAD,)), clock=lambda: now)
+
+    def told() -> bool:
+        beat = news.added_to(Heartbeat(worker_id="worker-00000000"))
+        news.read(beat)
+        return beat.plugins is not None
+
+    assert told()
+    assert (news.answered_by("a"), news.answered_by("a"), told()) == (False, False, False)
+    assert (news.answered_by("b"), told(), told()) == (True, True, False)
+    # Both are there, and answer in turns.
+    assert not any(news.answered_by(word) for word in "abababab")
+    times = []
+    for number in range(20_000):
+        now = number
+        if news.answered_by(f"new {number}"):
+            times.append(now)
+    assert 5 <= len(times) <= 20, "it waits longer each time, an hour at most"
+    assert times[0] <= AGAIN_S
+    now += 2 * LONGEST_AGAIN_S
+    assert news.answered_by("the last one"), "a restart after hours of quiet is told at once"
+
+
+def test_a_coordinator_that_says_now_which_process_it_is_may_be_another() -> None:
+    news = News(lambda: Told(plugins=(BAD,)), clock=lambda: 0.0)
+    assert (news.answered_by(""), news.answered_by(""), news.answered_by("a")) == (False, False, True)
 
 
 async def test_an_agent_counts_over_all_its_looks_and_what_is_mended_begins_anew(

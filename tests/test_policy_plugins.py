@@ -71,7 +71,13 @@ async def test_a_version_is_found_put_in_force_followed_by_the_next_and_gone_bac
         said = await audit(pool)
         assert "'night' 1.1 is in force, 'night' 1.0 was; workers that change: 4" in said
         assert "back to 'night' 1.0 from 'night' 1.1; workers that change: 4" in said
+        [_, before] = (await pool.client.get("/api/admin/plugins")).json()["coordinator"]
+        assert (before["name"], before["import_seconds"] is not None) == ("night", True)
         assert (await rescan(pool))["changed"] == []
+        assert (await pool.client.get("/api/admin/plugins")).json()["coordinator"][1] == before
+        entries = await audit(pool)
+        await rescan(pool)
+        assert await audit(pool) == entries, "nothing new was found"
 
 
 @pytest.mark.parametrize(

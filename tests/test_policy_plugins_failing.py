@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -33,6 +35,8 @@ from tests.policy_pool import (
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from tests.coordinator_fixtures import Running, StandIn
 
 #: Fixtures of every test here.
 nothing_is_left, folder = policy_pool.nothing_is_left, policy_pool.folder
@@ -128,6 +132,36 @@ def test_a_policy_in_this_process_that_raises_is_counted_too() -> None:
     for _ in range(2):
         assert isinstance(tiers.decide(asked), NoDecision)
     assert tiers.failed(policy).times == 2
+
+
+async def test_one_that_tells_something_new_all_the_time_holds_up_nobody_else(tmp_path: Path, folder: Path) -> None:
+    said = 'reason="tier {tier}: version {version}"'.format(tier=7, version="1.0")
+    code = source().replace(said, 'reason=f"tier 7: {asked.report.cpu_cores} cores"')
+    install(folder, code=code.replace("does, answer = ", "time.sleep(0.03); does, answer = "))
+    async with pool_of(tmp_path / "home") as (pool, machines):
+        odd = await enrol(pool)
+
+        async def flap() -> None:
+            for cores in itertools.count(10):
+                told_more_cores(pool, odd, cores)
+                await asyncio.sleep(0.005)
+
+        flapping = asyncio.create_task(flap())
+        try:
+            await in_force(pool)
+            for cores in range(100, 104):
+                told_more_cores(pool, machines[0], cores)
+                said = f"tier 7: {cores} cores"
+                # The waits of one that has no answer grow to ten seconds.
+                await until(functools.partial(_says, pool, machines[0], said), within_s=5)
+            await until(lambda: reason(pool, odd).startswith("tier 7: "))
+        finally:
+            flapping.cancel()
+            await asyncio.gather(flapping, return_exceptions=True)
+
+
+def _says(pool: Running, machine: StandIn, words: str) -> bool:
+    return reason(pool, machine) == words
 
 
 async def test_nothing_else_waits_while_it_hangs(tmp_path: Path, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What detectors read with: never an exception, never without a bound, never outside of the folder that is named."""
+"""What detectors read with: never an exception, never without a bound, never a wait."""
 
 from __future__ import annotations
 
@@ -75,13 +75,14 @@ def test_a_name_is_taken_from_its_makers_part_of_the_list(root: Path, vendor: st
     assert sysfs.pci_name(root, vendor, device) == name
 
 
-@pytest.mark.parametrize("where", ["absent", "folder", "nul\0in", "closed/file"])
+@pytest.mark.parametrize("where", ["absent", "folder", "nul\0in", "closed/file", "lone\ud800", "pipe"])
 def test_what_cannot_be_read_says_nothing(tmp_path: Path, where: str) -> None:
     (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
     path = tmp_path / where
     assert (sysfs.read_text(path), sysfs.read_int(path), sysfs.link_name(path)) == ("", None, "")
     assert sysfs.list_names(path) == []
-    assert sysfs.exists(path) is (where == "folder")
+    assert sysfs.exists(path) is sysfs.may_open(path) is (where in ("folder", "pipe"))
 
 
 def test_no_more_of_a_file_is_read_than_is_asked_for(tmp_path: Path) -> None:

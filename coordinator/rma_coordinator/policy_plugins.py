@@ -158,6 +158,7 @@ class PolicyPlugins:
         _, files = await asyncio.to_thread(_look_at, plugin, table)
         for same in (before, *self._before):
             if same is not None and (same.plugin, same.files) == (plugin, files):
+                self._note(same)
                 return same
 
         def installed() -> tuple[str, str]:
@@ -177,9 +178,12 @@ class PolicyPlugins:
                 if not left:
                     self._refuse(plugin.name, error.state, str(error))
                     return None
-        seconds, deprecated = version.import_seconds, version.deprecated
-        self._plugins.note("policy", plugin.name, state="active", import_seconds=seconds, deprecated=deprecated)
+        self._note(version)
         return version
+
+    def _note(self, version: PolicyVersion) -> None:
+        seconds, deprecated = version.import_seconds, version.deprecated
+        self._plugins.note("policy", version.plugin.name, state="active", import_seconds=seconds, deprecated=deprecated)
 
     def _refuse(self, plugin: str, state: State, reason: str) -> None:
         if self._plugins.strict:

@@ -81,6 +81,8 @@ SHOWN_MACHINES = 3
 FLUSH_S = 10.0
 #: Workers that no policy has decided are looked at again so often.
 DECIDED_S, DECIDED_AT_ONCE = 10.0, 10
+#: Who told something new within so long is decided together.
+GATHERED_S = 0.05
 #: Workers' records that are whole in memory at a time, 10 KB each, when many are read or written.
 FLUSHED_AT_ONCE = 50
 #: Counts of bytes that are written in one commit.
@@ -315,7 +317,8 @@ class Pool:
             self.tiers.take(self.policy_plugins.policies, self.policy_plugins.refused)
         except RMAError as error:
             if not first:
-                await self.switching.rescanned(f"none is taken in: {error}", by=by)
+                with contextlib.suppress(StoreFailed):
+                    await self.switching.rescanned(f"none is taken in: {error}", by=by)
             raise
         if not first:
             await self.switching.rescanned(found.words, by=by)
@@ -332,37 +335,46 @@ class Pool:
         while True:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.tiers.pended.wait(), DECIDED_S)
+            undecided = 0
             try:
                 if not self.tiers.pended.is_set() and isinstance(self.tiers.current, ChildPolicy):
                     self.tiers.pending |= self.tiers.failing
-                await self.decide_pending()
+                undecided = await self.decide_pending()
                 if self.policy_plugins is not None:
                     await self.policy_plugins.tidy(self.switching.needed)
             except Exception:
                 logger.exception("workers that wait for their tier could not be decided")
-            if self.tiers.pended.is_set():
-                # Nobody had an answer for some: a child may be left alone for now.
+            if undecided:
+                # There was no answer for some: a child may be left alone for now.
                 await asyncio.sleep(again.next_s())
             else:
+                # One that tells something new all the time waits for each round, and holds up nobody else.
                 again.reset()
+                await asyncio.sleep(GATHERED_S)
 
-    async def decide_pending(self) -> None:
-        """Ask the policy about workers that wait for its answer, and decide them."""
+    async def decide_pending(self) -> int:
+        """Ask the policy about workers that wait for its answer, and decide them; return for how many it has none."""
         waiting, self.tiers.pending = self.tiers.pending, set()
         self.tiers.pended.clear()
-        await self.decide_all(sorted(waiting))
+        return await self.decide_all(sorted(waiting))
 
-    async def decide_all(self, worker_ids: Sequence[str]) -> None:
-        """Decide workers once more, those that there still are; other work goes on meanwhile."""
-        workers = self.fleet.workers
+    async def decide_all(self, worker_ids: Sequence[str]) -> int:
+        """Decide workers once more, those that there still are; return for how many there is no answer.
+
+        Each is decided as it was when it was asked about: what it has told meanwhile has its own turn.
+        """
+        workers, undecided = self.fleet.workers, 0
         for start in range(0, len(worker_ids), DECIDED_AT_ONCE):
             some = worker_ids[start : start + DECIDED_AT_ONCE]
             await asyncio.sleep(0)
-            await self.tiers.ask_shadow(asked_of(workers[one]) for one in some if one in workers)
-            await self.tiers.prepare(asked_of(workers[one]) for one in some if one in workers)
-            for one in some:
+            asked = {one: asked_of(workers[one]) for one in some if one in workers}
+            await self.tiers.ask_shadow(asked.values())
+            await self.tiers.prepare(asked.values())
+            for one, about in asked.items():
                 if one in workers:
-                    self.decide_again(workers[one])
+                    undecided += self.tiers.undecided(about)
+                    self.decide_again(workers[one], about)
+        return undecided
 
     def sweep(self) -> None:
         """Look for workers that fell silent: their attempts are lost, and they are given nothing new."""
@@ -634,10 +646,11 @@ class Pool:
             worker.could = None
             self.decide_again(worker)
 
-    def decide_again(self, worker: Worker) -> None:
-        """Ask for a worker's tier once more, and choose its services by it."""
+    def decide_again(self, worker: Worker, asked: PolicyInput | None = None) -> None:
+        """Ask for a worker's tier once more, as it is now or was when it was ``asked`` about; choose its services."""
         record = worker.record
-        decision = self.decide(record.report, labels=record.labels, worker_id=worker.id, known=record)
+        asked = asked or PolicyInput(report=record.report, labels=record.labels)
+        decision = self.decide(asked.report, labels=asked.labels, worker_id=worker.id, known=record)
         if (decision.tier, decision.reason) != (record.tier, record.tier_reason):
             about = {"action": "tier", "worker": worker.id, "tier": decision.tier}
             logger.info("%s: %s", worker.id, decision.reason, extra=about)

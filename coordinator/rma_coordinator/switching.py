@@ -227,13 +227,14 @@ class Switching:
         )  # fmt: skip
 
     async def _decision(self, policy: TierPolicy, worker: Worker) -> TierDecision:
-        """Return what a policy says of a worker, of which something else may be known by now than when it was asked."""
+        """Return what a policy says of a worker as it is now: one that changes meanwhile has a turn of its own."""
+        asked = asked_of(worker)
         for _ in range(ASKED_AGAIN):
-            decision = self.tiers.decide(asked_of(worker), policy)
+            decision = self.tiers.decide(asked, policy)
             if not isinstance(decision, Pending):
-                break
-            await self.tiers.prepare([asked_of(worker)], policy)
-        return decision
+                return decision
+            await self.tiers.prepare([asked], policy)
+        return self.tiers.decide(asked, policy)
 
     @contextlib.contextmanager
     def _noting(self) -> Iterator[set[str]]:
@@ -369,6 +370,10 @@ class Switching:
         words = f"plugins with policies were looked at: {words}"
         words = words if len(words) <= MOST_WORDS else f"{words[:MOST_WORDS]}…"
         logger.info("%s (by %s)", words, by, extra={"action": "policy_rescanned"})
+        last = self.audit.latest(1)
+        if last and (last[0].action, last[0].message) == ("policy_rescanned", words):
+            # Whoever looks again and again pushes nothing else out.
+            return
         await self.enter("policy_rescanned", words, by=by)
 
     async def enter(self, action: str, words: str, *, by: str, more: Iterable[Put] = ()) -> None:

@@ -142,6 +142,12 @@ class Tiers:
             self._note(asked, decision)
         return decision
 
+    def undecided(self, asked: PolicyInput) -> bool:
+        """Whether the policy in force has no answer yet for a worker that does not wait for its turn."""
+        if asked.worker_id in self.waiting or not isinstance(self.current, ChildPolicy):
+            return False
+        return isinstance(self._decided(self.current, asked), Pending)
+
     async def prepare(
         self, asked: Iterable[PolicyInput], policy: TierPolicy | None = None, *, within_s: float = PREPARED_S
     ) -> None:

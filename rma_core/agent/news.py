@@ -6,15 +6,25 @@ its answers say which process gave them, and to another one everything is told o
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
+
+from rma_core.backoff import Backoff
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from rma_core.models.hardware import HardwareReport
     from rma_core.models.worker import Heartbeat, PluginReport, RuntimeReport
+
+
+#: Processes of a coordinator that are remembered to have answered.
+LATELY = 8
+#: First and longest wait before everything is told once more to yet another process.
+AGAIN_S, LONGEST_AGAIN_S = 60.0, 3600.0
 
 
 class Told(NamedTuple):
@@ -25,13 +35,17 @@ class Told(NamedTuple):
     runtimes: tuple[RuntimeReport, ...] | None = None
     plugins: tuple[PluginReport, ...] | None = None
 
+    @staticmethod
+    def _identity(one: PluginReport) -> tuple[str, ...]:
+        return (one.kind, one.name, one.distribution, one.version)
+
     @property
     def states(self) -> list[tuple[object, ...]] | None:
         """How plugins stand: what their last import took is no news, and failures are some once they have doubled."""
         if self.plugins is None:
             return None
         return [
-            (one.kind, one.name, one.state, one.distribution, one.version, one.reason, one.failures.bit_length())
+            (*self._identity(one), one.state, one.reason, one.deprecated, one.failures.bit_length())
             for one in self.plugins
         ]
 
@@ -39,12 +53,15 @@ class Told(NamedTuple):
 class News:
     """What of ``now`` the coordinator does not know yet, as far as is known."""
 
-    def __init__(self, now: Callable[[], Told]) -> None:
-        self._now = now
+    def __init__(self, now: Callable[[], Told], clock: Callable[[], float] = time.monotonic) -> None:
+        self._now, self._clock = now, clock
         #: What it knows, and what it will know once the registration on its way is answered.
         self._known, self._registering = Told(), Told()
-        #: Which process of the coordinator has answered last.
-        self._process = ""
+        #: Which processes of the coordinator have answered lately (empty: one that does not say).
+        self._processes: deque[str] = deque(maxlen=LATELY)
+        #: Everything is to be told again, but not before then: each time later, whoever answers.
+        self._due, self._not_before = False, 0.0
+        self._again = Backoff(base_s=AGAIN_S, cap_s=LONGEST_AGAIN_S)
 
     def registering(self) -> Told:
         """Return everything, for a registration."""
@@ -75,11 +92,19 @@ class News:
         )
 
     def answered_by(self, process: str) -> bool:
-        """Note which process has answered (empty: it does not say); say whether everything is new again."""
-        if not process or process == self._process:
+        """Note which process has answered (empty: it does not say); say whether everything is new again.
+
+        Who answers with another word each time has no more of it: what is told is much.
+        """
+        if process not in self._processes:
+            # What a registration told was written before it was answered.
+            self._due = self._due or (bool(process) and len(self._processes) > 0)
+            self._processes.append(process)
+        now = self._clock()
+        if not self._due or now < self._not_before:
             return False
-        # What a registration told was written before it was answered.
-        again, self._process = bool(self._process), process
-        if again:
-            self._known = Told()
-        return again
+        if now > self._not_before + LONGEST_AGAIN_S:
+            self._again.reset()
+        self._due, self._not_before = False, now + self._again.next_s()
+        self._known = Told()
+        return True

@@ -111,6 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(args: list[str]) -> int:  # noqa: PLR0911 - one ending, one return
     """Run one command line; return its exit code."""
     as_json = "--json" in args
+    common.on_one_line()
     try:
         code = rma.main(args=args, prog_name="rma", standalone_mode=False)
         return code if isinstance(code, int) else 0

@@ -343,6 +343,17 @@ class OneLine(logging.Formatter):
         return "\n".join([first, *(_log_line(f"  {line}") for line in more)])
 
 
+def on_one_line() -> None:
+    """Have warnings of a command that keeps no log shown on a line each: they may quote what comes from elsewhere."""
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(OneLine("%(message)s"))
+
+
+def shown_in_a_table() -> None:
+    """Have no warning of what is deprecated: the command shows it."""
+    logging.getLogger("rma_core.deprecations").setLevel(logging.ERROR)
+
+
 def _log_line(text: str) -> str:
     # Cut first: what nobody will read need not be looked at.
     line = text[: LOG_LINE + 1]

@@ -135,6 +135,7 @@ def doctor(ctx: click.Context, home: str | None, as_json: bool) -> None:
     from rma_core.diagnosis import examine
     from rma_core.host import Plugins
 
+    common.shown_in_a_table()
     settings = agent_settings(settings_of(home))
     findings = common.run_async(examine(settings, Plugins.discover(**settings.plugin_rules())))
     marks = {"ok": "✓", "note": "·", "warning": "!", "problem": "✗"}

@@ -54,6 +54,7 @@ def plugins_list(home: str | None, as_json: bool) -> None:
 
 
 def _list_plugins(home: str | None, *, as_json: bool) -> None:
+    common.shown_in_a_table()
     settings = settings_of(home)
     found = _used_plugins(settings)
     reports = [msgspec.to_builtins(report) for report in _with_the_agents(settings, found.reports())]
@@ -146,7 +147,9 @@ def plugins_check(ctx: click.Context, plugin: str, home: str | None, as_json: bo
     found = targets(plugin, settings.plugin_folders)
     for target in found:
         _refuse_unapproved(target, settings.plugin_folders)
-    done = common.run_async(_check_all(found, settings.plugins, quiet=as_json))
+    common.shown_in_a_table()
+    hidden = settings.plugin_rules()["hidden"]
+    done = common.run_async(_check_all(found, settings.plugins, hidden, quiet=as_json))
     broken = sum(result.state == "broken" for _, results in done for result in results)
     common.show(
         {
@@ -171,7 +174,7 @@ def _refuse_unapproved(target: Target, folders: PluginFolders) -> None:
 
 
 async def _check_all(
-    found: list[Target], tables: Mapping[str, dict[str, object]], *, quiet: bool
+    found: list[Target], tables: Mapping[str, dict[str, object]], hidden: Sequence[str], *, quiet: bool
 ) -> list[tuple[Target, list[Result]]]:
     """Run every check of every plugin; what runs is shown meanwhile."""
     from rma_core.testing.checking import results
@@ -180,7 +183,7 @@ async def _check_all(
     with contextlib.nullcontext() if quiet else common.console(err=True).status("") as status:
         for target in found:
             kept: list[Result] = []
-            async for result in results(target.case(tables)):
+            async for result in results(target.case(tables, hidden)):
                 kept.append(result)
                 if status is not None:
                     status.update(common.safe(f"{target.name}: {len(kept)} checks done, {result.check}"))

@@ -232,7 +232,7 @@ class HeartbeatAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     nonce: str = ""
     connect: bool = True
     messages: tuple[str, ...] = ()
-    process: str = ""
+    process: Annotated[str, Meta(max_length=64)] = ""
 
 
 class TaskOffer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

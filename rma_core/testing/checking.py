@@ -21,7 +21,7 @@ from rma_core.testing.runtime_offers import OfferCase, offer_contract
 from rma_core.testing.watching import NotReached
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 
     from rma_core.host import InstalledPlugin, Kind
     from rma_core.plugin_folders import PluginFolders
@@ -52,14 +52,22 @@ class Target(NamedTuple):
     own: tuple[str, ...] = ()
     given: tuple[tuple[str, object], ...] = ()
 
-    def case(self, tables: Mapping[str, dict[str, object]]) -> PluginCase:
-        """Return its case, with its own table of the ``[plugins]`` table. Raises UsageProblem for a wrong deadline."""
+    def case(self, tables: Mapping[str, dict[str, object]], hidden: Sequence[str] = ()) -> PluginCase:
+        """Return its case, with its own table of the ``[plugins]`` table. Raises UsageProblem for a wrong deadline.
+
+        ``hidden`` folders are kept from one that is confined.
+        """
         table = tables.get(self.name, {})
         deadline_s, words = deadline_of(self.name, table, DEADLINE_S)
         if words:
             raise UsageProblem(words)
         return CONTRACTS[self.kind][0](
-            self.value, folder=self.folder, config={**table, **dict(self.given)}, deadline_s=deadline_s, own=self.own
+            self.value,
+            folder=self.folder,
+            config={**table, **dict(self.given)},
+            deadline_s=deadline_s,
+            own=self.own,
+            hidden=hidden,
         )
 
 

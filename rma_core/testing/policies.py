@@ -47,7 +47,7 @@ class PolicyCase(PluginCase):
 
     def bounds(self) -> dict[str, object]:
         """Return what a coordinator would keep it from: nobody need trust it to look at it."""
-        return confined(self.value, self.config, self.folder)
+        return confined(self.value, self.config, self.folder, hidden=self.hidden)
 
     async def decisions(self) -> list[tuple[str, str, dict[str, Any], dict[str, Any]]]:
         """Return each policy's name, a machine in words, and both decisions. Raises NotReached without any."""

@@ -70,7 +70,8 @@ class PluginCase:
     """One plugin to check.
 
     ``value`` is what its entry point names (``module`` or ``module:attribute``), looked for in ``folder`` first;
-    ``config`` is its table, ``deadline_s`` how long one run may take; ``own`` are other packages of its distribution.
+    ``config`` is its table, ``deadline_s`` how long one run may take; ``own`` are other packages of its distribution;
+    ``hidden`` are folders that one which is confined may not look into.
     """
 
     kind: Kind
@@ -83,9 +84,10 @@ class PluginCase:
         config: dict[str, object] | None = None,
         deadline_s: float = DEADLINE_S,
         own: Collection[str] = (),
+        hidden: Sequence[str] = (),
     ) -> None:
         self.value, self.folder, self.config, self.deadline_s = value, folder, config or {}, deadline_s
-        self.own = own
+        self.own, self.hidden = own, hidden
         self._first: Seen | None = None
 
     async def seen(self) -> Seen:
