@@ -122,6 +122,36 @@ async def test_a_piece_that_need_not_wait_is_handled_before_anything_else_runs()
     await serving
 
 
+async def test_who_sends_without_end_lets_others_have_their_turn() -> None:
+    served, taken, turns = Served(), list[int](), 0
+
+    async def take(data: bytes) -> None:
+        taken.append(len(data))
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    serving, beside = served.serve(take), asyncio.create_task(others())
+    for _ in range(5):
+        await asyncio.sleep(0)
+    # All of one turn of the loop: no more of it is handled before others are than the bound.
+    before, sent = turns, 0
+    while served.wire.reading:
+        served.side.data_received(b"x" * 4096)
+        sent += 4096
+        assert sum(taken) <= MOST
+    assert (turns, sent > MOST) == (before, True)
+    while sum(taken) < sent:  # noqa: ASYNC110 - it is the turns that are counted
+        await asyncio.sleep(0)
+    assert turns > before
+    served.side.eof_received()
+    await asyncio.wait_for(serving, 5)
+    beside.cancel()
+
+
 async def test_what_comes_while_one_waits_is_kept_within_bounds() -> None:
     room, taken = asyncio.Event(), list[bytes]()
 

@@ -458,10 +458,57 @@ async def test_a_channel_may_be_spoken_to_byte_by_byte_and_its_end_is_answered(t
             assert head.startswith(b"HTTP/1.1 101 ")
             # As in the sample of RFC 6455, 1.3.
             assert b"accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n" in head
-            for byte in ping + ping + end:
-                writer.write(bytes([byte]))
-                await writer.drain()
-            assert await said(reader) == b"\x8a\x02hi" * 2 + b"\x88\x02\x03\xe8"
+            for said_so in (ping, ping, end):
+                for byte in said_so:
+                    writer.write(bytes([byte]))
+                    await writer.drain()
+                if said_so is ping:
+                    assert await soon(reader.readexactly(4)) == b"\x8a\x02hi"
+            assert await said(reader) == b"\x88\x02\x03\xe8"
+        await well(pool)
+
+
+async def test_what_comes_right_behind_a_handshake_is_too_early(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool:
+        machine = await pool.enrol()
+        start = b"GET /api/worker/channel HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        bearer = f"Authorization: Bearer {machine.token}\r\n".encode()
+        for more in (
+            b"\r\n\x89\x80\0\0\0\0",
+            b"\r\n\x89",
+            b"content-length: 3\r\n\r\nabc",
+            b"content-length: 3\r\n\r\n",
+        ):
+            async with line(port_of(pool)) as (reader, writer):
+                writer.write(start + WEBSOCKET + bearer + more)
+                assert (await said(reader)).startswith(b"HTTP/1.1 400 "), more
+        await well(pool)
+
+
+async def test_of_many_pings_at_once_the_last_is_answered_and_few_others(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool:
+        machine = await pool.enrol()
+        start = b"GET /api/worker/channel HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        bearer = f"Authorization: Bearer {machine.token}\r\n\r\n".encode()
+        async with line(port_of(pool)) as (reader, writer):
+            writer.write(start + WEBSOCKET + bearer)
+            await soon(reader.readuntil(b"\r\n\r\n"))
+            pings = [b"\x89\x84\0\0\0\0" + f"{number:04}".encode() for number in range(5000)]
+            writer.write(b"".join(pings) + b"\x88\x82\0\0\0\0\x03\xe8")
+            answer = await said(reader)
+        assert answer.endswith(b"\x8a\x044999\x88\x02\x03\xe8")
+        assert answer.count(b"\x8a\x04") < len(pings) / 10
+        await well(pool)
+
+
+async def test_who_sends_thousands_of_requests_at_once_is_cut_and_costs_little(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool:
+        for _ in range(3):
+            async with line(port_of(pool)) as (reader, writer):
+                writer.write(notes(pool) + b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 3000)
+                writer.write_eof()
+                answer = await said(reader)
+                assert set(statuses(answer)) <= {200, 503}
         await well(pool)
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypercorn.asyncio.worker_context import WorkerContext
 from hypercorn.config import Config
 from hypercorn.events import Closed, RawData, Updated
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from wsproto.connection import Connection, ConnectionType
 from wsproto.events import BytesMessage, CloseConnection, Message, TextMessage
@@ -131,6 +131,8 @@ WITHIN = {
 }
 
 
+# A busy machine may take long to make up long messages.
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(messages(), max_size=4).map(lambda found: b"".join(itertools.chain(*found))),
     st.sampled_from([b"", *ENDS.values(), *BETWEEN.values(), *WITHIN.values()]),
@@ -189,6 +191,12 @@ def test_a_message_of_exactly_the_most_is_taken_and_the_next_one_too() -> None:
     halves = raw(BINARY, bytes(MOST // 2), first=0) + raw(0x0, bytes(MOST - MOST // 2))
     whole = raw(TEXT, b"x" * MOST)
     assert ours([halves + whole + halves]) == [bytes(MOST), "x" * MOST, bytes(MOST)]
+
+
+def test_a_first_message_is_short_and_those_after_it_may_be_long() -> None:
+    long, short = raw(BINARY, b"x" * 90), raw(BINARY, b"x" * 30)
+    assert Frames(100, first=50).feed(long) == [End(1009, struct.pack("!H", 1009))]
+    assert Frames(100, first=50).feed(short + long) == [b"x" * 30, b"x" * 90]
 
 
 def test_parts_without_end_are_not_kept_beyond_the_most() -> None:

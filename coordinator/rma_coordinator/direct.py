@@ -31,6 +31,8 @@ class Direct(asyncio.Protocol):
         transport.set_protocol(self)
         #: Whether pieces are handled at once; whether something, or the end, has gone to the stream since it was read.
         self._at_once = self._kept = False
+        #: Bytes that were handled at once since the task that reads had its turn: others want theirs.
+        self._handled = 0
         #: What is left to do of a piece whose handling has to wait.
         self._rest: Awaitable[None] | None = None
         self._stirred = asyncio.Event()
@@ -42,6 +44,9 @@ class Direct(asyncio.Protocol):
             # Less than was asked for is all there was; the end may have come with it.
             self._kept = len(data) == MOST or reader.at_eof() or reader.exception() is not None
             await self._take(data)
+            if len(data) == MOST:
+                # There is more, maybe without end, and nothing here has to wait.
+                await asyncio.sleep(0)
             while not self._kept:
                 await self._go()
 
@@ -54,7 +59,7 @@ class Direct(asyncio.Protocol):
     async def _go(self) -> None:
         """Let pieces be handled at once until one has to wait, and see to that; or until the end."""
         self._stirred.clear()
-        self._at_once = True
+        self._at_once, self._handled = True, 0
         try:
             await self._stirred.wait()
         finally:
@@ -66,7 +71,11 @@ class Direct(asyncio.Protocol):
     # -- called by the transport ---------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        """Handle a piece, or keep it until those before it are."""
+        """Handle a piece, or keep it until those before it are, and others have had their turn."""
+        self._handled += len(data)
+        if self._handled > MOST and self._at_once:
+            self._at_once = False
+            self._stirred.set()
         if not self._at_once:
             self._kept = True
             self._stream.data_received(data)

@@ -9,9 +9,11 @@ import asyncio
 import contextlib
 import logging
 import ssl
+import sys
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import unquote
 
+import httptools
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -36,6 +38,8 @@ TOO_LARGE = (
 )
 #: Requests of one connection that wait for the answer to the one before, until nothing more is read.
 MOST_WAITING = 8
+#: More requests than that wait for answers to others on one connection of nobody who means well.
+MOST_AT_ONCE = 256
 NO_UPGRADE = "No other protocol is spoken here: leave out Upgrade."
 #: What says that a request has a body.
 BODY = frozenset({b"content-length", b"transfer-encoding"})
@@ -158,6 +162,10 @@ class _Transport(Together):
         return getattr(self.to, name)
 
 
+class TooMany(Exception):
+    """A client sends requests without waiting for answers, more of them than anybody needs."""
+
+
 class _Http(HttpToolsProtocol):
     """A connection that has a place among those there may be, and whose requests' heads are bounded."""
 
@@ -168,6 +176,8 @@ class _Http(HttpToolsProtocol):
         self._placed = False
         #: Requests that were not answered when the next one came.
         self._before: list[Any] = []
+        #: What is being parsed.
+        self._piece = b""
         #: Whether what came is a request with a body that the parser would not read.
         self._refused = False
         #: Bytes since a head, a part of a body, or a request was whole.
@@ -204,7 +214,9 @@ class _Http(HttpToolsProtocol):
         if not self._placed:
             return
         self._kept += len(data)
+        self._piece = data
         super().data_received(data)
+        self._piece = b""
         if self._refused and not self.transport.is_closing():
             self.send_400_response(NO_UPGRADE)
         elif self._kept > server.MAX_HEAD_BYTES and not self.transport.is_closing():
@@ -252,7 +264,12 @@ class _Http(HttpToolsProtocol):
             # The parser reads nothing behind a request that would speak another protocol.
             cycle.keep_alive = cycle.keep_alive and not upgrades
             if before is not None and not before.response_complete:
-                self._before = [one for one in self._before if not one.response_complete] + [before]
+                if len(self._before) > 2 * len(self.pipeline):
+                    self._before = [one for one in self._before if not one.response_complete]
+                self._before.append(before)
+                if len(self.pipeline) > MOST_AT_ONCE:
+                    # The parser ends with it, and so does the connection: an answer is under way.
+                    raise TooMany
                 if len(self.pipeline) <= MOST_WAITING:
                     # Who does not read does not see its client leave.
                     self.flow.resume_reading()
@@ -279,7 +296,10 @@ class _Http(HttpToolsProtocol):
         self._placed = False
         path, _, query = self.url.partition(b"?")
         target = {"path": unquote(path.decode("ascii")), "raw_path": path, "query_string": query}
-        WebSocketLine(self, {**self.scope, **target}, self.places.give)
+        # It is called while the parser's word for that is handled, which says how far that has read.
+        stopped = sys.exc_info()[1]
+        early = self._piece[stopped.args[0] :] if isinstance(stopped, httptools.HttpParserUpgrade) else b""
+        WebSocketLine(self, {**self.scope, **target}, self.places.give, early)
 
     def _look_at_head(self) -> None:
         """Close the connection when its request's head has not come in time.

@@ -24,9 +24,12 @@ logger = logging.getLogger(__name__)
 
 
 class WebSocketLine:
-    """Such a connection, among those of the server; ``over`` is called when it has ended."""
+    """Such a connection, among those of the server; ``over`` is called when it has ended.
 
-    def __init__(self, http: HttpToolsProtocol, scope: Message, over: Callable[[], None]) -> None:
+    ``early`` came behind its handshake, before the answer to that.
+    """
+
+    def __init__(self, http: HttpToolsProtocol, scope: Message, over: Callable[[], None], early: bytes = b"") -> None:
         self.transport, self._over = http.transport, over
         self._app, self._state = http.app, http.server_state
         self._head = Head(scope["method"].encode(), b"", scope["headers"], scope["http_version"], keeps_alive=False)
@@ -36,6 +39,11 @@ class WebSocketLine:
         stream = asyncio.StreamReaderProtocol(self._reader, loop=http.loop)
         stream.connection_made(self.transport)
         self.transport.set_protocol(stream)
+        if http.flow.write_paused:
+            # The transport has said so, and does not say so twice.
+            stream.pause_writing()
+        if early:
+            self._reader.feed_data(early)
         self._writer = asyncio.StreamWriter(self.transport, stream, self._reader, http.loop)
         self._state.connections.add(self)  # type: ignore[arg-type]
         task = http.loop.create_task(self._run(scope, http.config.ws_max_size), name="a WebSocket")

@@ -39,6 +39,10 @@ if TYPE_CHECKING:
 #: What stands behind a client's key in what the answer proves (RFC 6455, 1.3), and the length of the key itself.
 GUID, KEY_BYTES = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11", 16
 VERSION = b"13"
+#: Bytes of a first message.
+FIRST_BYTES = 256 * 1024
+#: Headers that announce a body.
+BODY = (b"content-length", b"transfer-encoding")
 SWITCHING, FORBIDDEN, BROKEN = 101, 403, 500
 
 
@@ -54,6 +58,9 @@ def offer_in(head: Head) -> Offer:
     if head.method != b"GET" or head.version != "1.1":
         raise Refused
     headers = head.headers
+    if any(name in BODY and value.strip(b"0 ") for name, value in headers):
+        # It would be read as frames.
+        raise Refused
     keys = [value for name, value in headers if name == b"sec-websocket-key"]
     versions = [value for name, value in headers if name == b"sec-websocket-version"]
     if versions != [VERSION]:
@@ -91,7 +98,7 @@ class Line(Protocol):
 class Socket(Mailbox):
     """One WebSocket, from its handshake to its end, as an application sees it.
 
-    ``scope`` is that of the request that it began as; a message may have ``most`` bytes.
+    ``scope`` is that of the request that it began as; a message may have ``most`` bytes, the first one FIRST_BYTES.
     """
 
     __slots__ = ("_frames", "_line", "_offer", "_scope", "_state")
@@ -107,7 +114,8 @@ class Socket(Mailbox):
             "extensions": {"websocket.http.response": {}},
         }
         del self._scope["method"]
-        self._frames = Frames(most)
+        # Nobody knows yet who that is: the first message says so, and is short.
+        self._frames = Frames(most, first=min(most, FIRST_BYTES))
         self._state: Literal["asked", "open", "refused", "over"] = "asked"
         self._told.append({"type": "websocket.connect"})
 
@@ -130,17 +138,27 @@ class Socket(Mailbox):
         if self._state == "asked":
             await self._refuse(BAD_REQUEST)
             return
+        # The last ping of several is answered (RFC 6455, 5.5.3): each answer is a write.
+        ping: Ping | None = None
         for found in self._frames.feed(data) if self._state == "open" else ():
             if type(found) is bytes:
                 await self.put({"type": "websocket.receive", "bytes": found, "text": None})
             elif type(found) is str:
                 await self.put({"type": "websocket.receive", "bytes": None, "text": found})
+            elif isinstance(found, Ping):
+                ping = found
             elif isinstance(found, End):
+                await self._pong(ping)
                 self.leave({"type": "websocket.disconnect", "code": found.code})
-                await self._close(frame(CLOSE, found.answer))
+                if self._state == "open":
+                    await self._close(frame(CLOSE, found.answer))
                 await self._finish()
-            elif isinstance(found, Ping) and self._state == "open":
-                await self._line.say(frame(PONG, found.payload))
+                return
+        await self._pong(ping)
+
+    async def _pong(self, ping: Ping | None) -> None:
+        if ping is not None and self._state == "open":
+            await self._line.say(frame(PONG, ping.payload))
 
     # -- what is said --------------------------------------------------------------------------------------------------
 

@@ -55,10 +55,15 @@ class _BrokenError(Exception):
 
 
 class Frames:
-    """Bytes of a client in, and out of them its messages of at most ``most`` bytes, its pings, and its end."""
+    """Bytes of a client in, and out of them its messages of at most ``most`` bytes, its pings, and its end.
 
-    def __init__(self, most: int) -> None:
+    The ``first`` message may have so many bytes, where that is another number.
+    """
+
+    def __init__(self, most: int, *, first: int | None = None) -> None:
         self._most = most
+        #: The most of the message that comes next.
+        self._limit = most if first is None else first
         #: The beginning of a frame that is not whole.
         self._unread = bytearray()
         #: What is there of a message in several frames, and its kind; ``None`` while there is no such message.
@@ -117,7 +122,7 @@ class Frames:
                 raise _BrokenError
         elif kind > BINARY or (kind == CONTINUATION) is (self._kind is None):
             raise _BrokenError
-        elif length + len(self._parts) > self._most:
+        elif length + len(self._parts) > self._limit:
             raise _BrokenError(TOO_LONG)
 
     def _take(self, first: int, payload: bytes, found: list[Found]) -> None:
@@ -135,6 +140,7 @@ class Frames:
                 return
             if self._kind is not None:
                 payload, self._parts, self._kind = bytes(self._parts + payload), bytearray(), None
+            self._limit = self._most
             found.append(_text(payload) if kind == TEXT else payload)
 
 
