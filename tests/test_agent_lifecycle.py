@@ -17,6 +17,7 @@ import pytest
 from rma_core import http, tls
 from rma_core.agent import channel as channel_module
 from rma_core.agent import heart as heart_module
+from rma_core.agent import news
 from rma_core.agent.control import ask
 from rma_core.agent.lifecycle import Agent
 from rma_core.agent.start import EVERYTHING, opened, run_agent
@@ -246,8 +247,9 @@ async def test_new_generations_arrive_over_the_channel_and_slots_are_told_at_onc
 
 @pytest.mark.parametrize("use_channel", [True, False], ids=["channel", "plain way"])
 async def test_another_process_of_the_coordinator_is_told_everything_once_more_and_the_same_one_is_not(
-    house: House, *, use_channel: bool
+    house: House, monkeypatch: pytest.MonkeyPatch, *, use_channel: bool
 ) -> None:
+    monkeypatch.setattr(news, "AGAIN_S", 0.01)
     plugins = (PluginReport(name="host", kind="detector", state="active"),)
 
     def beats() -> list[Heartbeat]:

@@ -166,12 +166,17 @@ def test_a_pause_lasts_over_a_restart_and_what_ran_goes_on_elsewhere(home: Path,
             until(lambda: len(made.workers()) == 2, within_s=60, what="both have joined")
             until(lambda: only_model(made)["workers"] == 2, within_s=120, what="both have the model")
             wanted = text(chat(made, max_tokens=LONG))
-            asked = asking(made, max_tokens=LONG)
-            while (busy := busy_home(home)) is None:
-                if asked.poll() is not None:
-                    # A quick machine may have answered before anybody looked.
-                    asked = asking(made, max_tokens=LONG)
-            assert asyncio.run(control.ask(busy, "pause"))["given_back"] == 1
+            while True:
+                asked = asking(made, max_tokens=LONG)
+                while (busy := busy_home(home)) is None and asked.poll() is None:
+                    pass
+                if busy is not None:
+                    if asyncio.run(control.ask(busy, "pause"))["given_back"] == 1:
+                        break
+                    asyncio.run(control.ask(busy, "resume"))
+                    until(lambda: only_model(made)["workers"] == 2, within_s=60, what="both have the model again")
+                # A quick machine may have answered before anybody looked, or had paused it.
+                asked.communicate(timeout=90)
             assert text(json.loads(asked.communicate(timeout=90)[0])) == wanted
             [task] = [one for one in made.json("tasks")["tasks"] if len(one["attempts"]) > 1]
             assert task["attempts"][0]["reason"] == "the owner of this machine has paused it"

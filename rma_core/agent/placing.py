@@ -165,10 +165,11 @@ async def _fetch(spot: Spot, pulling: Pulling) -> None:
         return
     pulling(spot.engine, None)
     loop = asyncio.get_running_loop()
-    patience = asyncio.timeout(PULL_SILENCE_S)
+    patience, over = asyncio.timeout(PULL_SILENCE_S), asyncio.Event()
 
     def heard(progress: PullProgress) -> None:
-        if not patience.expired():
+        # What a thread reports may come after the end.
+        if not over.is_set() and not patience.expired():
             patience.reschedule(loop.time() + PULL_SILENCE_S)
             pulling(spot.engine, progress)
 
@@ -181,6 +182,8 @@ async def _fetch(spot: Spot, pulling: Pulling) -> None:
             await asked(runtime, lambda: runtime.pull(spot.spec, report))
     except TimeoutError:
         raise ImagePullFailed(f"the pull of {spot.spec.image} said nothing for {PULL_SILENCE_S:.0f} s") from None
+    finally:
+        over.set()
 
 
 async def adopted(wanted: Assignment, spec_hash: str, context: Context) -> Spot | None:
