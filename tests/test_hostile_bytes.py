@@ -381,6 +381,7 @@ async def test_rubbish_on_a_channel_ends_that_channel_or_nothing(
 
 
 #: The lines of a handshake that are about WebSocket alone.
+CHANNEL = b"GET /api/worker/channel HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
 WEBSOCKET = b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n"
 
 
@@ -419,7 +420,6 @@ async def test_a_handshake_that_is_none_is_refused(tmp_path: Path, caplog: pytes
 async def test_who_is_refused_a_channel_or_floods_it_gives_the_place_back(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    start = b"GET /api/worker/channel HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     key = WEBSOCKET
     async with running(tmp_path) as pool:
         await pool.client.get("/health")  # its connection stays
@@ -431,7 +431,7 @@ async def test_who_is_refused_a_channel_or_floods_it_gives_the_place_back(
             key + b"Sec-WebSocket-Protocol: \xff\r\n\r\n",
         ):
             # The client neither leaves nor says anything more.
-            answer = await send(port_of(pool), start + lines)
+            answer = await send(port_of(pool), CHANNEL + lines)
             assert [400 <= status < 500 for status in statuses(answer)] == [True], (lines, answer)
         for _ in range(3):
             async with pool.worker(slots=0) as ill:
@@ -446,12 +446,11 @@ async def test_who_is_refused_a_channel_or_floods_it_gives_the_place_back(
 async def test_a_channel_may_be_spoken_to_byte_by_byte_and_its_end_is_answered(tmp_path: Path) -> None:
     async with running(tmp_path) as pool:
         machine = await pool.enrol()
-        start = b"GET /api/worker/channel HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
         bearer = f"Authorization: Bearer {machine.token}\r\n\r\n".encode()
         # A ping, and an end with code 1000, each with a mask of zeros.
         ping, end = b"\x89\x82\0\0\0\0hi", b"\x88\x82\0\0\0\0\x03\xe8"
         async with line(port_of(pool)) as (reader, writer):
-            for byte in start + WEBSOCKET + bearer:
+            for byte in CHANNEL + WEBSOCKET + bearer:
                 writer.write(bytes([byte]))
                 await writer.drain()
             head = await soon(reader.readuntil(b"\r\n\r\n"))
@@ -471,7 +470,6 @@ async def test_a_channel_may_be_spoken_to_byte_by_byte_and_its_end_is_answered(t
 async def test_what_comes_right_behind_a_handshake_is_too_early(tmp_path: Path) -> None:
     async with running(tmp_path) as pool:
         machine = await pool.enrol()
-        start = b"GET /api/worker/channel HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
         bearer = f"Authorization: Bearer {machine.token}\r\n".encode()
         for more in (
             b"\r\n\x89\x80\0\0\0\0",
@@ -480,7 +478,7 @@ async def test_what_comes_right_behind_a_handshake_is_too_early(tmp_path: Path) 
             b"content-length: 3\r\n\r\n",
         ):
             async with line(port_of(pool)) as (reader, writer):
-                writer.write(start + WEBSOCKET + bearer + more)
+                writer.write(CHANNEL + WEBSOCKET + bearer + more)
                 assert (await said(reader)).startswith(b"HTTP/1.1 400 "), more
         await well(pool)
 
@@ -488,10 +486,9 @@ async def test_what_comes_right_behind_a_handshake_is_too_early(tmp_path: Path) 
 async def test_of_many_pings_at_once_the_last_is_answered_and_few_others(tmp_path: Path) -> None:
     async with running(tmp_path) as pool:
         machine = await pool.enrol()
-        start = b"GET /api/worker/channel HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
         bearer = f"Authorization: Bearer {machine.token}\r\n\r\n".encode()
         async with line(port_of(pool)) as (reader, writer):
-            writer.write(start + WEBSOCKET + bearer)
+            writer.write(CHANNEL + WEBSOCKET + bearer)
             await soon(reader.readuntil(b"\r\n\r\n"))
             pings = [b"\x89\x84\0\0\0\0" + f"{number:04}".encode() for number in range(5000)]
             writer.write(b"".join(pings) + b"\x88\x82\0\0\0\0\x03\xe8")
@@ -514,8 +511,7 @@ async def test_who_sends_thousands_of_requests_at_once_is_cut_and_costs_little(t
 
 async def test_who_asks_for_a_channel_behind_a_request_waits_for_its_answer_or_is_cut(tmp_path: Path) -> None:
     async with running(tmp_path) as pool, pool.worker() as worker, line(port_of(pool)) as (reader, writer):
-        asks = b"GET /api/worker/channel HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        writer.write(notes(pool) + asks + WEBSOCKET + b"\r\n")
+        writer.write(notes(pool) + CHANNEL + WEBSOCKET + b"\r\n")
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(PATIENCE_S):
                 await worker.answer((await worker.task()).stream, b"yes")
