@@ -356,8 +356,12 @@ def _paths_in(value: object) -> Iterator[str]:
 
 
 def child_of(own: str) -> list[str]:
-    """Return a child's program; beside a plugin in a folder of its own no other package's start-up code runs in it."""
-    return [sys.executable, "-I", *(["-S", "-B"] if own else []), "-X", "utf8", CHILD]
+    """Return a child's program; no package's start-up code runs in it beside a plugin in a folder of its own.
+
+    Nor does any where none ran in this process.
+    """
+    bare = ["-S"] if own or sys.flags.no_site else []
+    return [sys.executable, "-I", *bare, *(["-B"] if own else []), "-X", "utf8", CHILD]
 
 
 def request_for(

@@ -11,7 +11,6 @@ import hashlib
 import json
 import re
 import subprocess
-import sys
 import tempfile
 import zipfile
 from importlib.metadata import PackageNotFoundError, PathDistribution, distributions, version
@@ -22,7 +21,7 @@ from urllib.parse import urlsplit
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import InvalidWheelFilename, canonicalize_version, parse_wheel_filename
 
-from rma_core import host
+from rma_core import bare, host
 from rma_core.builtin.process_install import missing_pip, pip_environment
 from rma_core.errors import PluginInstallFailed, PluginInvalid, UsageProblem
 from rma_core.plugin_folders import MOST_BYTES, digest_of
@@ -288,7 +287,7 @@ def _pip(*arguments: str, folder: Path) -> None:
     """Run pip to its end, with wheels only. Raises PluginInstallFailed."""
     quiet = ("--no-input", "--disable-pip-version-check", "--progress-bar", "off", "--only-binary", ":all:")
     compiled = ("--no-compile",) if arguments[0] == "install" else ()
-    command = [sys.executable, "-P", "-m", "pip", arguments[0], *quiet, *compiled, *arguments[1:]]
+    command = bare.module("pip", arguments[0], *quiet, *compiled, *arguments[1:])
     # What pip takes for a file is not to be found here.
     empty = tempfile.mkdtemp(dir=folder)
     with tempfile.TemporaryFile(dir=folder) as said:

@@ -135,7 +135,7 @@ class PolicyProcess:
         transport, talk = await loop.subprocess_exec(
             lambda: _Talk(loop),
             # What it compiles is not written: of two versions within a second the second would be the first.
-            *(sys.executable, "-I", "-B", *(["-S"] if folder else []), "-X", "utf8", PROGRAM),
+            *(sys.executable, "-I", "-B", *(["-S"] if folder or sys.flags.no_site else []), "-X", "utf8", PROGRAM),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,

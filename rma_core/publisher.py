@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import importlib
 import subprocess
-import sys
 from typing import TYPE_CHECKING
 from urllib.parse import urljoin, urlsplit
 
 import msgspec
 
+from rma_core import bare
 from rma_core.errors import ValidationProblem
 from rma_core.models.strict import decode
 
@@ -58,7 +58,7 @@ class _Provenance(msgspec.Struct, frozen=True):
 def index_of_pip() -> str:
     """Return the package index that pip goes by: its owner's, else pip's own; nothing where that cannot be told."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        asked = [sys.executable, "-P", "-m", "pip", "config", "list"]
+        asked = bare.module("pip", "config", "list")
         told = subprocess.run(
             asked, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PIP_S, check=False
         )

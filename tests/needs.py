@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from rma_core import confinement
-from tests import engines, podmans, sdks
+from tests import engines, podmans, real_systemd, sdks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -251,5 +251,6 @@ CHECKS: dict[str, Callable[[], str | None]] = {
     "redis": _redis,
     "registry": _registry,
     "runc": _runc,
+    "systemd": real_systemd.missing,
     "tesseract": _tesseract,
 }

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from rma_core import bare
 from rma_core.builtin.cpu_facts import CpuFacts, instruction_sets
 
 #: Detection has 10 s for everything; without an answer the processor is reported without instruction sets.
@@ -58,7 +59,7 @@ def windows_board() -> str:
 
 
 def _ask() -> dict[str, object]:
-    command = [sys.executable, "-m", "cpuinfo", "--json"]
+    command = bare.module("cpuinfo", "--json")
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
         answer = json.loads(done.stdout)

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
+from rma_core import bare
 from rma_core.builtin import supervised
 from rma_core.errors import ImagePullFailed, OutOfSpace, RuntimeAbsent, StartFailed
 from rma_core.interfaces import PullProgress
@@ -358,7 +359,7 @@ def _note(words: list[str]) -> str:
 def _pip(environment: Path, *, raw: bool) -> tuple[str, ...]:
     """Return how pip is called: the agent's own for the environment, else the environment's own."""
     python = str(python_of(environment))
-    agents = (sys.executable, "-P", "-m", "pip", "--python", python)
+    agents = tuple(bare.module("pip", "--python", python))
     who = agents if pip_version() >= OLDEST_PIP else (python, "-m", "pip")
     # Compiling all of it would take a third of the time, for modules most of which are never imported.
     return (*who, "install", "--no-input", "--disable-pip-version-check", "--no-warn-script-location", "--no-compile",

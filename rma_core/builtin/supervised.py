@@ -6,13 +6,12 @@ import asyncio
 import contextlib
 import logging
 import shutil
-import sys
 from typing import TYPE_CHECKING
 
 import msgspec
 import psutil
 
-from rma_core import platforms, process_tree
+from rma_core import bare, platforms, process_tree
 from rma_core.errors import StartFailed
 from rma_core.process_tree import Identity
 from rma_core.supervise import KILL_S, Event, Order, State
@@ -122,7 +121,7 @@ async def launch(order: Order, *, errors: Path, on_output: Callable[[str], None]
     """
     with errors.open("ab") as complaints:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-P", "-m", "rma_core.supervise",
+            *bare.module("rma_core.supervise"),
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=complaints,
             limit=EVENT_BYTES, **platforms.detached_popen_kwargs(),
         )  # fmt: skip

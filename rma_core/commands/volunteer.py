@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 import msgspec
 
-from rma_core.commands import common, sharing
+from rma_core.commands import common, installed, sharing
 from rma_core.commands.machine import agent_settings, print_report, settings_of
 from rma_core.errors import AgentAbsent, SettingProblem, UsageProblem
 from rma_core.models.sizes import human
@@ -238,32 +238,22 @@ def _ask() -> None:
         raise click.exceptions.Exit(1)
 
 
-@click.command()
-@click.option("--coordinator", "coordinator_url", metavar="URL", help="Address of the coordinator.")
-@click.option("--insecure-http", is_flag=True, help="Speak plain http to a coordinator that is not this machine.")
-@click.option("--runtime", "runtimes", multiple=True, metavar="NAME", help="docker, podman or process, in your order.")
-@common.attach_option
-@common.model_option
+@click.group(invoke_without_command=True)
+@installed.agent_options
 @click.option("--until-stdin-ends", is_flag=True, hidden=True, help="Stop when whoever started it is gone.")
-@common.log_options
-@common.home_option
 @common.errors_option
-def agent(
-    coordinator_url: str | None,
-    insecure_http: bool,
-    runtimes: tuple[str, ...],
-    attach: tuple[str, ...],
-    models: tuple[str, ...],
-    until_stdin_ends: bool,
-    home: str | None,
-    log_level: str | None,
-    log_json: bool | None,
-) -> None:
-    """Run the agent in the foreground: work for the pool that this machine has joined."""
-    flags = {"coordinator_url": coordinator_url, "insecure_http": insecure_http or None}
-    lists = {"runtimes": list(runtimes) or None, "attach": list(attach) or None, "models": list(models) or None}
-    logs = {"log_level": log_level, "log_json": log_json}
-    settings = settings_of(home, **flags, **lists, **logs)
+@click.pass_context
+def agent(ctx: click.Context, /, until_stdin_ends: bool, **options: Any) -> None:
+    """Run the agent in the foreground: work for the pool that this machine has joined.
+
+    `rma agent install` has it start with the machine instead.
+    """
+    if ctx.invoked_subcommand is not None:
+        typed = (ctx.get_parameter_source(name) for name in (*options, "until_stdin_ends"))
+        if click.core.ParameterSource.COMMANDLINE in typed:
+            raise UsageProblem(f"write the options behind: rma agent {ctx.invoked_subcommand} …")
+        return
+    settings = settings_of(**installed.flags(options))
     common.set_up_logging(settings.log_level, as_json=settings.log_json)
     _run_agent(settings, ready=_tied_to_stdin if until_stdin_ends else _untied)
 
@@ -294,6 +284,10 @@ def _tied_to_stdin(running: Agent) -> None:
     threading.Thread(target=wait, name="stdin", daemon=True).start()
 
 
+for _command in installed.COMMANDS:
+    agent.add_command(_command)
+
+
 @click.command()
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @common.home_option
@@ -305,6 +299,8 @@ def leave(yes: bool, home: str | None, as_json: bool) -> None:
         raise UsageProblem("nothing was changed", hints=("--yes leaves without being asked",))
     left = common.run_async(_leave(settings))
     common.say(f"This machine is no longer {left['worker_id']} of {left['coordinator']}; its key is gone.")
+    if remains := installed.remains(settings):
+        common.say(f"Its service remains ({remains}): `rma agent uninstall` takes it away.")
     if as_json:
         common.show(left, as_json, lambda _: None)
 

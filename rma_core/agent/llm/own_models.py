@@ -75,6 +75,12 @@ class OwnFile(NamedTuple):
     context: int = CONTEXT
     slots: int = SLOTS
 
+    @property
+    def text(self) -> str:
+        """What an owner writes who means this, wherever it is read."""
+        name = f"{self.name}=" if self.name else ""
+        return f"{name}{self.path}#context={self.context}&slots={self.slots}"
+
 
 class OwnModel(ServedModel, frozen=True, kw_only=True):
     """A model in a file of the owner's; what its hash is does not matter to anybody."""
