@@ -117,7 +117,10 @@ class ContainerSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ContainerHandle(msgspec.Struct, frozen=True, kw_only=True):
-    """One container of a runtime, as plain data that survives a restart of the agent."""
+    """One container of a runtime, as plain data that survives a restart of the agent.
+
+    ``image_bytes`` is what its image takes on this machine, unpacked; 0 where that is not known.
+    """
 
     runtime: str
     id: str
@@ -125,6 +128,7 @@ class ContainerHandle(msgspec.Struct, frozen=True, kw_only=True):
     service: str
     spec_hash: str
     image_id: str = ""
+    image_bytes: int = 0
 
 
 class ContainerState(msgspec.Struct, frozen=True, kw_only=True):

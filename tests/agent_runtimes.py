@@ -32,8 +32,9 @@ class MemoryRuntime(ContainerRuntime):
         endpoint: str = "http://127.0.0.1:9",
         images: tuple[str, ...] = (),
         features: tuple[str, ...] = (),
+        image_bytes: int = 0,
     ) -> None:
-        self.features = features
+        self.features, self.image_bytes = features, image_bytes
         self.name, self.isolated, self._endpoint = name, isolated, endpoint
         self.images = set(images)
         self.registry = {"ghcr.io/rma/notes-worker:latest", "ghcr.io/rma/ner-worker:latest"}
@@ -72,8 +73,9 @@ class MemoryRuntime(ContainerRuntime):
         if any(handle.name == spec.name for handle in self.containers.values()):
             raise StartFailed(f"the name {spec.name} is taken")
         handle = ContainerHandle(
-            runtime=self.name, id=f"c{next(self._ids)}", name=spec.name, service=spec.service, spec_hash=spec.spec_hash
-        )
+            runtime=self.name, id=f"c{next(self._ids)}", name=spec.name, service=spec.service, spec_hash=spec.spec_hash,
+            image_bytes=self.image_bytes,
+        )  # fmt: skip
         self.containers[handle.id] = handle
         self.specs[handle.id] = spec
         self.states[handle.id] = ContainerState(state="running")

@@ -25,7 +25,8 @@ from rma_core.catalog import Needs, ProcessForm
 from rma_core.errors import RuntimeFailure
 from rma_core.interfaces import ContainerHandle, ContainerSpec, ContainerState, RuntimeHealth
 from rma_core.models.hardware import ContainerAccess, Device
-from rma_core.models.worker import Assignment
+from rma_core.models.strict import decode, encode
+from rma_core.models.worker import MOST_IMAGE_BYTES, Assignment, ContainerStatus
 from tests.agent_runtimes import (
     CrashLoopRuntime,
     FullDiskRuntime,
@@ -98,6 +99,24 @@ async def test_a_wanted_container_is_pulled_started_and_found_healthy() -> None:
     assert runtime.calls[:4] == ["list_owned", "has_image", "pull", "start"]
     spec = next(iter(runtime.specs.values()))
     assert (spec.worker_id, spec.spec_hash) == (WORKER, spec_hash(wanted(slots=3)))
+
+
+@pytest.mark.parametrize(
+    ("told", "size"), [(0, 0), (700_000_000, 700_000_000), (-1, 0), (2**60, MOST_IMAGE_BYTES)]
+)  # fmt: skip
+async def test_an_images_size_is_told_once_its_container_runs_and_never_one_that_a_pool_would_refuse(
+    told: int, size: int
+) -> None:
+    machine = Machine(MemoryRuntime(image_bytes=told))
+    machine.reconciler.want(1, [wanted()])
+    assert [status.image_bytes for status in machine.reconciler.statuses()] == [0]
+    await machine.rounds()
+    machine.reconciler = machine.fresh()  # as after kill -9
+    machine.reconciler.want(5, [wanted()])
+    await machine.rounds()
+    [status] = machine.reconciler.statuses()
+    assert status.image_bytes == size
+    assert decode(encode(status), ContainerStatus, subject="container") == status
 
 
 async def test_what_is_no_longer_wanted_is_removed_and_a_new_version_replaces_the_old_one() -> None:

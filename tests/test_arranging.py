@@ -85,6 +85,24 @@ async def test_what_a_preview_names_is_what_changes_and_nothing_before_that(tmp_
         assert (again["changes"], again["looked_at"]) == (0, 4)
 
 
+async def test_a_preview_says_how_large_the_images_are_that_machines_would_have_to_fetch(tmp_path: Path) -> None:
+    async with running(tmp_path) as pool:
+        machines = await fleet(pool, 3)
+        await apply(pool, TWO)
+        before = await preview(pool, "[services.notes]\nmost = 2\n")
+        assert [(row["images"], row["image_bytes"], row["images_unknown"]) for row in before["workers"]] == [
+            (1, 0, 1)
+        ] * 2
+        [has] = [one for one in machines if one.id in who(pool, "ner")]
+        box = ContainerStatus(name="ner-worker", service="ner", state="healthy", image_bytes=3 * 10**9)
+        assert (await has.beat(containers=(box,))).status_code == 200
+        shown = await preview(pool, "[services.notes]\nmost = 2\n")
+        rows = [(row["images"], row["image_bytes"], row["images_unknown"]) for row in shown["workers"]]
+        assert rows == [(1, 3 * 10**9, 0)] * 2
+        assert (shown["images"], shown["image_bytes"], shown["images_unknown"]) == (2, 6 * 10**9, 0)
+        assert shown["plan"] == before["plan"], "it is what was agreed to, whatever is heard of it meanwhile"
+
+
 async def test_when_one_that_has_a_copy_leaves_another_takes_it_with_its_next_heartbeat(tmp_path: Path) -> None:
     async with running(tmp_path) as pool:
         machines = await fleet(pool, 3)

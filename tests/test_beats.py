@@ -6,6 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 import msgspec
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,8 +24,6 @@ from tests.coordinator_fixtures import PATIENCE_S, running, until
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import pytest
-
 OTHER = Capabilities(cpu_cores=3, ram="8.0GB")
 CONTAINERS = st.lists(
     st.fixed_dictionaries(
@@ -33,6 +32,8 @@ CONTAINERS = st.lists(
             "state": st.sampled_from(("healthy", "pulling", "wrong")),
             "slots": st.integers(0, 3),
             "reason": st.text(max_size=5),
+            "image_bytes": st.sampled_from((-1, 0, 5, 2**53, 2**53 + 1)),
+            "what a later agent says": st.integers(),
         },
     ),
     max_size=2,
@@ -79,6 +80,22 @@ def test_a_heartbeat_is_read_as_by_a_plain_decoding_also_when_it_comes_again(bod
         # One that was read may yet be refused, or come by the channel, or the worker may leave.
         if taken and isinstance(outcome(body, None), dict):
             fleet.beat(one, decode(body, Heartbeat, subject="heartbeat"), ip_address="")
+
+
+@pytest.mark.parametrize(
+    ("said", "size"), [({}, 0), ({"image_bytes": 2**53}, 2**53), ({"a later agent's": 1}, 0)]
+)  # fmt: skip
+def test_an_agent_of_another_version_is_understood(said: dict[str, int], size: int) -> None:
+    box = {"name": "rma-ocr", "service": "ocr", "state": "healthy", **said}
+    beat = decode(encode({"worker_id": "worker-00000001", "containers": [box]}), Heartbeat, subject="heartbeat")
+    assert [one.image_bytes for one in beat.containers] == [size]
+
+
+@pytest.mark.parametrize("size", [-1, 2**53 + 1])
+def test_an_image_of_no_possible_size_is_refused(size: int) -> None:
+    box = {"name": "rma-ocr", "service": "ocr", "state": "healthy", "image_bytes": size}
+    with pytest.raises(ValidationProblem, match=r"containers\[0\].image_bytes"):
+        decode(encode({"worker_id": "worker-00000001", "containers": [box]}), Heartbeat, subject="heartbeat")
 
 
 def test_what_a_worker_said_before_it_left_is_not_taken_for_what_it_says_now() -> None:

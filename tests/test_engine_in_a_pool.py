@@ -104,7 +104,9 @@ def test_an_agent_that_was_killed_takes_over_the_container_it_had(
         own = {**env, "RMA_COORDINATOR_URL": made.url, "RMA_JOIN_TOKEN": token, "RMA_RUNTIMES": "docker"}
         agent = Running(rma("agent"), environment(home / "agent", own))
         until(made.workers, within_s=30, what="the agent registers")
-        wait(made, lambda seen: seen["state"] == "healthy", "it serves")
+        served = wait(made, lambda seen: seen["state"] == "healthy", "it serves")
+        size = int(own_engine.docker("inspect", "--format", "{{.Size}}", base_image.BUSYBOX))
+        assert served["image_bytes"] == size > 0
         [before] = ids(own_engine)
         agent.stop(signal.SIGKILL)
         assert ids(own_engine) == [before]

@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rma_coordinator.domain.fleet import AMNESTY_S, SWEEP_S, Fleet, Worker, WorkerRecord
+from rma_coordinator.effects import Moved, image_sizes, moved
 from rma_core.errors import NotFound
 from rma_core.models.hardware import Capabilities, HardwareReport
 from rma_core.models.weights import AssignedModel, ModelFile
-from rma_core.models.worker import Assignment, ContainerStatus, Heartbeat, ModelStatus
+from rma_core.models.worker import MOST_IMAGE_BYTES, Assignment, ContainerStatus, Heartbeat, ModelStatus
 
 REPORT = HardwareReport(capabilities=Capabilities(cpu_cores=4, ram="16GB"))
 INTERVAL_S = 30.0
@@ -174,6 +175,43 @@ def test_what_a_disabled_or_absent_worker_runs_does_not_count(pool: Pool) -> Non
     disabled.record = msgspec.structs.replace(disabled.record, disabled=True)
     pool.fleet.leave(gone)
     assert pool.fleet.running() == {"notes": 1}
+
+
+def test_an_images_size_is_the_median_of_what_workers_that_are_present_tell(pool: Pool) -> None:
+    one, two, liar, paused, gone = workers = pool.join(5)
+    given = Assignment(name="notes-worker", service="notes", image="x/notes:1", port=8000)
+
+    def tell(worker: Worker, *sizes: int, name: str = "notes-worker", **more: object) -> dict[str, int]:
+        box = ContainerStatus(name=name, service="notes", state="healthy")
+        boxes = tuple(msgspec.structs.replace(box, image_bytes=size) for size in sizes)
+        pool.beat(worker, containers=boxes, **more)
+        return image_sizes(workers)
+
+    for worker in workers:
+        worker.record = msgspec.structs.replace(worker.record, assignment=(given,))
+    assert tell(one, 0) == {}, "it does not know"
+    assert tell(one, 700, name="its-owners") == {}, "of which image is that?"
+    assert tell(one, 700) == {"x/notes:1": 700}
+    assert tell(liar, MOST_IMAGE_BYTES) == {"x/notes:1": 700}, "of two the lower one"
+    assert tell(two, 720) == {"x/notes:1": 720}
+    assert tell(liar, *(MOST_IMAGE_BYTES - number for number in range(100))) == {"x/notes:1": 720}, "one say each"
+    assert tell(paused, 1, paused=True) == {"x/notes:1": 720}
+    assert tell(paused, 1) == {"x/notes:1": 700}
+    pool.fleet.leave(gone)
+    assert image_sizes(workers) == {"x/notes:1": 700}
+
+
+def test_an_image_that_a_machine_runs_for_another_model_is_not_fetched_for_one_more() -> None:
+    def given(model: str) -> Assignment:
+        files = (ModelFile(name=f"{model}.gguf", size_bytes=5),)
+        named = AssignedModel(name=model, files=files)
+        return Assignment(name=f"llama-{model}", service="llm", image="x/llama:1", port=8000, model=named)
+
+    sizes = {"x/llama:1": 700}
+    found = moved(record(1, assignment=(given("a"),)), (given("a"), given("b"), given("c")), sizes)
+    assert found == Moved((), ("llm b", "llm c"), images=0, image_bytes=0, images_unknown=0, model_bytes=10)
+    found = moved(record(1), (given("a"), given("b")), sizes)
+    assert found == Moved((), ("llm a", "llm b"), images=1, image_bytes=700, images_unknown=0, model_bytes=10)
 
 
 def test_a_worker_is_shown_as_the_contract_writes_it(pool: Pool) -> None:

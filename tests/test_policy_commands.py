@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
+from rich.console import Console
 
 from bench import _load
+from rma_core.commands import effects
 from tests.coordinator_process import coordinating
 from tests.pools import environment, rma
 
@@ -40,6 +43,7 @@ async def test_a_policy_is_shown_put_in_force_shadowed_and_rolled_back(tmp_path:
 
         shown = json.loads(policies("preview", str(file), "--json"))
         assert (shown["policy"], shown["changes"]) == ("every", 1)
+        assert shown["images"] == shown["images_unknown"] == sum(row["images"] for row in shown["workers"])
         shadow = policies("shadow", str(file))
         assert machine.worker_id in shadow
         assert "every was asked 1 times" in shadow
@@ -64,6 +68,26 @@ async def test_a_policy_is_shown_put_in_force_shadowed_and_rolled_back(tmp_path:
         stepped = run(rma("policies", "activate", str(file), "--yes", "--canary", "50", "--per-minute", "6"), env)
         assert stepped.returncode == 0
         assert "Workers move in steps" in stepped.stderr
+
+
+@pytest.mark.parametrize(
+    ("images", "image_bytes", "unknown", "model_bytes", "words"),
+    [
+        (0, 0, 0, 0, ""),
+        (1, 3 * 2**30, 0, 0, "1 image (3 GiB unpacked)."),
+        (5, 3 * 2**30, 1, 2**40, "5 images (3 GiB unpacked, and 1 of unknown size), 1 TiB of models."),
+        (2, 0, 2, 0, "2 images (of unknown size)."),
+        (0, 0, 0, 2**20, "0 images, 1 MiB of models."),
+    ],
+)
+def test_what_is_to_be_fetched_is_said_with_what_is_known_of_its_size(
+    images: int, image_bytes: int, unknown: int, model_bytes: int, words: str
+) -> None:
+    out = Console(file=(written := io.StringIO()), width=250)
+    sizes = {"image_bytes": image_bytes, "images_unknown": unknown, "model_bytes": model_bytes}
+    effects.show(out, {"services": [], "images": images, **sizes})
+    said = f"To be fetched by these machines, where they lack it: {words}\n" if words else ""
+    assert written.getvalue() == said
 
 
 @pytest.mark.parametrize(

@@ -574,6 +574,8 @@ async def test_a_pull_shows_progress_up_to_its_total(
     try:
         local = docker(engine_host, "inspect", "--format", "{{.Image}}", handle.id).strip()
         assert handle.image_id == local
+        size = int(docker(engine_host, "inspect", "--format", "{{.Size}}", local))
+        assert handle.image_bytes == size >= 8 * MIB
         await answers(await runtime.endpoint(handle))
     finally:
         await runtime.stop(handle)

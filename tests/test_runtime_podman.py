@@ -37,7 +37,7 @@ from rma_core import (
     StartFailed,
 )
 from rma_core.container_engine import Action, child, connection, container_name, explain, labels
-from rma_core.container_engine.containers import program, without_program
+from rma_core.container_engine.containers import owned, program, without_program
 from rma_core.container_engine.sayings import unless_absent
 from rma_core.testing import RuntimeCase, adoption_contract, isolation_contract, runtime_contract
 from rma_core.testing.runtimes import a_fork_bomb_stays_inside as fork_bomb
@@ -218,6 +218,38 @@ def test_the_program_is_looked_for_behind_the_engines_init() -> None:
     assert program({"Path": "/run/podman-init", "Args": ["--", "/service", "-x"]}) == "/service"
     assert program({"Path": "/service", "Args": ["--", "/other"]}) == "/service"
     assert program({"Path": "/sbin/my-init", "Args": []}) == "/sbin/my-init"
+
+
+class BrokenImages:
+    """An engine that has containers, and can say little of their images."""
+
+    def __init__(self, **images: dict[str, Any] | Exception) -> None:
+        self.images, self.asked = images, list[str]()
+
+    def containers(self, **_: object) -> list[dict[str, Any]]:
+        both = [*self.images, *self.images]
+        return [{"Id": f"c{n}", "ImageID": image, "Created": n, "Labels": {}} for n, image in enumerate(both)]
+
+    def inspect_image(self, image: str) -> dict[str, Any]:
+        self.asked.append(image)
+        if isinstance(found := self.images[image], Exception):
+            raise found
+        return found
+
+
+def test_containers_are_taken_over_whatever_can_be_said_of_their_images_which_are_asked_for_once() -> None:
+    api = BrokenImages(
+        whole={"Size": 700},
+        silent={},
+        odd={"Size": -1},
+        gone=docker.errors.NotFound("no such image"),
+        broken=docker.errors.APIError("a layer is missing"),
+    )
+    engine = connection.Engine(api, api, {}, "", connection.Address(""))  # type: ignore[arg-type]
+    found = owned(PODMAN, engine, "worker-00000000")
+    sizes = {"whole": 700, "silent": 0, "odd": 0, "gone": 0, "broken": 0}
+    assert [(one.image_id, one.image_bytes) for one in found] == [*sizes.items(), *sizes.items()]
+    assert sorted(api.asked) == sorted(sizes)
 
 
 async def test_a_name_held_by_a_stranger_is_no_ones_to_take(runtime: PodmanRuntime, podman: Podman) -> None:
@@ -578,6 +610,8 @@ async def test_a_pull_tells_of_its_layers(
     handle = await runtime.start(spec)
     try:
         await answers(await runtime.endpoint(handle))
+        assert handle.image_bytes >= 8 * MIB
+        assert await runtime.list_owned(spec.worker_id) == [handle]
     finally:
         await runtime.stop(handle)
 

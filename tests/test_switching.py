@@ -19,6 +19,7 @@ from rma_core.agent.keys import DeviceKey
 from rma_core.catalog import Needs
 from rma_core.interfaces import TierDecision
 from rma_core.models.hardware import Capabilities, HardwareReport
+from rma_core.models.worker import ContainerStatus
 from tests.coordinator_fixtures import entry, running, soon, until
 
 if TYPE_CHECKING:
@@ -155,6 +156,24 @@ async def test_a_preview_says_what_stops_and_starts_and_what_the_pool_would_have
         assert {one["service"] for one in seen["services"] if one["short"]} == {
             one["service"] for one in seen["services"] if one["then"] < min(one["wanted"], one["now"])
         }
+
+
+async def test_a_preview_says_how_large_the_images_are_that_would_be_fetched(tmp_path: Path) -> None:
+    offered = tuple(
+        msgspec.structs.replace(entry(service, f"POST /{service}", wanted=wanted), tiers=tiers)
+        for service, tiers, wanted in (("first", (1,), 1), ("also", (1,), 1), ("second", (2,), 8))
+    )
+    async with running(tmp_path, entries=offered) as pool:
+        # The first one helps out with all that the pool lacks, and tells of one image how large that is.
+        machines = [await pool.enrol(capabilities=capabilities(16)) for _ in range(3)]
+        box = ContainerStatus(name="first-worker", service="first", state="healthy", image_bytes=700)
+        assert (await machines[0].beat(containers=(box,))).status_code == 200
+        seen = (await pool.client.post("/api/admin/policies/preview", json={"policy": "cores", "file": CORES})).json()
+        rows = {row["worker_id"]: row for row in seen["workers"]}
+        assert [
+            (rows[one.id]["images"], rows[one.id]["image_bytes"], rows[one.id]["images_unknown"]) for one in machines
+        ] == [(0, 0, 0), (2, 700, 1), (2, 700, 1)]
+        assert (seen["images"], seen["image_bytes"], seen["images_unknown"], seen["model_bytes"]) == (4, 1400, 2, 0)
 
 
 async def test_a_fleet_that_changed_since_its_preview_is_looked_at_again(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from rma_coordinator.domain.census import NOBODY, NOTHING, Census
 from rma_coordinator.domain.fleet import lanes_of
 from rma_coordinator.domain.rules import NO_RULES, Rules, read_rules
 from rma_coordinator.domain.worker_records import same
-from rma_coordinator.effects import Capacity, Moved, capacity, moved
+from rma_coordinator.effects import Capacity, Moved, capacity, image_sizes, moved
 from rma_coordinator.store import Put
 from rma_coordinator.switching import AT_ONCE
 from rma_core.errors import Refused, ValidationProblem
@@ -59,7 +59,8 @@ class Arranged(NamedTuple):
 class Draft(NamedTuple):
     """What rules would come to: who would run which lanes then, what of that is new, and every service.
 
-    Nothing of a worker's record is kept: of a large fleet that would be as much as the coordinator has.
+    Nothing of a worker's record is kept: of a large fleet that would be as much as the coordinator has. ``sizes`` are
+    those of images as they were known when it was begun.
     """
 
     arranged: Arranged
@@ -69,6 +70,7 @@ class Draft(NamedTuple):
     census: Census
     stands: dict[str, Standing]
     capacity: list[Capacity]
+    sizes: Mapping[str, int]
 
     @property
     def digest(self) -> str:
@@ -135,7 +137,8 @@ class Arranging:
         # One at a time: each takes seconds of a large fleet.
         async with self._drafting:
             arranged, pool = self._arranged(rules), self._pool
-            found = Draft(arranged, {}, {}, Counter(pool.fleet.assigned()), Census(), {}, [])
+            sizes = image_sizes(pool.fleet.workers.values())
+            found = Draft(arranged, {}, {}, Counter(pool.fleet.assigned()), Census(), {}, [], sizes)
             before = pool.fleet.assigned()
             # As it is now: whoever is placed meanwhile is counted as something else.
             were = {worker.id: worker.counted for worker in pool.fleet.workers.values()}
@@ -160,7 +163,7 @@ class Arranging:
         now = found.lanes[worker.id] = same(_lanes(chosen.assignments))
         found.counts.update(_counted(now, worker))
         self._stand(found, worker, chosen.standing)
-        moves = moved(record, chosen.assignments)
+        moves = moved(record, chosen.assignments, found.sizes)
         if moves.stops or moves.starts:
             found.moves[worker.id] = moves
         else:

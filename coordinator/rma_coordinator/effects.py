@@ -14,7 +14,7 @@ from rma_coordinator.switching import AT_ONCE
 from rma_core.models.worker import lane
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
     from rma_coordinator.choices import Change, Plan
     from rma_coordinator.domain.fleet import Worker
@@ -25,12 +25,21 @@ if TYPE_CHECKING:
     from rma_core.models.worker import Assignment
 
 
+#: What of a `Moved` is fetched.
+FETCHED = ("images", "image_bytes", "images_unknown", "model_bytes")
+
+
 class Moved(NamedTuple):
-    """What one worker would stop and start (a service, or a service with its model), and have to fetch."""
+    """What one worker would stop and start (a service, or a service with its model), and have to fetch.
+
+    ``image_bytes`` is what those of its ``images`` take whose size is known, and ``images_unknown`` counts the others.
+    """
 
     stops: tuple[str, ...]
     starts: tuple[str, ...]
     images: int
+    image_bytes: int
+    images_unknown: int
     model_bytes: int
 
 
@@ -61,6 +70,7 @@ async def effects(pool: Pool, plan: Plan) -> Effects:
     Placement looks at what the pool has, so this is what would come of it if nothing else changed.
     """
     counts, moves, census = Counter(pool.fleet.assigned()), dict[str, Moved](), Census()
+    sizes = image_sizes(pool.fleet.workers.values())
     # As it is now: whoever is placed meanwhile is counted as something else.
     were = {one.id: (one.counted, one.stood) for one in pool.fleet.workers.values()}
     for _, stood in were.values():
@@ -73,8 +83,26 @@ async def effects(pool: Pool, plan: Plan) -> Effects:
             counted, stood = were.get(worker.id, ((), NOTHING))
             counts.subtract(counted)
             census.remove(stood)
-            moves[worker.id] = _move(pool, worker, row, counts, census)
+            moves[worker.id] = _move(pool, worker, row, counts, census, sizes=sizes)
     return Effects(moves, capacity(pool.catalog, pool.fleet.assigned(), counts, pool.model_entries))
+
+
+def image_sizes(workers: Iterable[Worker]) -> dict[str, int]:
+    """Return what images take, unpacked, in bytes by name, as workers that are present tell of what they run.
+
+    Each has one say about an image, and the median counts, the lower of two: who lies alone moves it little.
+    """
+    told: dict[str, list[int]] = {}
+    for worker in workers:
+        if worker.present:
+            for image, size in _told(worker).items():
+                told.setdefault(image, []).append(size)
+    return {image: sorted(sizes)[(len(sizes) - 1) // 2] for image, sizes in told.items()}
+
+
+def _told(worker: Worker) -> dict[str, int]:
+    images = {one.name: one.image for one in worker.brief.assignment}
+    return {images[one.name]: one.image_bytes for one in worker.containers if one.image_bytes and one.name in images}
 
 
 def capacity(
@@ -92,7 +120,9 @@ def capacity(
     ]
 
 
-def _move(pool: Pool, worker: Worker, row: Change, counts: Counter[str], census: Census) -> Moved:
+def _move(
+    pool: Pool, worker: Worker, row: Change, counts: Counter[str], census: Census, *, sizes: Mapping[str, int]
+) -> Moved:
     """Return what a worker would do as a policy says of it, and count it so."""
     record = worker.record
     prefers = record.prefers if row.prefers is None else row.prefers
@@ -101,19 +131,27 @@ def _move(pool: Pool, worker: Worker, row: Change, counts: Counter[str], census:
     if worker.present:
         counts.update(lanes_of(chosen.assignments, worker.containers))
         census.add(pool.fleet.stands(worker, chosen.standing))
-    return moved(record, chosen.assignments)
+    return moved(record, chosen.assignments, sizes)
 
 
-def moved(record: WorkerRecord, chosen: tuple[Assignment, ...]) -> Moved:
-    """Return what a worker with this record would do to run what was chosen."""
+def moved(record: WorkerRecord, chosen: tuple[Assignment, ...], sizes: Mapping[str, int]) -> Moved:
+    """Return what a worker with this record would do to run what was chosen; ``sizes`` are those of `image_sizes`."""
     now, then = _by_lane(record.assignment), _by_lane(chosen)
     new = [then[lane] for lane in then if lane not in now]
+    images = {one.image for one in new} - {one.image for one in record.assignment}
     return Moved(
         stops=tuple(lane for lane in now if lane not in then),
         starts=tuple(one.lane for one in new),
-        images=len({one.image for one in new} - {one.image for one in record.assignment}),
+        images=len(images),
+        image_bytes=sum(sizes.get(image, 0) for image in images),
+        images_unknown=len(images - sizes.keys()),
         model_bytes=sum(one.model.size_bytes for one in new if one.model and one.model.name not in record.own_models),
     )
+
+
+def fetched(moves: Collection[Moved]) -> dict[str, int]:
+    """Return what all of them together would have to fetch."""
+    return {part: sum(getattr(one, part) for one in moves) for part in FETCHED}
 
 
 def _by_lane(assignments: tuple[Assignment, ...]) -> dict[str, Assignment]:

@@ -16,7 +16,7 @@ from rma_core.agent.llm.model_service import Fetching, ModelService
 from rma_core.agent.placing import Spot, adopted, find_spot, spec_hash
 from rma_core.agent.restarts import RESCAN_S, Restarts
 from rma_core.errors import ImageMissing, RuntimeAbsent, RuntimeFailure, StartFailed
-from rma_core.models.worker import ContainerStatus
+from rma_core.models.worker import MOST_IMAGE_BYTES, ContainerStatus
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -117,7 +117,8 @@ class Keeper:
 
     def status(self) -> ContainerStatus:
         """Return it as a heartbeat carries it."""
-        engine, fetching = self.engine, self._fetching if self.state == "pulling" else None
+        engine, handle, fetching = self.engine, self._handle, self._fetching if self.state == "pulling" else None
+        # A runtime is a plugin: what it says of an image must not have the whole heartbeat refused.
         return ContainerStatus(
             name=self.wanted.name,
             service=self.wanted.service,
@@ -125,7 +126,8 @@ class Keeper:
             reason=self.reason[:2000],
             runtime=engine.name if engine else "",
             isolated=engine.runtime.isolated if engine else True,
-            image_id=self._handle.image_id[:200] if self._handle else "",
+            image_id=handle.image_id[:200] if handle else "",
+            image_bytes=min(max(0, handle.image_bytes), MOST_IMAGE_BYTES) if handle else 0,
             slots=self.wanted.slots,
             restarts=self._restarts.count,
             progress=fetching.pace.share if fetching else None,

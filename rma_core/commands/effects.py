@@ -22,6 +22,14 @@ def show(out: Console, answer: dict[str, Any]) -> None:
         common.table(("service", "wanted", "now", "then", ""), rows, empty="")(out)
     if answer["images"] or answer["model_bytes"]:
         models = f", {human(answer['model_bytes'])} of models" if answer["model_bytes"] else ""
-        out.print(
-            common.safe(f"To be fetched by these machines, where they lack it: {answer['images']} images{models}.")
-        )
+        out.print(common.safe(f"To be fetched by these machines, where they lack it: {_images(answer)}{models}."))
+
+
+def _images(answer: dict[str, Any]) -> str:
+    """Return how many images that is, and what is known of their sizes."""
+    count, unknown = answer["images"], answer["images_unknown"]
+    words = f"{count} image{'' if count == 1 else 's'}"
+    if unknown == count:
+        return f"{words} (of unknown size)" if count else words
+    more = f", and {unknown} of unknown size" if unknown else ""
+    return f"{words} ({human(answer['image_bytes'])} unpacked{more})"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rma_core.container_engine.abilities import unusable
 from rma_core.container_engine.connection import ASK_S
-from rma_core.container_engine.images import find_image, image_of, reference
+from rma_core.container_engine.images import find_image, image_of, reference, unpacked_bytes
 from rma_core.container_engine.options import container_name
 from rma_core.container_engine.sayings import LAST_LINES, last_words, unless_absent
 from rma_core.errors import ImageMissing, NotSupported, RuntimeFailure, StartFailed
@@ -68,6 +68,7 @@ def start(product: Product, engine: Engine, spec: ContainerSpec, abandoned: thre
         service=spec.service,
         spec_hash=spec.spec_hash,
         image_id=str(image["Id"]),
+        image_bytes=unpacked_bytes(image),
     )
 
 
@@ -236,10 +237,25 @@ def stop(engine: Engine, container_id: str, grace_s: float) -> None:
 def owned(product: Product, engine: Engine, worker_id: str) -> list[ContainerHandle]:
     """Return a worker's containers by their labels, the oldest first."""
     listed = engine.api.containers(all=True, filters={"label": f"rma.worker={worker_id}"})
-    return [_handle(product, found) for found in sorted(listed, key=lambda c: int(c["Created"]))]
+    sizes = {image_id: _image_bytes(engine, image_id) for image_id in {str(found["ImageID"]) for found in listed}}
+    return [
+        _handle(product, found, sizes[str(found["ImageID"])])
+        for found in sorted(listed, key=lambda c: int(c["Created"]))
+    ]
 
 
-def _handle(product: Product, container: Json) -> ContainerHandle:
+def _image_bytes(engine: Engine, image_id: str) -> int:
+    """Return what an image takes here; 0 where the engine cannot tell: its containers are taken over all the same."""
+    from docker.errors import APIError
+
+    try:
+        return unpacked_bytes(image_of(engine, image_id) or {})
+    except APIError as error:
+        logger.debug("the size of %s is not known: %s", image_id, error)
+        return 0
+
+
+def _handle(product: Product, container: Json, image_bytes: int) -> ContainerHandle:
     named: Mapping[str, str] = container["Labels"]
     return ContainerHandle(
         runtime=product.name,
@@ -248,6 +264,7 @@ def _handle(product: Product, container: Json) -> ContainerHandle:
         service=named.get("rma.service", ""),
         spec_hash=named.get("rma.spec", ""),
         image_id=container["ImageID"],
+        image_bytes=image_bytes,
     )
 
 

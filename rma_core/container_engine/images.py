@@ -106,6 +106,11 @@ def image_of(engine: Engine, name: str) -> Json | None:
     return unless_absent(lambda: dict(engine.api.inspect_image(name)))  # type: ignore[no-untyped-call]
 
 
+def unpacked_bytes(image: Json) -> int:
+    """Return what an image takes on this machine, as its engine tells; 0 where it does not."""
+    return max(0, int(image.get("Size") or 0))
+
+
 def open_pull(product: Product, engine: Engine, spec: ContainerSpec) -> requests.Response:
     """Ask the engine to pull. The SDK's own method returns nothing that could be cut while another thread reads."""
     repository, tag = split_tag(spec.image)

@@ -37,6 +37,8 @@ Fault = Literal["worker", "service", "request", "owner", "coordinator"]
 INLINE_BODY_BYTES = 256 * 1024
 #: The runtime of what already ran on the machine, and whose owner shares it.
 ATTACHED = "attached"
+#: No image that a worker tells of is larger.
+MOST_IMAGE_BYTES = 2**53
 
 
 class RuntimeReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -120,7 +122,8 @@ class ContainerStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One container as it stands on the worker; ``progress`` is 0..1 while pulling, when the size is known.
 
     What the owner attached has the runtime ATTACHED. That, and what is ``by_owner``, nobody assigned: it stands outside
-    tiers. A service that answers with models lists them.
+    tiers. A service that answers with models lists them. ``image_bytes`` is what its image takes on that machine,
+    unpacked; 0 where that is not known.
     """
 
     name: ContainerName
@@ -135,6 +138,7 @@ class ContainerStatus(msgspec.Struct, frozen=True, kw_only=True):
     progress: Load | None = None
     models: Annotated[tuple[ModelStatus, ...], Meta(max_length=64)] = ()
     by_owner: bool = False
+    image_bytes: Annotated[int, Meta(ge=0, le=MOST_IMAGE_BYTES)] = 0
 
     @property
     def unassigned(self) -> bool:

@@ -10,7 +10,7 @@ import msgspec
 from rma_coordinator.api.bodies import PolicyActivation, PolicyPreview, PolicyRollback, PolicyShadow
 from rma_coordinator.api.problems import HTTPProblem
 from rma_coordinator.domain.fleet import iso
-from rma_coordinator.effects import effects
+from rma_coordinator.effects import effects, fetched
 from rma_coordinator.policy_versions import ChildPolicy
 from rma_coordinator.tiers import Known
 from rma_core.errors import NotFound, PluginError, Refused, SettingProblem, ValidationProblem
@@ -138,8 +138,7 @@ def _effects(found: Effects) -> dict[str, Any]:
     return {
         "stops": sum(len(one.stops) for one in moved),
         "starts": sum(len(one.starts) for one in moved),
-        "images": sum(one.images for one in moved),
-        "model_bytes": sum(one.model_bytes for one in moved),
+        **fetched(moved),
         "services": [{**msgspec.to_builtins(one), "short": one.short} for one in found.capacity],
     }
 

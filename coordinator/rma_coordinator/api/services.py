@@ -9,6 +9,7 @@ import msgspec
 from rma_coordinator import shortage
 from rma_coordinator.api.bodies import RulesApplied, RulesPreview
 from rma_coordinator.domain.fleet import iso
+from rma_coordinator.effects import fetched
 from rma_core.errors import NotFound
 from rma_core.models.strict import decode
 
@@ -67,8 +68,7 @@ def _draft(draft: Draft) -> dict[str, Any]:
         "workers": [{"worker_id": worker_id, **one._asdict()} for worker_id, one in moves.items()],
         "looked_at": len(draft.lanes),
         "changes": len(moves),
-        "images": sum(one.images for one in moves.values()),
-        "model_bytes": sum(one.model_bytes for one in moves.values()),
+        **fetched(moves.values()),
         "services": [{**msgspec.to_builtins(one), "short": one.short} for one in draft.capacity],
         "plan": draft.digest,
     }
