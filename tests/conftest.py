@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import TYPE_CHECKING
 
 import pytest
@@ -53,11 +54,14 @@ def served_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.fixture(autouse=True)
-def _levels_of_loggers() -> Iterator[None]:
-    """Leave to the next test the levels that there were: a command sets them for its process, which is the tests'."""
+def _what_commands_set() -> Iterator[None]:
+    """Leave to the next test what a command sets for its process, which is the tests': loggers' levels, the umask."""
     loggers = [logging.getLogger(name) for name in (None, "rma_core", "rma_coordinator")]
     levels = [logger.level for logger in loggers]
+    umask = os.umask(0o022)
+    os.umask(umask)
     yield
+    os.umask(umask)
     for logger, level in zip(loggers, levels, strict=True):
         logger.setLevel(level)
 

@@ -14,7 +14,7 @@ from rma_coordinator.effects import Moved, image_sizes, moved
 from rma_core.errors import NotFound
 from rma_core.models.hardware import Capabilities, HardwareReport
 from rma_core.models.weights import AssignedModel, ModelFile
-from rma_core.models.worker import MOST_IMAGE_BYTES, Assignment, ContainerStatus, Heartbeat, ModelStatus
+from rma_core.models.worker import MOST_IMAGE_BYTES, Assignment, ContainerStatus, Heartbeat, ModelStatus, RuntimeReport
 
 REPORT = HardwareReport(capabilities=Capabilities(cpu_cores=4, ram="16GB"))
 INTERVAL_S = 30.0
@@ -212,6 +212,19 @@ def test_an_image_that_a_machine_runs_for_another_model_is_not_fetched_for_one_m
     assert found == Moved((), ("llm b", "llm c"), images=0, image_bytes=0, images_unknown=0, model_bytes=10)
     found = moved(record(1), (given("a"), given("b")), sizes)
     assert found == Moved((), ("llm a", "llm b"), images=1, image_bytes=700, images_unknown=0, model_bytes=10)
+
+
+def test_a_machine_that_runs_plain_processes_fetches_no_image() -> None:
+    given = (Assignment(name="rma-notes", service="notes", image="x/notes:1", port=8000),)
+    process = RuntimeReport(name="process", state="healthy", isolated=False)
+    engine = RuntimeReport(name="docker", state="unhealthy", isolated=True)
+    for runtimes, images in (
+        ((process, engine), 0),
+        ((process, msgspec.structs.replace(engine, state="healthy")), 1),
+        ((), 1),
+    ):
+        found = moved(msgspec.structs.replace(record(1), runtimes=runtimes), given, {})
+        assert (found.starts, found.images, found.images_unknown) == (("notes",), images, images)
 
 
 def test_a_worker_is_shown_as_the_contract_writes_it(pool: Pool) -> None:

@@ -10,6 +10,7 @@ import msgspec
 
 from rma_coordinator.domain.census import NOTHING, Census
 from rma_coordinator.domain.fleet import lanes_of
+from rma_coordinator.domain.placement import runs_containers
 from rma_coordinator.switching import AT_ONCE
 from rma_core.models.worker import lane
 
@@ -138,7 +139,9 @@ def moved(record: WorkerRecord, chosen: tuple[Assignment, ...], sizes: Mapping[s
     """Return what a worker with this record would do to run what was chosen; ``sizes`` are those of `image_sizes`."""
     now, then = _by_lane(record.assignment), _by_lane(chosen)
     new = [then[lane] for lane in then if lane not in now]
-    images = {one.image for one in new} - {one.image for one in record.assignment}
+    # What runs as a plain process is no image.
+    images = {one.image for one in new} if runs_containers(record.runtimes) else set()
+    images -= {one.image for one in record.assignment}
     return Moved(
         stops=tuple(lane for lane in now if lane not in then),
         starts=tuple(one.lane for one in new),

@@ -414,12 +414,17 @@ def _shortened(reasons: dict[str, str]) -> dict[str, str]:
     return kept | {service: f"and {count} more models" for service, count in left.items()}
 
 
+def runs_containers(runtimes: Collection[RuntimeReport]) -> bool:
+    """Whether a machine with these runtimes runs services as containers; one that tells of none is thought to."""
+    return not runtimes or any(runtime.isolated for runtime in runtimes if runtime.state == "healthy")
+
+
 def _forms(entry: CatalogEntry, runtimes: Collection[RuntimeReport]) -> list[bool]:
     """Return how the service can run here: ``True`` as a container, ``False`` as a process."""
     usable = [runtime for runtime in runtimes if runtime.state == "healthy"]
     if not entry.trusted:
         return [True] * any(runtime.isolated and not runtime.cannot_limit for runtime in usable)
-    contained = not runtimes or any(runtime.isolated for runtime in usable)
+    contained = runs_containers(runtimes)
     as_process = entry.process is not None and entry.service not in ISOLATED_ONLY
     bare = as_process and any(not runtime.isolated for runtime in usable)
     return [True] * contained + [False] * bare
