@@ -8,6 +8,7 @@ is started by path, finds them in its place. Of ``.pth`` files it takes the fold
 from __future__ import annotations
 
 import contextlib
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -47,20 +48,17 @@ def _packages() -> Iterator[Path]:
     """Give the folders with packages, where `site` would find them, each with those that its `.pth` files name."""
     import site
 
-    prefixes = [sys.base_prefix, sys.base_exec_prefix]
-    if (environment := _virtual_environment()) is not None:
+    # Systems have more places of their own for the Python that they bring; by the prefix they know which it is.
+    folders, environment = [site.getusersitepackages(), *site.getsitepackages()], _virtual_environment()
+    if environment is not None:
         # From 3.14 on Python does this itself, and before that `site`.
         sys.prefix = sys.exec_prefix = str(environment.folder)
-        prefixes = [sys.prefix, *(prefixes if environment.open else ())]
-    found = [folder for folder in map(Path, site.getsitepackages(prefixes)) if folder.is_dir()]
-    for folder in found:
+        folders = [*site.getsitepackages([sys.prefix]), *(folders if environment.open else ())]
+    for folder in filter(Path.is_dir, map(Path, folders)):
         yield folder
         yield from _named_in(folder)
-    # What is installed for one user alone, or not installed at all.
-    ours = Path(__file__).absolute().parent.parent
-    if ours not in found:
-        yield ours
-        yield from _named_in(ours) if ours.name == "site-packages" else ()
+    # Of what is not installed but only named to Python (PYTHONPATH), at least this is found.
+    yield Path(__file__).absolute().parent.parent
 
 
 class _Environment(NamedTuple):
@@ -73,16 +71,16 @@ class _Environment(NamedTuple):
 def _virtual_environment() -> _Environment | None:
     """Return the virtual environment whose Python this is."""
     beside = Path(sys.executable).absolute().parent
-    for folder in (beside.parent, beside):
+    for folder in (beside, beside.parent):
         with contextlib.suppress(OSError, UnicodeError):
             lines = (folder / "pyvenv.cfg").read_text(encoding="utf-8").lower().splitlines()
             told = {name.strip(): value.strip() for name, _, value in (line.partition("=") for line in lines)}
-            return _Environment(folder, told.get("include-system-site-packages") == "true")
+            return _Environment(beside.parent, told.get("include-system-site-packages", "true") == "true")
     return None
 
 
 def _named_in(folder: Path) -> Iterator[Path]:
-    """Give the folders that the `.pth` files of a folder name."""
+    """Give the folders, or archives, that the `.pth` files of a folder name."""
     for file in sorted(folder.glob("[!.]*.pth")):
         try:
             with file.open(encoding="utf-8-sig") as opened:
@@ -90,9 +88,9 @@ def _named_in(folder: Path) -> Iterator[Path]:
         except (OSError, UnicodeError):
             continue
         for line in filter(None, map(str.strip, lines)):
-            named = folder / line
-            if not line.startswith(("#", "import ", "import\t")) and named.is_dir():
-                yield named
+            # Code and comments are no files that exist.
+            if os.path.exists(folder / line):  # noqa: PTH110 - Path's own fails for code that is too long for a name
+                yield folder / line
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import plistlib
+import pwd
 import re
 import shlex
 import signal
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from rma_core import bare
 from rma_core.agent import installing
 from rma_core.agent.state import StateFolder, WorkerRecord
 from rma_core.errors import NotSupported, UsageProblem
@@ -68,9 +71,9 @@ def test_an_installed_agent_works_starts_again_when_it_fails_and_goes_for_good(
     home = tmp_path_factory.mktemp("i") / 'a "$h" %i \\n é'
     env = environment(home, NO_ENGINE)
 
-    def told(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    def told(*arguments: str, code: int | None = 0) -> subprocess.CompletedProcess[str]:
         done = system.run(machine.python, "-m", "rma_core", *arguments, env=env, check=False)
-        assert done.returncode == code, done.stdout + done.stderr
+        assert code in (None, done.returncode), done.stdout + done.stderr
         return done
 
     with pool(tmp_path / "pool", "--port", "0", "--no-agent", env=NO_ENGINE) as made:
@@ -91,6 +94,14 @@ def test_an_installed_agent_works_starts_again_when_it_fails_and_goes_for_good(
         ours = ("-m rma_core", "rma_core/child.py", "pip config")
         assert [line for line in machine.lines() if "bare.py" in line or not any(part in line for part in ours)] == []
 
+        # What does not work does not take the place of what does.
+        settings = home / "rma.toml"
+        settings.write_text('attach = ["http://elsewhere.example"]\n', encoding="utf-8")
+        assert "so that is taken back" in told("agent", "install", "--log-json", code=1).stderr
+        settings.unlink()
+        until(lambda: told("status", "--json", code=None).returncode == 0, within_s=90, what="the one before runs")
+        assert command_of(system, unit) == installed["command"]
+
         # It is started anew when it dies, and not when its owner or the pool ends it.
         first = system.show(unit, "MainPID")
         system.run("kill", "-KILL", first)
@@ -108,7 +119,9 @@ def test_an_installed_agent_works_starts_again_when_it_fails_and_goes_for_good(
             assert "an agent runs already" in told("agent", "install", code=2).stderr
         finally:
             agent.stop(signal.SIGTERM)
-        assert "Its service remains" in told("leave", "--yes").stderr
+        told("agent", "install", "--runtime", "process")
+        assert f"takes it away:  rma agent uninstall --home {shlex.quote(str(home))}" in told("leave", "--yes").stderr
+        assert system.show(unit, "ActiveState") == "inactive"
         told("agent", "uninstall")
         assert not system.active(unit)
         assert "no agent is installed" in told("agent", "uninstall", code=2).stderr
@@ -119,7 +132,7 @@ def test_systemd_takes_every_word_as_it_is_meant(system: System, tmp_path: Path)
     joined(home)
     out = tmp_path / "out"
     program = f"import json, os, sys; json.dump([sys.argv[1:], os.environ['PATH']], open({str(out)!r}, 'w'))"
-    job = installing.job(home, [], {"PATH": "/bin:" + ":".join(WORDS)}, drain_s=0)
+    job = installing.job(home, [], {"PATH": "/bin:" + ":".join(WORDS)})
     job = job._replace(command=(sys.executable, "-c", program, *WORDS))
     unit = installing.Systemd(job)
     system.run("sh", "-c", 'printf %s "$1" > "$2"', "sh", unit.text().decode(), str(unit.file))
@@ -129,18 +142,49 @@ def test_systemd_takes_every_word_as_it_is_meant(system: System, tmp_path: Path)
     assert json.loads(out.read_text(encoding="utf-8")) == [list(WORDS), job.environment["PATH"]]
 
 
-def test_a_service_that_ends_at_once_is_said_to(system: System, tmp_path: Path) -> None:
+def test_an_agent_that_ends_at_once_is_not_left_installed(system: System, tmp_path: Path) -> None:
     home = tmp_path / "home"
     joined(home)
     (home / "rma.toml").write_text('attach = ["http://elsewhere.example"]\n', encoding="utf-8")
     done = system.run(*rma("agent", "install", "--json"), env=environment(home, NO_ENGINE), check=False)
     assert done.returncode == 1
     refused = json.loads(done.stdout)["error"]
-    assert (refused["code"], "does not answer" in refused["message"]) == ("start_failed", True)
+    assert (refused["code"], "so that is taken back" in refused["message"]) == ("start_failed", True)
     [unit] = re.findall(r"journalctl --unit (rma-agent-\w+\.service)", " ".join(refused["hints"]))
-    # It would fail so again, and is left alone.
-    assert system.show(unit, "ActiveState") == "failed"
-    assert system.show(unit, "ExecMainStatus") == "2"
+    assert system.show(unit, "LoadState") == "not-found"
+    assert unit not in system.run("systemctl", "list-units", "--all", "--plain").stdout
+
+
+def test_what_systemd_refuses_is_not_left_installed(system: System, tmp_path: Path) -> None:
+    job = installing.job(tmp_path, [], {})._replace(command=("/nowhere/python",))
+    unit = installing.Systemd(job)
+    write = f"""
+import sys; sys.path.insert(0, {str(Path(installing.__file__).parents[2])!r})
+from pathlib import Path
+from rma_core import bare
+from rma_core.agent import installing
+job = installing.job(Path({str(tmp_path)!r}), [], {{}})._replace(command=("/nowhere/python",))
+try:
+    installing.install(installing.Systemd(job), lambda: None)
+except installing.StartFailed as error:
+    print(error)
+"""
+    said = system.run(sys.executable, "-c", write).stdout
+    assert "restart rma-agent-" in said
+    assert system.run("test", "-e", str(unit.file), check=False).returncode == 1
+    assert system.show(unit.file.name, "LoadState") == "not-found"
+
+
+def test_what_is_wrong_with_settings_keeps_nobody_from_stopping_it(system: System, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    joined(home)
+    env = environment(home)
+    shown = json.loads(system.run(*rma("agent", "install", "--print", "--json"), env=env).stdout)
+    system.run("sh", "-c", 'printf %s "$1" > "$2"', "sh", shown["text"], shown["file"])
+    (home / "rma.toml").write_text("no_such_setting = 1\n", encoding="utf-8")
+    told = json.loads(system.run(*rma("agent", "uninstall", "--json"), env=env).stdout)
+    assert told == {name: shown[name] for name in ("manager", "service", "file")}
+    assert system.run("test", "-e", shown["file"], check=False).returncode == 1
 
 
 def test_a_file_of_somebody_else_is_left_alone(system: System, tmp_path: Path) -> None:
@@ -158,7 +202,7 @@ def test_a_file_of_somebody_else_is_left_alone(system: System, tmp_path: Path) -
 def test_without_a_service_manager_the_command_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     joined(tmp_path)
     monkeypatch.setattr(installing, "SYSTEMD_RUNS", tmp_path / "nothing")
-    job = installing.job(tmp_path, ["--runtime=docker"], {}, drain_s=0)
+    job = installing.job(tmp_path, ["--runtime=docker"], {})
     for system, why in (("Linux", "systemd does not run here"), ("Windows", "no service manager of Windows")):
         monkeypatch.setattr(platform, "system", lambda system=system: system)
         with pytest.raises(NotSupported, match=why) as refused:
@@ -168,7 +212,7 @@ def test_without_a_service_manager_the_command_is_said(tmp_path: Path, monkeypat
 
 def test_launchd_is_given_a_property_list_that_says_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "system", lambda: "Darwin")
-    job = installing.job(tmp_path, [f"--model={WORDS[0]}"], {"PATH": "/opt/bin", "SECRET": "x"}, drain_s=7)
+    job = installing.job(tmp_path, [f"--model={WORDS[0]}"], {"PATH": "/opt/bin", "SECRET": "x"})
     manager = installing.manager_of(job)
     assert manager.file.name == f"org.rma.{job.name}.plist"
     text = manager.text()
@@ -177,26 +221,124 @@ def test_launchd_is_given_a_property_list_that_says_the_same(tmp_path: Path, mon
     assert told["ProgramArguments"] == list(job.command)
     assert told["EnvironmentVariables"] == {"PATH": "/opt/bin"}
     assert (told["RunAtLoad"], told["KeepAlive"]) == (True, {"SuccessfulExit": False})
-    assert told["ExitTimeOut"] == 67
+    assert (told["ExitTimeOut"], told["Umask"], told["ThrottleInterval"]) == (3660, 0o077, 60)
 
 
 def test_newer_systemds_wait_longer_each_time() -> None:
     assert installing.steps(252) == []
-    assert installing.steps(254) == ["RestartSteps=5", "RestartMaxDelaySec=600"]
+    assert installing.steps(254) == ["RestartSteps=5", "RestartMaxDelaySec=900"]
 
 
-def test_what_cannot_stand_in_a_services_file_is_refused(tmp_path: Path) -> None:
+UNIT = """\
+# Written by `rma agent install`; `rma agent uninstall` takes it away.
+[Unit]
+Description=RMA agent ({home}/50%%)
+{network}StartLimitIntervalSec=0
+
+[Service]
+Type=exec
+ExecStart={command}
+Environment="PATH=/bin"
+Environment="CUDA_VISIBLE_DEVICES=1"
+Environment="RMA_CONFIG={here}/own.toml"
+Environment="https_proxy=http://proxy.example"
+UMask=0077
+Restart=on-failure
+RestartSec=60
+KillMode=process
+TimeoutStopSec=3660
+
+[Install]
+WantedBy={target}.target
+"""
+
+
+@pytest.mark.parametrize("of_machine", [False, True])
+def test_a_unit_says_all_that_it_should_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_machine: bool
+) -> None:
+    monkeypatch.setattr(installing, "_user_number", lambda: 0 if of_machine else 1000)
+    monkeypatch.setattr(installing, "_version", lambda: 252)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "elsewhere"))
+    monkeypatch.chdir(tmp_path)
+    home = tmp_path / "50%"
+    home.mkdir()
+    given = {"PATH": "/bin", "RMA_CONFIG": "own.toml", "SSH_AUTH_SOCK": "/x", "CUDA_VISIBLE_DEVICES": "1"}
+    given |= {"https_proxy": "http://proxy.example", "HTTP_PROXY": "http://me:secret@proxy.example"}
+    unit = installing.Systemd(installing.job(Path("50%"), ["--insecure-http"], given))
+    own = Path(pwd.getpwuid(os.geteuid()).pw_dir)
+    assert unit.file.parent == (Path("/etc/systemd/system") if of_machine else own / ".config/systemd/user")
+    program = [
+        sys.executable,
+        "-I",
+        "-S",
+        "-X",
+        "utf8",
+        str(Path(bare.__file__)),
+        "agent",
+        "--home",
+        f"{tmp_path}/50%%",
+    ]
+    assert unit.text().decode() == UNIT.format(
+        home=tmp_path,
+        here=tmp_path,
+        network="Wants=network-online.target\nAfter=network-online.target\n" if of_machine else "",
+        command=" ".join(f'"{word}"' for word in [*program, "--insecure-http"]),
+        target="multi-user" if of_machine else "default",
+    )
+
+
+def test_each_state_folder_has_a_service_of_its_own(tmp_path: Path) -> None:
+    usual = Path(pwd.getpwuid(os.geteuid()).pw_dir) / ".rma"
+    assert installing.Job(usual).name == "rma-agent"
+    names = {installing.Job(tmp_path / str(number)).name for number in range(50)}
+    assert len(names) == 50
+    assert all(re.fullmatch(r"rma-agent-[0-9a-f]{8}", name) for name in names)
+
+
+def test_root_runs_no_agent_in_a_folder_that_others_can_replace(tmp_path: Path) -> None:
+    need("systemd")
+    theirs, open_to_all, link = tmp_path / "theirs", tmp_path / "open", tmp_path / "link"
+    for folder in (theirs, open_to_all, open_to_all / "inner", theirs / "inner"):
+        folder.mkdir()
+    os.chown(theirs, 65534, 65534)
+    open_to_all.chmod(0o1777)
+    link.symlink_to(open_to_all)
+    for home, why in (
+        (theirs, "belongs to another user"),
+        (theirs / "inner", "can be changed by other users"),
+        (open_to_all, "can be changed by other users"),
+        (link, "can be changed by other users"),
+    ):
+        with pytest.raises(UsageProblem, match=why):
+            installing.place(home)
+    # Of a folder like /tmp nobody can replace what is root's.
+    assert installing.place(link / "inner").home == open_to_all / "inner"
+    open_to_all.chmod(0o777)
+    with pytest.raises(UsageProblem, match="can be changed by other users"):
+        installing.place(open_to_all / "inner")
+    done = asked(theirs, "agent", "install")
+    assert (done.returncode, "belongs to another user" in done.stderr) == (2, True)
+
+
+def test_what_cannot_stand_in_a_services_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageProblem, match="cannot stand in a service's file"):
-        installing.job(tmp_path / "a\nb", [], {}, drain_s=0)
+        installing.job(tmp_path / "a\nb", [], {})
     with pytest.raises(UsageProblem, match="cannot stand in a service's file"):
-        installing.job(tmp_path, [], {"PATH": "/bin\x1b"}, drain_s=0)
+        installing.job(tmp_path, [], {"PATH": "/bin\x1b"})
+    with pytest.raises(UsageProblem, match="cannot stand in a service's file"):
+        installing.job(tmp_path / os.fsdecode(b"\xff"), [], {})
+    monkeypatch.setattr(sys, "executable", "/opt/$x/python")
+    with pytest.raises(UsageProblem, match="install RMA elsewhere"):
+        installing.job(tmp_path, [], {})
 
 
 def test_options_stand_behind_what_they_are_for(tmp_path: Path) -> None:
-    for options in (["--home", str(tmp_path)], ["--attach", "http://127.0.0.1:1"], ["--log-json"]):
+    before = (["--home", str(tmp_path)], ["--attach", "http://127.0.0.1:1"], ["--log-json"], ["--json"])
+    for options in (*before, ["--until-stdin-ends"]):
         done = asked(tmp_path, "agent", *options, "install")
         assert done.returncode == 2
-        assert "write the options behind: rma agent install" in done.stderr
+        assert "write the options behind: rma agent install" in done.stderr + done.stdout
     assert "joined no pool" in asked(tmp_path, "agent", "install").stderr
 
 
@@ -210,12 +352,13 @@ def test_what_is_wrong_is_said_before_anything_is_written(tmp_path: Path) -> Non
 def test_a_shells_settings_that_the_service_will_lack_are_named(system: System, tmp_path: Path) -> None:
     joined(tmp_path / "home")
     more = {"RMA_DRAIN_S": "3", "COORDINATOR_URL": "http://127.0.0.1:9", "RMA_JOIN_TOKEN": "rmaj_secret"}
+    more |= {"HTTPS_PROXY": "http://me:secret@proxy.example"}
     env = environment(tmp_path / "home", {**NO_ENGINE, **more})
     done = system.run(*rma("agent", "install", "--print"), env=env)
     assert "does not have this shell's COORDINATOR_URL, RMA_DRAIN_S, RMA_JOIN_TOKEN: write" in done.stderr
+    assert "does not have this shell's HTTPS_PROXY: there is a password in it" in done.stderr
     assert 'Environment="DOCKER_HOST=unix:///nonexistent/docker.sock"' in done.stdout
     assert "secret" not in done.stdout
-    assert "\nUser=root\n" in done.stdout
 
 
 def test_models_are_named_by_their_whole_path(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import subprocess
 import sys
 import venv
@@ -53,9 +53,9 @@ class Machine(NamedTuple):
         return done.stdout
 
 
-def machine_in(folder: Path, *, system_site_packages: bool = False) -> Machine:
+def machine_in(folder: Path) -> Machine:
     """Make a machine that has, by `.pth` lines, what this Python has, and two packages with start-up code."""
-    venv.create(folder / "venv", system_site_packages=system_site_packages, with_pip=False)
+    venv.create(folder / "venv", with_pip=False)
     [packages] = (folder / "venv").glob("lib/python*/site-packages")
     here = [path for path in sys.path if path and Path(path).is_dir()]
     (packages / "all.pth").write_text("".join(f"{path}\n" for path in here), encoding="utf-8")
@@ -113,28 +113,46 @@ def test_no_start_up_code_runs_in_an_installed_agent_nor_in_what_it_starts(
             assert any(part in line for line in lines), f"{part} in {lines}"
 
 
-@pytest.mark.parametrize("system_site_packages", [False, True])
-def test_packages_are_found_where_python_itself_finds_them(tmp_path: Path, system_site_packages: bool) -> None:
-    machine = machine_in(tmp_path, system_site_packages=system_site_packages)
-    (machine.packages / "printed.py").write_text(
-        "import json, sys; print(json.dumps([sys.prefix, sys.exec_prefix, sys.path]))", encoding="utf-8"
-    )
-    usual = json.loads(machine.output("-I", "-m", "printed"))
-    found = json.loads(machine.output(*bare.OPTIONS, PROGRAM, "-m", "printed"))
-    assert found[:2] == usual[:2]
-    assert set(found[2]) == set(usual[2])
-    # What Python brings comes first in both.
-    assert found[2][: len(sys.path)][:2] == usual[2][:2]
+def path_of(python: str, *options: str, env: Mapping[str, str]) -> list[str]:
+    """Return where a Python looks for modules, with its prefixes, but for the folder in which it is started."""
+    command = [python, *options, "-m", "site"]
+    done = subprocess.run(command, env=env, cwd="/", capture_output=True, text=True, check=True)
+    return [line.strip(" ,'") for line in done.stdout.splitlines() if line.startswith("    ") and "'/'" not in line]
 
 
-def test_a_python_without_a_virtual_environment_finds_its_packages() -> None:
-    base = sys._base_executable  # type: ignore[attr-defined]
+PYVENVS = {
+    "shut": "include-system-site-packages = false",
+    "open": "Include-System-Site-Packages = True",
+    "says nothing": "",
+}
 
-    def path(*options: str) -> set[str]:
-        done = subprocess.run([base, *options, "-m", "site"], capture_output=True, text=True, timeout=60, check=True)
-        return {line.strip(" ,'") for line in done.stdout.splitlines() if line.startswith("    ")}
 
-    assert path(*bare.OPTIONS, PROGRAM) == path("-I") | {str(Path(PROGRAM).parent.parent)}
+@pytest.mark.parametrize("kind", [*PYVENVS, "beside", "none"])
+def test_packages_are_found_where_python_itself_finds_them(tmp_path: Path, kind: str) -> None:
+    machine, home = machine_in(tmp_path), tmp_path / "user"
+    config = Path(machine.python).parents[1] / "pyvenv.cfg"
+    told = "".join(f"{line}\n" for line in config.read_text().splitlines() if "include-system" not in line)
+    config.write_text(f"{told}{PYVENVS.get(kind, PYVENVS['open'])}\n")
+    if kind == "beside":
+        config.rename(Path(machine.python).parent / "pyvenv.cfg")
+    python = str(sys._base_executable) if kind == "none" else machine.python  # type: ignore[attr-defined]
+    ask = "import site; print(site.getusersitepackages())"
+    env = {"HOME": str(home), "PATH": os.environ["PATH"]}
+    mine = Path(subprocess.run([python, "-c", ask], env=env, capture_output=True, text=True, check=True).stdout.strip())
+    (mine / "named").mkdir(parents=True)
+    (mine / "mine.pth").write_text("named\n", encoding="utf-8")
+    (mine / "archive.zip").write_bytes(b"")
+    (mine / "zipped.pth").write_text("archive.zip\n", encoding="utf-8")
+    usual = [path for path in path_of(python, env=env) if not path.startswith("/etc/")]
+    found = path_of(python, *bare.OPTIONS, PROGRAM, env=env)
+    rest = [str(Path(PROGRAM).parent.parent)]
+    assert found == usual + [path for path in rest if path not in usual]
+    assert (str(mine) in found, str(mine / "archive.zip") in found) == (kind != "shut", kind != "shut")
+    ask = "import sys; print(sys.prefix, sys.exec_prefix, sys.flags.utf8_mode)"
+    (machine.packages / "asks.py").write_text(ask, encoding="utf-8")
+    if kind != "none":
+        prefix = str(Path(machine.python).parents[1])
+        assert machine.output(*bare.OPTIONS, PROGRAM, "-m", "asks").split() == [prefix, prefix, "1"]
 
 
 def test_pth_files_name_folders_and_nothing_else(machine: Machine, tmp_path: Path) -> None:
@@ -142,6 +160,7 @@ def test_pth_files_name_folders_and_nothing_else(machine: Machine, tmp_path: Pat
     for folder in (named, beside, tmp_path / "hidden", tmp_path / "commented"):
         folder.mkdir()
     lines = f"# {tmp_path}/commented\n\n{named}\nbeside\n/nowhere/at/all\nimport\tos\nimport os; os.abort()\n"
+    lines += f"import {'x' * 5000}\n"
     (machine.packages / "some.pth").write_text(lines, encoding="utf-8-sig")
     (machine.packages / ".hidden.pth").write_text(f"{tmp_path}/hidden\n", encoding="utf-8")
     (machine.packages / "broken.pth").write_bytes(b"\xff\xfe\x00")

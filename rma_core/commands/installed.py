@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import getpass
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -11,10 +13,10 @@ import click
 from rma_core.commands import common
 from rma_core.commands.machine import settings_of
 from rma_core.errors import AgentAbsent, RMAError, StartFailed, UsageProblem
+from rma_core.settings import default_home
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from pathlib import Path
 
     from rich.console import Console
 
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 #: Seconds in which an agent that was started answers, and how often it is asked.
 STARTS_WITHIN_S, LOOK_S = 60.0, 0.25
+#: So often in a row it must not run before it is given up.
+GONE_LOOKS = 8
 
 
 def agent_options(command: F) -> F:
@@ -78,27 +82,30 @@ def _arguments(options: Mapping[str, Any]) -> list[str]:
 def install(only_print: bool, as_json: bool, **options: Any) -> None:
     """Have the agent start with this machine, as a service of systemd or launchd, and again when it fails.
 
-    It runs as you, with the options given here and the settings in rma.toml, and without any start-up code of
-    installed packages: nothing runs in it that you have not approved. As root it is a service of the machine, and runs
-    as the user whose state folder it is.
+    It runs as you, with the options given here and the settings in rma.toml, and no start-up code of installed packages
+    runs before it.
     """
     from rma_core.agent.installing import install as write
-    from rma_core.agent.installing import manager_of
+    from rma_core.agent.installing import job, manager_of, place
 
+    # Whose folder that is comes first: nothing of somebody else's is read.
+    home = _home(options["home"])
+    place(home)
     settings = settings_of(**flags(options))
-    _member(settings)
-    work = _job(settings, _arguments(options))
+    if settings.home_path != home:
+        raise UsageProblem("rma.toml names another state folder", hints=(f"use --home {settings.home_path}",))
+    _member(home)
+    work = job(home, _arguments(options), os.environ)
     manager = manager_of(work)
     told = {"manager": manager.name, "service": work.name, "file": str(manager.file), "command": list(work.command)}
-    _left_behind(settings)
+    _left_behind(settings, work)
     if only_print:
         text = manager.text().decode()
         common.show({**told, "text": text}, as_json, lambda _: click.echo(text, nl=False))
         return
-    if not manager.running():
-        _not_running_yet(settings.home_path)
-    hint = write(manager)
-    common.run_async(_answers(settings.home_path, manager))
+    if not manager.runs():
+        _not_running_yet(home)
+    hint = write(manager, lambda: common.run_async(_answers(home, manager)))
     common.show({**told, "hint": hint}, as_json, lambda out: _show(out, work, manager, hint))
 
 
@@ -106,42 +113,49 @@ def install(only_print: bool, as_json: bool, **options: Any) -> None:
 @common.home_option
 @common.json_option
 def uninstall(home: str | None, as_json: bool) -> None:
-    """Stop the agent that `rma agent install` has started, and start it no more; the machine stays a member."""
-    from rma_core.agent.installing import manager_of
+    """Stop the agent that `rma agent install` has started, and start it no more; the machine stays a member.
+
+    It finishes what it has first (`drain_s`).
+    """
+    from rma_core.agent.installing import manager_of, place
     from rma_core.agent.installing import uninstall as remove
 
-    settings = settings_of(home)
-    work = _job(settings, [])
+    # No settings: what is wrong with them must not keep anybody from stopping it.
+    work = place(_home(home))
     manager = manager_of(work)
     remove(manager)
-    told = {"manager": manager.name, "service": work.name, "file": str(manager.file)}
     common.say(f"Stopped, and {manager.file} is gone.")
     if as_json:
+        told = {"manager": manager.name, "service": work.name, "file": str(manager.file)}
         common.show(told, as_json, lambda _: None)
 
 
-def remains(settings: AgentSettings) -> str:
-    """Return the file of an agent that is still installed, or nothing."""
-    from rma_core.agent.installing import manager_of
+def remains(home: Path) -> str:
+    """Return what to type to take away the agent that is still installed for a state folder, or nothing."""
+    from rma_core.agent.installing import manager_of, place
 
     try:
-        file = manager_of(_job(settings, [])).file
+        work = place(home)
+        return f"rma agent uninstall{_where(work)}" if manager_of(work).file.exists() else ""
     except RMAError:
         return ""
-    return str(file) if file.exists() else ""
 
 
-def _job(settings: AgentSettings, arguments: list[str]) -> Job:
-    from rma_core.agent.installing import job
-
-    return job(settings.home_path, arguments, os.environ, drain_s=settings.drain_s)
+def _home(home: str | None) -> Path:
+    return Path(home or default_home()).expanduser()
 
 
-def _member(settings: AgentSettings) -> None:
+def _where(work: Job) -> str:
+    """Return the option that names the job's state folder, where commands would take another."""
+    from rma_core.agent.installing import spelled
+
+    return "" if work.home == Path(default_home()).absolute() else f" --home {spelled([str(work.home)])}"
+
+
+def _member(home: Path) -> None:
     """Raise UsageProblem for a machine that has joined no pool."""
     from rma_core.agent.state import StateFolder
 
-    home = settings.home_path
     if (StateFolder(home).load_record() if home.exists() else None) is None:
         raise UsageProblem(
             f"the machine with the state folder {home} has joined no pool",
@@ -149,20 +163,23 @@ def _member(settings: AgentSettings) -> None:
         )
 
 
-def _left_behind(settings: AgentSettings) -> None:
-    """Say which settings of this shell the service will not have."""
-    from rma_core.agent.installing import KEPT
+def _left_behind(settings: AgentSettings, work: Job) -> None:
+    """Say what this shell has that the agent goes by and the service will not have."""
+    from rma_core.agent.installing import PROXIES
     from rma_core.settings import FILE_NAME, describe
 
-    names = {info.environment for info in describe(type(settings))} | {"COORDINATOR_URL"}
-    left = sorted(name for name in names - {*KEPT, "RMA_HOME"} if os.environ.get(name))
+    ours = {info.environment for info in describe(type(settings))} | {"COORDINATOR_URL"}
+    left = sorted(name for name in ours - {*work.environment, "RMA_HOME"} if os.environ.get(name))
     if left:
         file = settings.home_path / FILE_NAME
         common.say(f"The service does not have this shell's {', '.join(left)}: write what it needs into {file}")
+    secret = sorted(name for name in PROXIES if os.environ.get(name) and name not in work.environment)
+    if secret:
+        common.say(f"The service does not have this shell's {', '.join(secret)}: there is a password in it.")
 
 
 def _not_running_yet(home: Path) -> None:
-    """Raise UsageProblem where an agent runs with the folder that is no service."""
+    """Raise UsageProblem where an agent runs with the folder that is not this service."""
     from rma_core.agent.control import ask
 
     try:
@@ -170,7 +187,8 @@ def _not_running_yet(home: Path) -> None:
     except AgentAbsent:
         return
     raise UsageProblem(
-        f"an agent runs already with the state folder {home}", hints=("stop it first: Ctrl-C, or `rma drain`",)
+        f"an agent runs already with the state folder {home}",
+        hints=(f"stop it first: Ctrl-C, or `rma drain --home {home}`",),
     )
 
 
@@ -178,33 +196,27 @@ async def _answers(home: Path, manager: Manager) -> None:
     """Wait until the agent answers. Raises StartFailed."""
     from rma_core.agent.control import ask
 
-    deadline = asyncio.get_running_loop().time() + STARTS_WITHIN_S
-    while asyncio.get_running_loop().time() < deadline:
+    deadline, gone = asyncio.get_running_loop().time() + STARTS_WITHIN_S, 0
+    while asyncio.get_running_loop().time() < deadline and gone < GONE_LOOKS:
         try:
             await ask(home, "status")
         except AgentAbsent:
-            if not await asyncio.to_thread(manager.running):
-                break
+            gone = 0 if await asyncio.to_thread(manager.runs) else gone + 1
             await asyncio.sleep(LOOK_S)
         else:
             return
-    raise StartFailed(
-        "the service was started, and its agent does not answer",
-        hints=(f"what it says: {manager.log}" if manager.log else "what it says: `rma agent` in this shell",),
-    )
+    where = manager.log or "`rma agent` in this shell"
+    raise StartFailed("the agent was started and does not answer, so that is taken back", hints=(f"why: {where}",))
 
 
 def _show(out: Console, work: Job, manager: Manager, hint: str) -> None:
-    from rma_core.agent.installing import spelled
-
-    out.print(common.safe(f"The agent runs as {work.user or 'you'}, by {manager.name}: {manager.file}"))
-    where = "" if work.usual else f" --home {spelled([str(work.home)])}"
-    out.print(common.safe(f"How it stands:  rma status{where}"))
-    if manager.log:
-        out.print(common.safe(f"What it says:   {manager.log}"))
-    out.print(common.safe(f"To stop it:     rma agent uninstall{where}"))
-    if hint:
-        out.print(common.safe(hint))
+    """Print what runs now, with commands to be copied: each in one line, however long."""
+    lines = [f"The agent runs as {getpass.getuser()}, by {manager.name}: {manager.file}"]
+    lines += [f"How it stands:  rma status{_where(work)}"]
+    lines += [f"What it says:   {manager.log} --follow"] if manager.log else []
+    lines += [f"To stop it:     rma agent uninstall{_where(work)}", hint]
+    for line in filter(None, lines):
+        out.print(common.safe(line), soft_wrap=True)
 
 
 COMMANDS: list[click.Command] = [install, uninstall]

@@ -249,7 +249,7 @@ def agent(ctx: click.Context, /, until_stdin_ends: bool, **options: Any) -> None
     `rma agent install` has it start with the machine instead.
     """
     if ctx.invoked_subcommand is not None:
-        typed = (ctx.get_parameter_source(name) for name in (*options, "until_stdin_ends"))
+        typed = (ctx.get_parameter_source(name) for name in (*options, "until_stdin_ends", "as_json"))
         if click.core.ParameterSource.COMMANDLINE in typed:
             raise UsageProblem(f"write the options behind: rma agent {ctx.invoked_subcommand} …")
         return
@@ -299,8 +299,8 @@ def leave(yes: bool, home: str | None, as_json: bool) -> None:
         raise UsageProblem("nothing was changed", hints=("--yes leaves without being asked",))
     left = common.run_async(_leave(settings))
     common.say(f"This machine is no longer {left['worker_id']} of {left['coordinator']}; its key is gone.")
-    if remains := installed.remains(settings):
-        common.say(f"Its service remains ({remains}): `rma agent uninstall` takes it away.")
+    if command := installed.remains(settings.home_path):
+        common.say(f"Its service remains, and this takes it away:  {command}")
     if as_json:
         common.show(left, as_json, lambda _: None)
 
