@@ -103,8 +103,10 @@ def install(only_print: bool, as_json: bool, **options: Any) -> None:
         text = manager.text().decode()
         common.show({**told, "text": text}, as_json, lambda _: click.echo(text, nl=False))
         return
-    if not manager.runs():
-        _not_running_yet(home)
+    if manager.runs():
+        common.say("The agent that runs finishes what it has …")
+    else:
+        _not_running_yet(work)
     hint = write(manager, lambda: common.run_async(_answers(home, manager)))
     common.show({**told, "hint": hint}, as_json, lambda out: _show(out, work, manager, hint))
 
@@ -123,6 +125,8 @@ def uninstall(home: str | None, as_json: bool) -> None:
     # No settings: what is wrong with them must not keep anybody from stopping it.
     work = place(_home(home))
     manager = manager_of(work)
+    if manager.runs():
+        common.say("The agent finishes what it has …")
     remove(manager)
     common.say(f"Stopped, and {manager.file} is gone.")
     if as_json:
@@ -178,17 +182,17 @@ def _left_behind(settings: AgentSettings, work: Job) -> None:
         common.say(f"The service does not have this shell's {', '.join(secret)}: there is a password in it.")
 
 
-def _not_running_yet(home: Path) -> None:
-    """Raise UsageProblem where an agent runs with the folder that is not this service."""
+def _not_running_yet(work: Job) -> None:
+    """Raise UsageProblem where an agent runs with the state folder that is not this service."""
     from rma_core.agent.control import ask
 
     try:
-        common.run_async(ask(home, "status"))
+        common.run_async(ask(work.home, "status"))
     except AgentAbsent:
         return
     raise UsageProblem(
-        f"an agent runs already with the state folder {home}",
-        hints=(f"stop it first: Ctrl-C, or `rma drain --home {home}`",),
+        f"an agent runs already with the state folder {work.home}",
+        hints=(f"stop it first: Ctrl-C, or `rma drain{_where(work)}`",),
     )
 
 

@@ -79,6 +79,7 @@ def join(
     again += "".join(f" --model {shlex.quote(one)}" for one in models)
     if enrol_only:
         common.say(f"Enrolled. Start working with:  rma agent{again}")
+        common.say(f"Or have it start with the machine:  rma agent install{again}")
         return
     if joined.shared:
         common.say(f"The next time, share it again with:  rma agent{again}")
