@@ -20,7 +20,7 @@ import pytest
 from rma_core import bare
 from rma_core.agent import installing
 from rma_core.agent.state import StateFolder, WorkerRecord
-from rma_core.errors import NotSupported, UsageProblem
+from rma_core.errors import NotSupported, StartFailed, UsageProblem
 from tests.needs import need
 from tests.pools import NO_ENGINE, Running, environment, pool, rma, until
 from tests.real_systemd import System, systemd
@@ -288,6 +288,39 @@ def test_a_unit_says_all_that_it_should_and_nothing_else(
     )
 
 
+@pytest.mark.parametrize("lingers", [True, False])
+def test_a_users_own_manager_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lingers: bool) -> None:
+    asked_for: list[str] = []
+
+    def run(command: list[str], env: dict[str, str], _: float = 0) -> subprocess.CompletedProcess[str]:
+        asked_for.append(" ".join([*command, env.get("XDG_RUNTIME_DIR", "")]))
+        return subprocess.CompletedProcess(command, 0 if lingers or command[0] != "loginctl" else 1, "active\n", "")
+
+    monkeypatch.setattr(installing, "_user_number", lambda: 1000)
+    monkeypatch.setattr(installing, "_run", run)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/0")
+    unit = installing.Systemd(installing.Job(tmp_path))
+    hint = unit.start()
+    assert ("loginctl enable-linger" in hint) != lingers
+    assert unit.runs()
+    unit.stop()
+    unit.forget()
+    name = unit.file.name
+    said = ["daemon-reload", "daemon-reload", f"enable {name}", f"restart {name}", f"is-active {name}", f"cat {name}"]
+    said += [f"disable --now {name}", "daemon-reload", f"reset-failed {name}"]
+    assert asked_for[0] == "loginctl enable-linger /run/user/0"
+    assert asked_for[1:] == [f"systemctl --user --no-ask-password {one} /run/user/1000" for one in said]
+
+
+def test_what_a_users_manager_refuses_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = subprocess.CompletedProcess([], 1, "", "Failed to connect\nto bus")
+    monkeypatch.setattr(installing, "_user_number", lambda: 1000)
+    monkeypatch.setattr(installing, "_run", lambda *_: refused)
+    monkeypatch.setattr(installing, "PATIENCE_S", 0.5)
+    with pytest.raises(StartFailed, match="daemon-reload` failed: Failed to connect to bus"):
+        installing.Systemd(installing.Job(tmp_path)).start()
+
+
 def test_each_state_folder_has_a_service_of_its_own(tmp_path: Path) -> None:
     usual = Path(pwd.getpwuid(os.geteuid()).pw_dir) / ".rma"
     assert installing.Job(usual).name == "rma-agent"
@@ -317,8 +350,11 @@ def test_root_runs_no_agent_in_a_folder_that_others_can_replace(tmp_path: Path) 
     open_to_all.chmod(0o777)
     with pytest.raises(UsageProblem, match="can be changed by other users"):
         installing.place(open_to_all / "inner")
-    done = asked(theirs, "agent", "install")
-    assert (done.returncode, "belongs to another user" in done.stderr) == (2, True)
+    # Nor are another user's settings read, which may name what would run.
+    (theirs / "rma.toml").write_text("no_such_setting = 1\n", encoding="utf-8")
+    for command in (["agent", "install"], ["agent", "uninstall"], ["agent"], ["join", "http://127.0.0.1:9", "rmaj_x"]):
+        done = asked(theirs, *command)
+        assert (done.returncode, "belongs to another user" in done.stderr) == (2, True), done.stderr
 
 
 def test_what_cannot_stand_in_a_services_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

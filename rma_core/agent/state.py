@@ -62,14 +62,17 @@ class StateFolder:
                 hints=("RMA_HOME names another one",),
             ) from None
 
+    def check_owner(self) -> None:
+        """Raise SettingProblem where the folder is another user's: not even its settings are to be gone by."""
+        if sys.platform != "win32" and self.path.exists() and self.path.stat().st_uid != os.geteuid():
+            raise SettingProblem(
+                f"the state folder {self.path} belongs to another user", hints=("RMA_HOME names another one",)
+            )
+
     def _close(self) -> None:
         if sys.platform != "win32":
-            found = self.path.stat()
-            if found.st_uid != os.geteuid():
-                raise SettingProblem(
-                    f"the state folder {self.path} belongs to another user", hints=("RMA_HOME names another one",)
-                )
-            if stat.S_IMODE(found.st_mode) & 0o077:
+            self.check_owner()
+            if stat.S_IMODE(self.path.stat().st_mode) & 0o077:
                 self.path.chmod(0o700)
 
     def lock(self) -> None:

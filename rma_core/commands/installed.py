@@ -89,7 +89,7 @@ def install(only_print: bool, as_json: bool, **options: Any) -> None:
     from rma_core.agent.installing import job, manager_of, place
 
     # Whose folder that is comes first: nothing of somebody else's is read.
-    home = _home(options["home"])
+    home = home_of(options["home"])
     place(home)
     settings = settings_of(**flags(options))
     if settings.home_path != home:
@@ -123,7 +123,7 @@ def uninstall(home: str | None, as_json: bool) -> None:
     from rma_core.agent.installing import uninstall as remove
 
     # No settings: what is wrong with them must not keep anybody from stopping it.
-    work = place(_home(home))
+    work = place(home_of(home))
     manager = manager_of(work)
     if manager.runs():
         common.say("The agent finishes what it has …")
@@ -145,7 +145,8 @@ def remains(home: Path) -> str:
         return ""
 
 
-def _home(home: str | None) -> Path:
+def home_of(home: str | None) -> Path:
+    """Return the state folder that an option or the environment names, else the usual one."""
     return Path(home or default_home()).expanduser()
 
 

@@ -68,6 +68,7 @@ def join(
     Shows what was detected, the tier the machine would get and what it would run, and asks before anything is kept.
     Model servers that run here already are found, shown, and asked for one by one: without your word none is shared.
     """
+    _own_folder(home)
     flags = {"runtimes": list(runtimes) or None, "insecure_http": insecure_http or None}
     given = {"attach": list(attach) or None, "models": list(models) or None}
     settings = settings_of(home, coordinator_url=url, **flags, **given)
@@ -254,9 +255,17 @@ def agent(ctx: click.Context, /, until_stdin_ends: bool, **options: Any) -> None
         if click.core.ParameterSource.COMMANDLINE in typed:
             raise UsageProblem(f"write the options behind: rma agent {ctx.invoked_subcommand} …")
         return
+    _own_folder(options["home"])
     settings = settings_of(**installed.flags(options))
     common.set_up_logging(settings.log_level, as_json=settings.log_json)
     _run_agent(settings, ready=_tied_to_stdin if until_stdin_ends else _untied)
+
+
+def _own_folder(home: str | None) -> None:
+    """Raise SettingProblem where the state folder is another user's: its settings name plugins, and these would run."""
+    from rma_core.agent.state import StateFolder
+
+    StateFolder(installed.home_of(home)).check_owner()
 
 
 def _run_agent(settings: AgentSettings, *, ready: Callable[[Agent], None] | None = None) -> None:
