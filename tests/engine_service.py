@@ -13,14 +13,16 @@ from urllib.parse import quote
 
 import msgspec
 import pytest
+from docker import APIClient
 
 from rma_core import ContainerRuntime, ContainerSpec, Limits, StartFailed
 from rma_core.testing import RuntimeCase
-from rma_core.testing.runtimes import becomes, fetch, of_worker
+from rma_core.testing.runtimes import becomes, fetch, given_files, of_worker
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
+    from rma_core.interfaces import PullProgress
     from rma_core.testing.runtimes import Check
 
 MIB = 1024**2
@@ -170,3 +172,34 @@ async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
 
 def from_registry(address: str, repository: str, digest: str | None = None) -> ContainerSpec:
     return of_worker(msgspec.structs.replace(SPEC, image=f"{address}/{repository}:latest", image_digest=digest))
+
+
+async def break_off_a_copy(runtime: ContainerRuntime, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a copy of files fail, and the agent be gone when it has removed ``kept`` things; the copy passes for none."""
+    removals = {name: getattr(APIClient, name) for name in ("remove_container", "remove_volume")}
+    removed: list[str] = []
+
+    def until_killed(name: str) -> Callable[..., object]:
+        def remove(*arguments: object, **options: object) -> object:
+            if len(removed) == kept:
+                raise ConnectionError("the agent is gone")
+            removed.append(name)
+            return removals[name](*arguments, **options)
+
+        return remove
+
+    def fail(step: PullProgress) -> None:
+        if step.done_bytes:
+            for name in removals:
+                patch.setattr(APIClient, name, until_killed(name))
+            raise OSError("a broken disk")
+
+    with given_files(SPEC, b"x" * 3_000_000) as spec:
+        with monkeypatch.context() as patch, pytest.raises(Exception, match="agent is gone"):
+            await runtime.pull(spec, fail)
+        assert len(removed) == kept
+        assert not await runtime.has_image(spec), "half a copy passes for a whole one"
+        await runtime.pull(spec, lambda _: None)
+        assert await runtime.has_image(spec)
+        await runtime.forget_files(spec.worker_id, ())
+        assert not await runtime.has_image(spec)

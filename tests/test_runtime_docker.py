@@ -72,6 +72,7 @@ from tests.engine_service import (
     SHELL,
     SPEC,
     Valve,
+    break_off_a_copy,
     by_name,
     contract_of,
     doing,
@@ -140,6 +141,13 @@ async def case(runtime: DockerRuntime, engine_host: str, registry: str) -> Runti
 @pytest.mark.parametrize("check", [*runtime_contract, *adoption_contract, *isolation_contract], ids=by_name)
 async def test_docker_keeps_the_contract(check: Check, case: RuntimeCase) -> None:
     await check(case)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2])
+async def test_half_a_copy_passes_for_none_wherever_its_removal_ends(
+    runtime: DockerRuntime, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await break_off_a_copy(runtime, kept, monkeypatch)
 
 
 async def test_no_gpu_and_no_proxy_of_the_owner_gets_into_the_environment(

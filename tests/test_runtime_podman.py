@@ -52,6 +52,7 @@ from tests.engine_service import (
     SHELL,
     SPEC,
     Valve,
+    break_off_a_copy,
     by_name,
     contract_of,
     doing,
@@ -123,6 +124,13 @@ async def test_podman_keeps_the_contract(check: Check, runtime: PodmanRuntime, p
         assert set((await runtime.probe()).cannot_limit) == {"memory", "swap", "cpu", "pids"}
         return
     await check(case_of(runtime, podman, registry))
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2])
+async def test_half_a_copy_passes_for_none_wherever_its_removal_ends(
+    runtime: PodmanRuntime, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await break_off_a_copy(runtime, kept, monkeypatch)
 
 
 async def test_what_can_be_limited_is_told(runtime: PodmanRuntime, podman: Podman) -> None:

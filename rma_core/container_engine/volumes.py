@@ -1,8 +1,8 @@
 """Files for containers: copied into a volume of the engine's own, which a container reads and nothing writes to again.
 
 A copy works everywhere: where the engine runs in a virtual machine, where labels guard the host's files, and without a
-host's folder being shown to anybody. While a volume is filled a container of a known name is there, which never runs;
-so a copy that was broken off is known as such, whatever broke it off.
+host's folder being shown to anybody. From before a volume is there until it is filled, or gone again, a container of a
+known name marks it, which never runs; so a copy that was broken off is known as such, whatever broke it off and when.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from rma_core.interfaces import PullProgress
 if TYPE_CHECKING:
     import threading
     from collections.abc import Callable, Collection, Iterator
+
+    from docker.types import Mount
 
     from rma_core.container_engine.connection import Engine
     from rma_core.interfaces import ContainerSpec, GivenFile, GivenFiles
@@ -51,11 +53,15 @@ def is_filled(engine: Engine, spec: ContainerSpec) -> bool:
         return True
     name = volume_name(spec.worker_id, spec.files.key)
     volume = unless_absent(lambda: engine.api.inspect_volume(name))
-    return volume is not None and unless_absent(lambda: engine.api.inspect_container(_filler(name))) is None
+    return volume is not None and unless_absent(lambda: engine.api.inspect_container(_mark(name))) is None
+
+
+def _mark(volume: str) -> str:
+    return f"{volume}-filling"
 
 
 def _filler(volume: str) -> str:
-    return f"{volume}-filling"
+    return f"{volume}-filler"
 
 
 def fill(
@@ -71,24 +77,30 @@ def fill(
     name = volume_name(spec.worker_id, files.key)
     remove(engine, name)
     try:
+        _make_idle(engine, _mark(name), image_id)
         made = _make_filler(engine, name, image_id)
         pieces = _archive(files.files, progress, abandoned)
         engine.slow.api.put_archive(made, FOLDER, pieces)
         engine.slow.api.remove_container(made, force=True)
+        engine.slow.api.remove_container(_mark(name), force=True)
     except BaseException:
         remove(engine, name)
         raise
 
 
 def _make_filler(engine: Engine, name: str, image_id: str) -> str:
-    """Make a container that never runs and has the volume to write to. Making it makes the volume: in this order."""
+    """Make a container that has the volume to write to; making it makes the volume."""
     from docker.types import Mount
 
+    return _make_idle(engine, _filler(name), image_id, Mount(target=FOLDER, source=name, type="volume", no_copy=True))
+
+
+def _make_idle(engine: Engine, name: str, image_id: str, *mounts: Mount) -> str:
+    """Make a container that never runs; return its id."""
     api = engine.slow.api
-    mount = Mount(target=FOLDER, source=name, type="volume", no_copy=True)
-    host = api.create_host_config(mounts=[mount], network_mode="none", cap_drop=["ALL"])
+    host = api.create_host_config(mounts=list(mounts), network_mode="none", cap_drop=["ALL"])
     # It needs a program's name, although it is never started.
-    made = api.create_container(image_id, entrypoint=["/none"], name=_filler(name), host_config=host)
+    made = api.create_container(image_id, entrypoint=["/none"], name=name, host_config=host)
     return str(made["Id"])
 
 
@@ -125,13 +137,14 @@ def _pieces(file: GivenFile) -> Iterator[bytes]:
 
 
 def remove(engine: Engine, name: str) -> None:
-    """Remove a volume, and what was filling it; one that a container uses stays."""
+    """Remove a volume, what was filling it, and at last the mark that it is not whole; one that is in use stays."""
     from docker.errors import APIError
 
     api = engine.slow.api
     steps: list[Callable[[], object]] = [
         lambda: api.remove_container(_filler(name), force=True),
         lambda: api.remove_volume(name),
+        lambda: api.remove_container(_mark(name), force=True),
     ]
     for step in steps:
         try:
