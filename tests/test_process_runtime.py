@@ -31,7 +31,7 @@ from rma_core.errors import (
 )
 from rma_core.interfaces import GivenFile, GivenFiles
 from rma_core.testing import RuntimeCase, runtime_contract
-from rma_core.testing.runtimes import answers, becomes, fetch
+from rma_core.testing.runtimes import answers, becomes
 from tests.needs import need
 from tests.tiny_service import tiny_spec, write_wheel
 
@@ -141,12 +141,12 @@ async def test_a_service_sees_nothing_of_the_agents_environment(
 ) -> None:
     monkeypatch.setenv("RMA_JOIN_TOKEN", "rmaj_secret")
     handle = await runtime.start(tiny_spec(GREETING="hello"))
-    _, body = await fetch(await runtime.endpoint(handle), "/environment")
+    body = await answers(await runtime.endpoint(handle), "/environment")
     names = set(ast.literal_eval(body.decode()))
     assert names <= {"GREETING", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "MODE", "PATH", "RMA_SUPERVISED", "TEMP", "TMP",
                      "TMPDIR", "TZ"}  # fmt: skip
     assert "GREETING" in names
-    assert (await fetch(await runtime.endpoint(handle), "/cwd"))[1].decode().startswith(str(runtime._home))
+    assert (await answers(await runtime.endpoint(handle), "/cwd")).decode().startswith(str(runtime._home))
 
 
 @pytest.mark.parametrize("name", ["LD_PRELOAD", "PYTHONPATH", "PATH", "HTTPS_PROXY", "RMA_SUPERVISED"])
@@ -497,7 +497,7 @@ async def test_a_service_is_told_where_its_one_file_lies_and_no_copy_is_made(
     spec = msgspec.structs.replace(tiny_spec(), files=given)
     assert await runtime.has_image(spec), "there is nothing to bring"
     handle = await runtime.start(spec)
-    assert (await fetch(await runtime.endpoint(handle), "/variable/MODEL_FILE"))[1].decode() == file.path
+    assert (await answers(await runtime.endpoint(handle), "/variable/MODEL_FILE")).decode() == file.path
     await runtime.stop(handle, grace_s=5)
     await runtime.forget_files(spec.worker_id, ())
     two = msgspec.structs.replace(given, files=(file, msgspec.structs.replace(file, name="n.gguf")))
