@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from rma_core import bare, own_files
 from rma_core.errors import NotSupported, StartFailed, UsageProblem
+from rma_core.platforms import DEVICE_VARIABLES
 from rma_core.settings import FILE_VARIABLE
 
 if TYPE_CHECKING:
@@ -30,11 +31,7 @@ if TYPE_CHECKING:
 #: What of the environment goes along: where things are, by names that may be relative to where the owner is now, …
 PLACES = (FILE_VARIABLE, "SSL_CERT_FILE", "SSL_CERT_DIR")
 #: … and what drivers and engines go by. Anything else may be a secret, or only this shell's.
-KEPT = (
-    "PATH", "DOCKER_HOST", "DOCKER_CONTEXT", "CONTAINER_HOST", "LD_LIBRARY_PATH",
-    "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "CUDA_HOME", "CUDA_PATH",
-    "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "ROCM_PATH", "ZE_AFFINITY_MASK",
-)  # fmt: skip
+KEPT = ("PATH", "DOCKER_HOST", "DOCKER_CONTEXT", "CONTAINER_HOST", "LD_LIBRARY_PATH", *DEVICE_VARIABLES)
 #: The way out, which goes along unless there is a password in it.
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "all_proxy", "no_proxy")
 #: Who wrote a unit: only such are replaced and removed.
