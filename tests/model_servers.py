@@ -65,7 +65,10 @@ class ModelServer(NamedTuple):
         connection = self.connect()
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         named = {name.replace("_", "-"): value for name, value in headers.items()}
-        connection.request("POST", path, data, {"Content-Type": "application/json", **named})
+        with contextlib.ExitStack() as unless_sent:
+            unless_sent.callback(connection.close)
+            connection.request("POST", path, data, {"Content-Type": "application/json", **named})
+            unless_sent.pop_all()
         return connection
 
     def post(self, path: str, body: object, **headers: str) -> Reply:
