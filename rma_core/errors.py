@@ -243,6 +243,12 @@ class Refused(CoordinatorError):
     code = "refused"
 
 
+class PlanChanged(Refused):
+    """What was agreed to is not what it would come to now: machines came, went or changed meanwhile."""
+
+    code = "plan_changed"
+
+
 class TryLater(CoordinatorError):
     """Not now; ``retry_after_s`` says when it is worth trying again, when that is known."""
 

@@ -25,6 +25,7 @@ from rma_core.errors import (
     Forbidden,
     NotAuthenticated,
     NotFound,
+    PlanChanged,
     Refused,
     TryLater,
     UsageProblem,
@@ -181,7 +182,7 @@ def error_of(status: int, headers: Mapping[str, str], content: bytes) -> Coordin
         return _BY_STATUS[status](message, hints=hints)
     if status in _LATER:
         return TryLater(message, retry_after_s=retry_after_s(headers.get("retry-after")), hints=hints)
-    return Refused(message, hints=hints)
+    return (PlanChanged if problem.get("code") == PlanChanged.code else Refused)(message, hints=hints)
 
 
 async def raise_for(response: Response) -> Response:

@@ -385,6 +385,26 @@ async def test_what_a_pool_lacks_is_told_before_that_there_is_enough(tmp_path: P
         assert listed["reasons"] == [{"reason": "backoff: its image is missing", "workers": 1}]
 
 
+async def test_a_pool_with_too_few_machines_is_told_that(tmp_path: Path) -> None:
+    async with running(tmp_path, entries=(msgspec.structs.replace(entry("ner", wanted=3), tiers=()),)) as pool:
+
+        async def told() -> list[dict[str, Any]]:
+            [listed] = (await pool.client.get("/api/admin/services")).json()["services"]
+            shown = (await pool.client.get("/api/admin/services/ner")).json()["reasons"]
+            assert shown == listed["reasons"]
+            return list(shown)
+
+        assert await told() == [{"reason": "no machine is there", "workers": 0}]
+        for machine in await fleet(pool, 2):
+            await machine.beat(containers=(ContainerStatus(name="ner-worker", service="ner", state="healthy"),))
+        assert await told() == [
+            {"reason": "each machine that is there runs a copy, and one is all it gets", "workers": 2}
+        ]
+        for machine in await fleet(pool, 1):
+            await machine.beat(containers=(ContainerStatus(name="ner-worker", service="ner", state="healthy"),))
+        assert await told() == []
+
+
 async def test_fewer_than_the_catalog_wants_may_be_the_most_and_are_then_enough(tmp_path: Path) -> None:
     async with running(tmp_path) as pool:
         await fleet(pool, 3)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
+import os
+import pty
 import subprocess
 from typing import TYPE_CHECKING
 
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 POLICY = '[[tiers]]\ntier = 4\nname = "everyone"\n'
+RULES = "[services.notes]\nwanted = 0\nmost = 0\n"
 
 
 def run(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -68,6 +72,49 @@ async def test_a_policy_is_shown_put_in_force_shadowed_and_rolled_back(tmp_path:
         stepped = run(rma("policies", "activate", str(file), "--yes", "--canary", "50", "--per-minute", "6"), env)
         assert stepped.returncode == 0
         assert "Workers move in steps" in stepped.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "text", "done"),
+    [
+        ("policies activate", POLICY, "file is in force; threshold was."),
+        ("services apply", RULES, "The rules are in force; workers that change: 2."),
+    ],
+)
+async def test_who_reads_while_machines_come_is_shown_what_it_comes_to_then_and_asked_anew(
+    tmp_path: Path, command: str, text: str, done: str
+) -> None:
+    file = tmp_path / "file.toml"
+    file.write_text(text)
+    async with coordinating(tmp_path / "home") as (coordinator, client), asyncio.timeout(60):
+        token = (await client.post("/api/admin/tokens", json={"uses": 2})).json()["token"]
+
+        async def join(number: int) -> None:
+            machine = _load.Machine(coordinator.url, _load.machines()[number], by_channel=False)
+            await machine.register(token)
+            await machine.close()
+
+        await join(0)
+        ours, theirs = pty.openpty()
+        asked = await asyncio.create_subprocess_exec(
+            *rma(*command.split(), str(file)), env=environment(tmp_path / "home"), stdin=theirs,
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        os.close(theirs)
+        try:
+            first = await asked.stderr.readuntil(b"[y/N]: ")  # type: ignore[union-attr]  # it is a pipe
+            await join(1)
+            os.write(ours, b"y\n")
+            second = await asked.stderr.readuntil(b"[y/N]: ")  # type: ignore[union-attr]  # it is a pipe
+            os.write(ours, b"y\n")
+            out, _ = await asked.communicate()
+        finally:
+            os.close(ours)
+        assert b"Workers that change: 1" in first
+        assert b"changed since that preview. Nothing was changed; now it comes to this:" in second
+        assert b"Workers that change: 2" in second
+        assert out.decode() == f"{done}\n"
+        assert asked.returncode == 0
 
 
 @pytest.mark.parametrize(

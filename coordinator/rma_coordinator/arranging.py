@@ -17,7 +17,7 @@ from rma_coordinator.domain.worker_records import same
 from rma_coordinator.effects import Capacity, Moved, capacity, image_sizes, moved
 from rma_coordinator.store import Put
 from rma_coordinator.switching import AT_ONCE
-from rma_core.errors import Refused, ValidationProblem
+from rma_core.errors import PlanChanged, ValidationProblem
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
@@ -210,15 +210,15 @@ class Arranging:
     async def apply(self, text: str, *, by: str, seen: str = "") -> Draft:
         """Put the rules in a text in force; no text is no rules. Workers learn of it with their next heartbeat.
 
-        ``seen`` is the digest of the draft that whoever asks has seen. Raises ValidationProblem, and Refused where it
-        is another now.
+        ``seen`` is the digest of the draft that whoever asks has seen. Raises ValidationProblem, and PlanChanged where
+        it is another now.
         """
         async with self._one:
             rules = await self.read(text)
             draft = await self.draft(rules)
             if seen and seen != draft.digest:
                 hints = ("look at it once more",)
-                raise Refused("the fleet, or the rules, have changed since that preview", hints=hints)
+                raise PlanChanged("the fleet, or the rules, have changed since that preview", hints=hints)
             record = RulesRecord(text=text, at=self._pool.wall(), by=by)
             what = "rules of placement are in force" if text else "no rules of placement are in force any more"
             await self._commit(record, f"{what}; workers whose services change: {len(draft.moves)}", by=by)

@@ -28,6 +28,8 @@ TOLD, MOST_LOOKED_AT, MOST_SHOWN = 5, 5000, 100
 AT_ONCE = 25
 #: Why a machine has not got what others have.
 PLENTY = (ENOUGH, AS_MANY)
+#: Why there are fewer than wanted where no machine says anything.
+NO_OTHER, NOBODY = "each machine that is there runs a copy, and one is all it gets", "no machine is there"
 #: What of a reason is one machine's own: how much it has.
 OWN = re.compile(r", (?:there is [^;]*|[^;,]* free)")
 
@@ -43,14 +45,19 @@ def services(pool: Pool) -> list[dict[str, Any]]:
         has = _services(worker)
         for name in told.keys() & has:
             told[name].ill[_ill(name, worker)] += 1
+        lacks = told.keys() - has
         # A whole record costs much more to look at: some are enough.
-        if (looked_at := looked_at + 1) <= ASKED_WORKERS and told.keys() - has:
-            placement = worker.record.placement
-            for name in told.keys() - has:
-                told[name].without[_why_not(name, placement)] += 1
+        placement = worker.record.placement if lacks and (looked_at := looked_at + 1) <= ASKED_WORKERS else {}
+        for name in lacks:
+            told[name].without[_why_not(name, placement)] += 1
     rules = pool.arranging.now.rules
     return [
-        {"service": name, **row, "most": rules.of(name).most, "reasons": told[name].ranked() if name in told else []}
+        {
+            "service": name,
+            **row,
+            "most": rules.of(name).most,
+            "reasons": told[name].ranked(short=True) if name in told else [],
+        }
         for name, row in rows.items()
     ]
 
@@ -73,10 +80,10 @@ async def service(pool: Pool, name: str) -> dict[str, Any]:
             here.append(_copy(name, worker))
     rules, entry = pool.arranging.now.rules, pool.catalog[name]
     ruled = [one for one in pool.model_entries if one.service == name and one.name in rules.models]
-    assigned = pool.fleet.assigned()
+    assigned, counts = pool.fleet.assigned(), counted(pool)[name]
     return {
         "service": name,
-        **counted(pool)[name],
+        **counts,
         **_rule(rules, rules.of(name), entry.tiers),
         "models": [
             {
@@ -89,7 +96,7 @@ async def service(pool: Pool, name: str) -> dict[str, Any]:
         ],
         "needs": msgspec.to_builtins(entry.needs),
         "workers": here,
-        "reasons": told.ranked(),
+        "reasons": told.ranked(short=counts["healthy"] < counts["wanted"]),
         "looked_at": looked_at,
     }
 
@@ -100,14 +107,18 @@ class _Told:
     def __init__(self) -> None:
         self.ill, self.without = Counter[str](), Counter[str]()
 
-    def ranked(self) -> list[dict[str, Any]]:
+    def ranked(self, *, short: bool) -> list[dict[str, Any]]:
         """Return the commonest reasons: first those of machines that have it, where any does not run well.
 
-        Others then have not got it because there are enough, which is no reason.
+        Others then have not got it because there are enough, which is no reason. Where nobody has one but more are
+        wanted, there are too few machines.
         """
-        del self.ill[""], self.without[""]
+        well, unknown = self.ill.pop("", 0), self.without.pop("", 0)
         others = [(why, n) for why, n in self.without.most_common() if not self.ill or not why.startswith(PLENTY)]
-        return [{"reason": why, "workers": count} for why, count in (self.ill.most_common() + others)[:TOLD]]
+        found = self.ill.most_common() + others
+        if short and not found and not unknown:
+            found = [(NO_OTHER if well else NOBODY, well)]
+        return [{"reason": why, "workers": count} for why, count in found[:TOLD]]
 
 
 def _copy(name: str, worker: Worker) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from rma_coordinator.policy_versions import ChildPolicy
 from rma_coordinator.shadow import Shadow
 from rma_coordinator.store import Delete, Put
 from rma_coordinator.tiers import NoDecision, Pending, failed_for_many
-from rma_core.errors import Refused, RMAError
+from rma_core.errors import PlanChanged, Refused, RMAError
 from rma_core.interfaces import PolicyInput
 from rma_core.policy_file import read_policy
 
@@ -251,9 +251,9 @@ class Switching:
     async def activate(self, name: str, text: str, steps: Steps, *, by: str, seen: str = "") -> Plan:
         """Put a policy in force: the one of that name, or of that text. Workers move as ``steps`` say.
 
-        ``seen`` is the digest of the plan that whoever asks has seen. Raises NotFound, ValidationProblem, and Refused
-        while others still move, when the plan is another now, and for a policy that fails for many. However long a
-        policy takes for its plan, what is in force is looked after and can be taken back meanwhile.
+        ``seen`` is the digest of the plan that whoever asks has seen. Raises NotFound, ValidationProblem, PlanChanged
+        when that is another now, and Refused while others still move and for a policy that fails for many. However long
+        a policy takes for its plan, what is in force is looked after and can be taken back meanwhile.
         """
         async with self._planning:
             self._refuse_moving()
@@ -266,7 +266,7 @@ class Switching:
                     raise Refused(words, hints=("it is still being asked: try again in a while",))
                 if seen and seen != plan.digest:
                     words = "the fleet, or the policy, has changed since that preview"
-                    raise Refused(words, hints=("look at it once more",))
+                    raise PlanChanged(words, hints=("look at it once more",))
                 _refuse_failing(policy, plan)
                 choice = choice_of(policy, kept, at=self._pool.wall(), by=by)
                 async with self._one:

@@ -1,14 +1,34 @@
-"""What a change to a live pool would come to, as people read it: for previews of policies and of rules."""
+"""What a change to a live pool would come to, as people read it and agree to it: for policies and for rules."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from rma_core.commands import common
+from rma_core.errors import PlanChanged
 from rma_core.models.sizes import human
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.console import Console
+
+    Answer = dict[str, Any]
+
+
+def agreed(look: Callable[[], Answer], ask: Callable[[Answer], None], put: Callable[[Answer], Answer]) -> Answer:
+    """Show what a change comes to, ask, and put exactly that in force; return what came of it.
+
+    Machines come and go while somebody reads: what it then comes to is shown, and asked about, anew. ``ask`` raises
+    for a no, ``put`` PlanChanged.
+    """
+    while True:
+        seen = look()
+        ask(seen)
+        try:
+            return put({"plan": seen["plan"]})
+        except PlanChanged as changed:
+            common.say(f"{changed.message}. Nothing was changed; now it comes to this:")
 
 
 def show(out: Console, answer: dict[str, Any]) -> None:

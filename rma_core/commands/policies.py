@@ -155,9 +155,7 @@ def policies_preview(name: str, report: str | None, as_json: bool, **options: An
     """
     if report is None:
         asked = _policy_text(Path(name)) if name.endswith(POLICY_FILES) else {"policy": name}
-        answer = common.call(
-            common.outer(options), "POST", "/api/admin/policies/preview", body=asked, timeout_s=ASKED_S
-        )
+        answer = _look(common.outer(options), asked)
         common.show(answer, as_json, lambda out: _print_plan(out, name, answer))
         return
     machines = common.run_async(decided(name, common.outer(options).get("home"), machines_in(report)))
@@ -167,6 +165,11 @@ def policies_preview(name: str, report: str | None, as_json: bool, **options: An
         as_json,
         common.table(("machine", "tier", "why"), rows, empty="No machines."),
     )
+
+
+def _look(options: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = common.call(options, "POST", "/api/admin/policies/preview", body=asked, timeout_s=ASKED_S)
+    return found
 
 
 def _print_plan(out: Console, name: str, answer: dict[str, Any]) -> None:
@@ -192,7 +195,7 @@ def _print_plan(out: Console, name: str, answer: dict[str, Any]) -> None:
 
 @policies.command("activate")
 @click.argument("name")
-@click.option("--yes", is_flag=True, help="Agree to what is shown, without being asked.")
+@click.option("--yes", is_flag=True, help="Agree to whatever it comes to: nothing is shown or asked.")
 @click.option("--canary", type=PERCENT, metavar="PERCENT", help="So many of those that change go first.")
 @click.option("--hold", type=click.FloatRange(0, 86_400), metavar="SECONDS", help="Then wait (default 300).")
 @click.option("--per-minute", type=click.FloatRange(0, min_open=True), metavar="N", help="Move so many a minute.")
@@ -211,17 +214,24 @@ def _print_plan(out: Console, name: str, answer: dict[str, Any]) -> None:
 def policies_activate(name: str, yes: bool, as_json: bool, **options: Any) -> None:
     """Put a policy in force: what changes is shown, and you are asked. Workers finish what they run.
 
-    NAME is a policy of `rma policies`, or a file (NAME.toml) whose text the pool keeps.
+    NAME is a policy of `rma policies`, or a file (NAME.toml) whose text the pool keeps. Where machines came, went or
+    changed while you read, it is shown and asked once more.
     """
     steps = _steps({option: options.pop(option) for option in STEPS})
     asked = _policy_text(Path(name)) if name.endswith(POLICY_FILES) else {"policy": name}
     options = common.outer(options)
-    plan = common.call(options, "POST", "/api/admin/policies/preview", body=asked, timeout_s=ASKED_S)
-    if not yes:
-        _print_plan(common.console(err=True), name, plan)
-        common.ask(f"Put {asked['policy']} in force? Workers that change: {plan['changes']}")
-    body = {**asked, "plan": plan["plan"], "steps": steps}
-    done = common.call(options, "PUT", "/api/admin/policies/active", body=body, timeout_s=ASKED_S)
+
+    def ask(found: dict[str, Any]) -> None:
+        _print_plan(common.console(err=True), name, found)
+        common.ask(f"Put {asked['policy']} in force? Workers that change: {found['changes']}")
+
+    def put(plan: dict[str, Any]) -> dict[str, Any]:
+        body = {**asked, **plan, "steps": steps}
+        begun: dict[str, Any] = common.call(options, "PUT", "/api/admin/policies/active", body=body, timeout_s=ASKED_S)
+        return begun
+
+    # Who was asked has seen exactly this; who was not agrees to whatever it comes to.
+    done = put({}) if yes else effects.agreed(lambda: _look(options, asked), ask, put)
     # Steps may take hours, and how far they are can be asked for.
     _told(options, done, as_json=as_json, wait=not steps.keys() & {"canary", "per_minute"})
 

@@ -141,11 +141,13 @@ def _print_draft(out: Console, found: dict[str, Any]) -> None:
 @services.command("apply")
 @click.argument("file", type=click.Path(path_type=Path), required=False)
 @click.option("--none", "no_rules", is_flag=True, help="Go back to what the catalog says, without any rules.")
-@click.option("--yes", is_flag=True, help="Agree to what is shown, without being asked.")
+@click.option("--yes", is_flag=True, help="Agree to whatever it comes to: nothing is shown or asked.")
 @common.json_option
 @common.pool_options
 def services_apply(file: Path | None, no_rules: bool, yes: bool, as_json: bool, **options: Any) -> None:
     """Put the rules in FILE in force: what changes is shown, and you are asked. Workers finish what they run.
+
+    Where machines came or went while you read, it is shown and asked once more.
 
     The pool keeps the file's text, which stands in place of the rules that were: `rules` prints those first.
     """
@@ -153,12 +155,17 @@ def services_apply(file: Path | None, no_rules: bool, yes: bool, as_json: bool, 
         raise UsageProblem("give a file, or --none", hints=("`rma services rules` prints those in force",))
     options = common.outer(options)
     text = toml_lines.load(file) if file else ""
-    found = _preview(options, text)
-    if not yes:
+
+    def ask(found: dict[str, Any]) -> None:
         _print_draft(common.console(err=True), found)
         common.ask(f"Put these rules in force? Workers that change: {found['changes']}")
+
+    def put(plan: dict[str, Any]) -> dict[str, Any]:
+        body = {"file": text, **plan}
+        applied: dict[str, Any] = common.call(options, "PUT", "/api/admin/placement", body=body, timeout_s=LOOKED_S)
+        return applied
+
     # Who was asked has seen exactly this; who was not agrees to whatever it comes to.
-    body = {"file": text} if yes else {"file": text, "plan": found["plan"]}
-    done = common.call(options, "PUT", "/api/admin/placement", body=body, timeout_s=LOOKED_S)
+    done = put({}) if yes else effects.agreed(lambda: _preview(options, text), ask, put)
     words = "The rules are in force" if text else "No rules are in force"
     common.show(done, as_json, lambda out: out.print(f"{words}; workers that change: {done['changes']}."))
