@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from httpx2 import RemoteProtocolError
 from websockets.exceptions import InvalidStatus
 
+from rma_coordinator.api.channel import Session
 from rma_coordinator.domain.tasks import LEASE_S
 from rma_coordinator.hub import MAX_OUTBOUND
 from rma_core.models import channel as frames
 from rma_core.models.strict import convert
-from rma_core.models.worker import AttemptRef, TaskOffer
+from rma_core.models.worker import AttemptRef, Heartbeat, TaskOffer
 from tests.coordinator_fixtures import Line, Running, running, soon, until
 
 if TYPE_CHECKING:
@@ -136,6 +138,43 @@ async def test_a_bad_frame_closes_only_its_own_channel(tmp_path: Path, bad: str 
         asking = asyncio.create_task(pool.infer())
         await well.serve(b"fine")
         assert (await soon(asking)).text == "fine"
+
+
+async def test_a_bug_met_with_a_frame_is_logged_and_ends_only_that_channel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise KeyError("a bug")
+
+    async with running(tmp_path) as pool, pool.worker() as well, pool.worker(slots=0) as ill:
+        with monkeypatch.context() as broken:
+            broken.setattr(pool.pool, "heartbeat", fails)
+            await ill.say(frames.Beat(beat=Heartbeat(worker_id=ill.id)))
+            assert await ill.closed() == 1000
+        assert f"channel of {ill.id} reads failed" in caplog.text
+        assert "KeyError: 'a bug'" in caplog.text
+        asking = asyncio.create_task(pool.infer())
+        await well.serve(b"fine")
+        assert (await soon(asking)).text == "fine"
+
+
+async def test_what_comes_behind_the_end_of_a_channel_is_not_its_workers_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running(tmp_path) as pool:
+        machine = await pool.enrol()
+        hello = frames.pack(frames.Hello(worker_id=machine.id))
+        comes, takes = asyncio.Queue[dict[str, Any]](), list[Callable[[str | bytes], None]]()
+        comes.put_nowait({"type": "websocket.receive", "bytes": None, "text": hello})
+        session = Session(pool.pool, pool.pool.fleet.get(machine.id), "")
+        reading = asyncio.create_task(session.read(comes.get, takes.append))
+        await until(lambda: takes)
+        session.end()
+        takes[0]("no frame")
+        comes.put_nowait({"type": "websocket.receive", "bytes": b"none", "text": None})
+        await soon(reading)
+        assert session.close_code == 1000
+        assert "protocol" not in caplog.text
 
 
 async def test_a_second_channel_takes_the_place_of_the_first(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from wsproto.events import Pong as TheirPong
 from wsproto.utilities import generate_accept_token
 
 from rma_coordinator.http1 import Http1
-from rma_coordinator.mailbox import MOST_TOLD
+from rma_coordinator.mailbox import HAND_OVER, MOST_TOLD
 from rma_coordinator.websocket_frames import BINARY, CLOSE, PING, PONG, TEXT, End, Frames, Ping, closing, frame
 
 if TYPE_CHECKING:
@@ -429,6 +429,55 @@ async def test_an_application_that_does_not_listen_stops_who_talks() -> None:
         assert len(line.http.stream._told) == MOST_TOLD  # type: ignore[union-attr]
         listens.set()
     assert heard == ["x"] * 3 * MOST_TOLD
+    assert line.closed
+
+
+@given(
+    data=st.lists(messages().map(b"".join), max_size=6),
+    cuts=st.lists(st.integers(0, 2000), max_size=6),
+    received=st.integers(0, 3),
+    turns=st.integers(0, 6),
+)
+def test_what_is_handed_over_comes_once_and_behind_what_was_received(
+    data: list[bytes], cuts: list[int], received: int, turns: int
+) -> None:
+    heard: list[Found] = []
+
+    async def hears(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "websocket.accept"})
+        while (message := await receive())["type"] == "websocket.receive":
+            heard.append(message["text"] if message["bytes"] is None else message["bytes"])
+            if len(heard) == received:
+                scope["extensions"][HAND_OVER](heard.append)
+            for _ in range(turns):
+                await asyncio.sleep(0)
+
+    said = b"".join(data)
+    line = asyncio.run(talk(asks(), *pieces(said, cuts), raw(CLOSE), app=hears))
+    assert heard == [found for found in ours([said]) if not isinstance(found, Ping)]
+    assert line.closed
+
+
+async def test_a_message_that_is_handed_over_is_there_before_anything_else_runs() -> None:
+    heard: list[Found] = []
+    handed_over = asyncio.Event()
+
+    async def hears(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        scope["extensions"][HAND_OVER](heard.append)
+        await send({"type": "websocket.accept"})
+        handed_over.set()
+        assert (await receive())["type"] == "websocket.disconnect"
+
+    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        line = Line(hears, group)
+        await line.take(asks())
+        await handed_over.wait()
+        with pytest.raises(StopIteration):
+            line.http.handle(RawData(raw(TEXT, b"x") * 3 * MOST_TOLD)).__await__().__next__()
+        assert heard == ["x"] * 3 * MOST_TOLD
+        await line.take(raw(CLOSE))
     assert line.closed
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 Message = dict[str, Any]
 
+#: The extension of a WebSocket's scope that has messages handed over the moment they come; see `Socket.hand_over`.
+HAND_OVER = "rma.hand_over"
 #: Messages that wait for the application, of at most what is read at once.
 MOST_TOLD = 10
 

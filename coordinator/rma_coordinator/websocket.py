@@ -12,7 +12,7 @@ import hashlib
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from rma_coordinator.http1_parser import BAD_REQUEST, UPGRADE_REQUIRED, Refused
-from rma_coordinator.mailbox import Mailbox
+from rma_coordinator.mailbox import HAND_OVER, Mailbox
 from rma_coordinator.websocket_frames import (
     ABNORMAL,
     BINARY,
@@ -101,7 +101,7 @@ class Socket(Mailbox):
     ``scope`` is that of the request that it began as; a message may have ``most`` bytes, the first one FIRST_BYTES.
     """
 
-    __slots__ = ("_frames", "_line", "_offer", "_scope", "_state")
+    __slots__ = ("_frames", "_hears", "_line", "_offer", "_scope", "_state")
 
     def __init__(self, line: Line, scope: Message, offer: Offer, *, most: int) -> None:
         super().__init__({"type": "websocket.disconnect", "code": ABNORMAL})
@@ -111,13 +111,15 @@ class Socket(Mailbox):
             "asgi": {"spec_version": "2.3", "version": "3.0"},
             "scheme": "wss" if scope["scheme"] == "https" else "ws",
             "subprotocols": offer.subprotocols,
-            "extensions": {"websocket.http.response": {}},
+            "extensions": {"websocket.http.response": {}, HAND_OVER: self.hand_over},
         }
         del self._scope["method"]
         # Nobody knows yet who that is: the first message says so, and is short.
         self._frames = Frames(most, first=min(most, FIRST_BYTES))
         self._state: Literal["asked", "open", "refused", "over"] = "asked"
         self._told.append({"type": "websocket.connect"})
+        #: What takes messages at once, where the application has given it.
+        self._hears: Callable[[str | bytes], None] | None = None
 
     async def run(self) -> None:
         """Let the application have it; where that ends before the other side knows, say so."""
@@ -133,6 +135,13 @@ class Socket(Mailbox):
 
     # -- what comes ----------------------------------------------------------------------------------------------------
 
+    def hand_over(self, hears: Callable[[str | bytes], None]) -> None:
+        """Hand messages to ``hears`` the moment they come; it must be quick, and raise nothing.
+
+        Those before are received, as is the end. A task's turn for each message costs a twelfth of what a token does.
+        """
+        self._hears = hears
+
     async def take(self, data: bytes) -> None:
         """Take what came; who speaks before being let in is not."""
         if self._state == "asked":
@@ -141,7 +150,9 @@ class Socket(Mailbox):
         # The last ping of several is answered (RFC 6455, 5.5.3): each answer is a write.
         ping: Ping | None = None
         for found in self._frames.feed(data) if self._state == "open" else ():
-            if type(found) is bytes:
+            if self._hears is not None and not self._told and (type(found) is bytes or type(found) is str):
+                self._hears(found)
+            elif type(found) is bytes:
                 await self.put({"type": "websocket.receive", "bytes": found, "text": None})
             elif type(found) is str:
                 await self.put({"type": "websocket.receive", "bytes": None, "text": found})

@@ -11,12 +11,13 @@ from rma_coordinator.api.asgi import Gone, bearer, client_address
 from rma_coordinator.api.problems import HTTPProblem, problem
 from rma_coordinator.api.waiting import Silence, within
 from rma_coordinator.hub import Channel, stream_of
+from rma_coordinator.mailbox import HAND_OVER
 from rma_coordinator.relay import Head, Overrun
 from rma_core.errors import RMAError
 from rma_core.models import channel as frames
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from rma_coordinator.api.asgi import Message, Receive, Send
     from rma_coordinator.domain.fleet import Worker
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from rma_coordinator.pool import Pool
     from rma_coordinator.relay import Relay
 
+    #: Has messages handed over the moment they come.
+    HandOver = Callable[[Callable[[str | bytes], None]], None]
     AttemptFrame = frames.Accept | frames.Head | frames.Progress | frames.End | frames.Error
 
 logger = logging.getLogger(__name__)
@@ -53,19 +56,20 @@ async def serve_channel(pool: Pool, scope: Message, receive: Receive, send: Send
         return
     ip_address = client_address(scope.get("client"), headers.get("x-forwarded-for", ""), pool.settings.trusted_proxies)
     session = Session(pool, worker, ip_address)
+    hand_over = scope.get("extensions", {}).get(HAND_OVER)
     try:
         await _say(send, {"type": "websocket.accept"}, SEND_WITHIN_S)
-        await _run(session, receive, send)
+        await _run(session, receive, send, hand_over)
         await _say(send, {"type": "websocket.close", "code": session.close_code}, CLOSE_WITHIN_S)
     except Gone:
         logger.debug("%s was gone before its channel was closed", worker.id)
 
 
-async def _run(session: Session, receive: Receive, send: Send) -> None:
+async def _run(session: Session, receive: Receive, send: Send, hand_over: HandOver | None) -> None:
     """Read, write and wait to be told to end: whichever ends first ends the others."""
     name = f"channel of {session.worker.id}"
     tasks = [
-        asyncio.create_task(session.read(receive), name=f"{name} reads"),
+        asyncio.create_task(session.read(receive, hand_over), name=f"{name} reads"),
         asyncio.create_task(_send_all(session.channel, send), name=f"{name} writes"),
         asyncio.create_task(_closing(session.channel), name=f"{name} waits"),
     ]
@@ -140,28 +144,46 @@ class Session:
         self.close_code = 1000
         self._silence: Silence | None = None
 
-    async def read(self, receive: Receive) -> None:
+    async def read(self, receive: Receive, hand_over: HandOver | None = None) -> None:
         """Take frames until the worker leaves, falls silent, breaks the protocol, or opens another channel."""
         try:
             self._hello(await self._first(receive))
-            silence = self._silence = Silence(self.pool.fleet.interval_s * SILENT_BEATS, self._silent)
-            while True:
-                message = await receive()
-                silence.heard()
-                # What an older connection still brings is no longer this worker's word.
-                if message["type"] != "websocket.receive" or self.channel.closing.is_set():
-                    return
-                self._take(message)
         except TimeoutError:
             self.close_code = CLOSED_SILENT
+            return
         except (RMAError, ValueError) as error:
-            self.close_code = CLOSED_PROTOCOL
-            logger.warning(
-                "%s broke the channel's protocol: %s",
-                self.worker.id,
-                error,
-                extra={"action": "channel_protocol", "worker": self.worker.id},
-            )
+            self._broken(error)
+            return
+        self._silence = Silence(self.pool.fleet.interval_s * SILENT_BEATS, self._silent)
+        if hand_over is not None:
+            hand_over(self._hear)
+        while not self.channel.closing.is_set():
+            message = await receive()
+            if message["type"] != "websocket.receive":
+                return
+            found = message.get("bytes")
+            self._hear(message.get("text") or "" if found is None else found)
+
+    def _hear(self, message: str | bytes) -> None:
+        """Take a message, unless the channel is over."""
+        # What an older connection still brings is no longer this worker's word.
+        if self._silence is None or self.channel.closing.is_set():
+            return
+        self._silence.heard()
+        try:
+            self._take(message)
+        except (RMAError, ValueError) as error:
+            self._broken(error)
+        except Exception:
+            logger.exception("channel of %s reads failed", self.worker.id, extra={"action": "bug"})
+            self.channel.close()
+
+    def _broken(self, error: Exception) -> None:
+        """Close a channel on which something came that is none of its frames."""
+        self.close_code = CLOSED_PROTOCOL
+        about = {"action": "channel_protocol", "worker": self.worker.id}
+        logger.warning("%s broke the channel's protocol: %s", self.worker.id, error, extra=about)
+        self.channel.close()
 
     def _silent(self) -> None:
         """Close a channel on which nothing has come for too long."""
@@ -208,9 +230,8 @@ class Session:
     def _feed(self, stream: int, attempt: Attempt, relay: Relay) -> None:
         relay.begin(attempt, self.channel, lambda taken: self.channel.credit(stream, taken, at_least=CREDIT_STEP))
 
-    def _take(self, message: Message) -> None:
-        found = message.get("bytes")
-        for stream, kind, content in frames.records(message.get("text") or "" if found is None else found):
+    def _take(self, message: str | bytes) -> None:
+        for stream, kind, content in frames.records(message):
             if kind == frames.CONTROL:
                 self._control(content)
             else:
@@ -302,6 +323,8 @@ class Session:
 
     def end(self) -> None:
         """The connection is over; its attempts wait a moment for the worker to come back."""
+        # What may still be handed over comes too late.
+        self.channel.close()
         if self._silence is not None:
             self._silence.stop()
         if self.pool.hub.detach(self.worker.id, self.channel):
