@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests import needs
 from tests.fixtures import (
@@ -34,6 +35,10 @@ __all__ = [
     "rootless_podman",
 ]
 
+
+# How long an example takes is up to whatever else the machine does.
+settings.register_profile("rma", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("rma")
 
 #: Tests of what the coordinator's server has a part in run on each of them.
 ON_EVERY_SERVER = frozenset({"test_channel", "test_hostile_bytes", "test_server"})

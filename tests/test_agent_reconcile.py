@@ -745,4 +745,4 @@ class AnyWay(RuleBasedStateMachine):
 
 
 TestAnyWay = AnyWay.TestCase
-TestAnyWay.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+TestAnyWay.settings = settings(max_examples=60, stateful_step_count=25)

@@ -394,14 +394,22 @@ async def test_a_pool_with_too_few_machines_is_told_that(tmp_path: Path) -> None
             assert shown == listed["reasons"]
             return list(shown)
 
-        assert await told() == [{"reason": "no machine is there", "workers": 0}]
-        for machine in await fleet(pool, 2):
-            await machine.beat(containers=(ContainerStatus(name="ner-worker", service="ner", state="healthy"),))
-        assert await told() == [
-            {"reason": "each machine that is there runs a copy, and one is all it gets", "workers": 2}
-        ]
-        for machine in await fleet(pool, 1):
-            await machine.beat(containers=(ContainerStatus(name="ner-worker", service="ner", state="healthy"),))
+        nobody = [{"reason": "no machine is online and takes part", "workers": 0}]
+        assert await told() == nobody
+        healthy = (ContainerStatus(name="ner-worker", service="ner", state="healthy"),)
+        for machine in (machines := await fleet(pool, 2)):
+            await machine.beat(containers=healthy)
+        why = "each machine that is online and takes part runs a copy, and gets no second one"
+        assert await told() == [{"reason": why, "workers": 2}]
+        for machine in machines:
+            await pool.pool.set_disabled(pool.pool.fleet.get(machine.id), disabled=True)
+        assert await told() == nobody
+        for machine in machines:
+            await pool.pool.set_disabled(pool.pool.fleet.get(machine.id), disabled=False)
+            await machine.beat(containers=healthy)
+        assert await told() == [{"reason": why, "workers": 2}]
+        [third] = await fleet(pool, 1)
+        await third.beat(containers=healthy)
         assert await told() == []
 
 

@@ -446,7 +446,7 @@ def test_what_was_acknowledged_outlives_every_crash(name: str) -> None:
         with warnings.catch_warnings():
             # A life that crashed closes nothing; its files are collected here, where nobody is to blame.
             warnings.simplefilter("ignore", ResourceWarning)
-            run_state_machine_as_test(Here, settings=profile(max_examples=40, stateful_step_count=50, deadline=None))
+            run_state_machine_as_test(Here, settings=profile(max_examples=40, stateful_step_count=50))
             gc.collect()
     finally:
         logging.disable(logging.NOTSET)

@@ -332,7 +332,7 @@ def test_a_card_that_does_not_tell_its_memory_is_still_a_card(root: Path) -> Non
     assert (gpu.memory_bytes, gpu.reason) == (None, "the driver does not tell its memory")
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(data=st.data())
 def test_whatever_stands_in_a_file_and_whichever_is_gone_nothing_raises(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

@@ -291,7 +291,7 @@ def test_a_card_pulled_out_while_we_look_is_no_fault(root: Path) -> None:
     assert see("desktop-arc-a770", root, pull_out).reason == "the Intel GPU or NPU that was here is gone"
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(data=st.data(), told=st.binary(max_size=300))
 def test_whatever_stands_in_a_file_and_whatever_a_driver_says_nothing_raises(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, told: bytes

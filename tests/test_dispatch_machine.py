@@ -396,5 +396,5 @@ def snapshot(task: Task) -> tuple[tuple[int, str, str, AttemptState], ...]:
     return tuple((a.number, a.worker_id, a.lease_id, a.state) for a in task.attempts)
 
 
-Everything.TestCase.settings = settings(max_examples=200, stateful_step_count=60, deadline=None)
+Everything.TestCase.settings = settings(max_examples=200, stateful_step_count=60)
 test_nothing_is_lost_or_done_twice = Everything.TestCase

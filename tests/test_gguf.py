@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 #: Bytes that reading a hostile header of a megabyte may take in memory at most.
 MOST_MEMORY = 8 * 2**20
-QUIET = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUIET = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")

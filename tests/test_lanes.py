@@ -101,7 +101,7 @@ class Index(RuleBasedStateMachine):
             assert len({id(seat) for seat in listed}) == len(listed)
 
 
-Index.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+Index.TestCase.settings = settings(max_examples=150, stateful_step_count=40)
 test_the_index_agrees_with_a_look_at_everyone = Index.TestCase
 
 

@@ -225,7 +225,7 @@ MODELS = st.lists(st.tuples(SIZES, st.integers(0, 3)), min_size=1, max_size=6).m
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     models=MODELS,
     name=st.sampled_from(sorted(REPORTS)),
@@ -252,7 +252,7 @@ def test_the_same_machine_gets_the_same_and_keeps_it(
     assert [one.lane for one in once(models, kept).assignments] == kept
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(models=MODELS, order=st.permutations(sorted(REPORTS)))
 def test_a_fleet_comes_to_rest_and_has_what_any_of_its_machines_could_have_in_place_of_a_spare(
     models: list[ModelEntry], order: list[str]

@@ -304,9 +304,7 @@ def damaged(draw: st.DrawFn, kinds: Sequence[str] = tuple(SEEDS)) -> tuple[bytes
     return bytes(body), content_type
 
 
-FUZZ = settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
+FUZZ = settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 # Not PDF: PDFium may crash on what it is given, which costs the service a child, and here would cost the test run.
@@ -344,7 +342,7 @@ def test_a_docx_with_a_damaged_part_is_read_or_refused(
     assert answered(tmp_path, out.getvalue(), DOCX) in (200, 422)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(document=damaged())
 def test_over_http_damaged_documents_never_give_a_5xx(server: Server, document: tuple[bytes, str]) -> None:
     assert server.notes(*document).status < 500

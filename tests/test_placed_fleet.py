@@ -144,7 +144,7 @@ def _counts(census: Census) -> list[tuple[str, Any]]:
     return sorted(found, key=lambda one: one[0])
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(events=EVENTS)
 def test_heartbeats_alone_bring_a_pool_to_rest_within_its_rules(
     tmp_path: Path, events: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch

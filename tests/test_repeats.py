@@ -87,7 +87,7 @@ class Machine(RuleBasedStateMachine):
         assert 0 <= self.repeats.kept_bytes <= repeats.MOST_KEPT_BYTES_TOGETHER
 
 
-Machine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+Machine.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
 TestRepeats = Machine.TestCase
 
 

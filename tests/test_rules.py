@@ -332,7 +332,7 @@ def rule_of(draw: st.DrawFn) -> Rule:
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(JOINING, min_size=1, max_size=9),
     st.dictionaries(st.sampled_from(["ocr", "notes", "redis", "extra"]), rule_of()),

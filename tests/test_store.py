@@ -253,7 +253,7 @@ def new_folders(inside: Path) -> Iterator[Path]:
 @pytest.mark.parametrize("kind", STORES)
 def test_a_store_does_what_a_dictionary_does_through_crashes_and_restarts(kind: str, tmp_path: Path) -> None:
     machine = type("Machine", (StoreMachine,), {"kind": kind, "folders": new_folders(tmp_path)})
-    run_state_machine_as_test(machine, settings=settings(max_examples=25, stateful_step_count=20, deadline=None))
+    run_state_machine_as_test(machine, settings=settings(max_examples=25, stateful_step_count=20))
 
 
 # -- files ---------------------------------------------------------------------------------------------------------

@@ -173,7 +173,7 @@ def check_readers(pool: Pool) -> None:
             assert said(call) == (pool.text, True)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(steps=STEPS, name=st.sampled_from(["", "n"]), late=st.booleans())
 @example(steps=[("stall", 0), "piece", ("leave", 0), "join", "piece"], name="n", late=False)
 @example(steps=[("stall", 0), "piece", "join", "piece"], name="", late=False)

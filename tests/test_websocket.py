@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import struct
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ import pytest
 from hypercorn.asyncio.worker_context import WorkerContext
 from hypercorn.config import Config
 from hypercorn.events import Closed, RawData, Updated
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from wsproto.connection import Connection, ConnectionType
 from wsproto.events import BytesMessage, CloseConnection, Message, TextMessage
@@ -21,6 +22,7 @@ from wsproto.utilities import generate_accept_token
 
 from rma_coordinator.http1 import Http1
 from rma_coordinator.mailbox import HAND_OVER, MOST_TOLD
+from rma_coordinator.websocket import Socket
 from rma_coordinator.websocket_frames import BINARY, CLOSE, PING, PONG, TEXT, End, Frames, Ping, closing, frame
 
 if TYPE_CHECKING:
@@ -131,8 +133,6 @@ WITHIN = {
 }
 
 
-# A busy machine may take long to make up long messages.
-@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(messages(), max_size=4).map(lambda found: b"".join(itertools.chain(*found))),
     st.sampled_from([b"", *ENDS.values(), *BETWEEN.values(), *WITHIN.values()]),
@@ -457,6 +457,24 @@ def test_what_is_handed_over_comes_once_and_behind_what_was_received(
     line = asyncio.run(talk(asks(), *pieces(said, cuts), raw(CLOSE), app=hears))
     assert heard == [found for found in ours([said]) if not isinstance(found, Ping)]
     assert line.closed
+
+
+@pytest.mark.parametrize("asks_for_it", [True, False])
+async def test_a_connection_that_is_over_is_not_left_to_the_collector(asks_for_it: bool) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "websocket.accept"})
+        if asks_for_it:
+            scope["extensions"][HAND_OVER](scope.get)
+        await receive()
+
+    gc.collect()
+    gc.disable()
+    try:
+        await talk(asks(), raw(CLOSE), app=app)
+        assert not [one for one in gc.get_objects() if isinstance(one, Socket)]
+    finally:
+        gc.enable()
 
 
 async def test_a_message_that_is_handed_over_is_there_before_anything_else_runs() -> None:

@@ -29,7 +29,8 @@ AT_ONCE = 25
 #: Why a machine has not got what others have.
 PLENTY = (ENOUGH, AS_MANY)
 #: Why there are fewer than wanted where no machine says anything.
-NO_OTHER, NOBODY = "each machine that is there runs a copy, and one is all it gets", "no machine is there"
+NOBODY = "no machine is online and takes part"
+NO_OTHER = "each machine that is online and takes part runs a copy, and gets no second one"
 #: What of a reason is one machine's own: how much it has.
 OWN = re.compile(r", (?:there is [^;]*|[^;,]* free)")
 
@@ -56,7 +57,7 @@ def services(pool: Pool) -> list[dict[str, Any]]:
             "service": name,
             **row,
             "most": rules.of(name).most,
-            "reasons": told[name].ranked(short=True) if name in told else [],
+            "reasons": told[name].ranked(conclude=not pool.catalog[name].model_format) if name in told else [],
         }
         for name, row in rows.items()
     ]
@@ -81,6 +82,7 @@ async def service(pool: Pool, name: str) -> dict[str, Any]:
     rules, entry = pool.arranging.now.rules, pool.catalog[name]
     ruled = [one for one in pool.model_entries if one.service == name and one.name in rules.models]
     assigned, counts = pool.fleet.assigned(), counted(pool)[name]
+    short = counts["healthy"] < counts["wanted"] and looked_at >= len(pool.fleet.workers)
     return {
         "service": name,
         **counts,
@@ -96,7 +98,7 @@ async def service(pool: Pool, name: str) -> dict[str, Any]:
         ],
         "needs": msgspec.to_builtins(entry.needs),
         "workers": here,
-        "reasons": told.ranked(short=counts["healthy"] < counts["wanted"]),
+        "reasons": told.ranked(conclude=short and not entry.model_format),
         "looked_at": looked_at,
     }
 
@@ -107,16 +109,16 @@ class _Told:
     def __init__(self) -> None:
         self.ill, self.without = Counter[str](), Counter[str]()
 
-    def ranked(self, *, short: bool) -> list[dict[str, Any]]:
+    def ranked(self, *, conclude: bool) -> list[dict[str, Any]]:
         """Return the commonest reasons: first those of machines that have it, where any does not run well.
 
-        Others then have not got it because there are enough, which is no reason. Where nobody has one but more are
-        wanted, there are too few machines.
+        Others then have not got it because there are enough, which is no reason. To ``conclude`` that there are too few
+        machines where no reason is found, all must have been looked at, and each get one copy at most.
         """
         well, unknown = self.ill.pop("", 0), self.without.pop("", 0)
         others = [(why, n) for why, n in self.without.most_common() if not self.ill or not why.startswith(PLENTY)]
         found = self.ill.most_common() + others
-        if short and not found and not unknown:
+        if conclude and not found and not unknown:
             found = [(NO_OTHER if well else NOBODY, well)]
         return [{"reason": why, "workers": count} for why, count in found[:TOLD]]
 

@@ -123,7 +123,10 @@ class Socket(Mailbox):
 
     async def run(self) -> None:
         """Let the application have it; where that ends before the other side knows, say so."""
-        await self._line.let(self._scope, self.receive, self.send)
+        # What both hold would live on in each other.
+        scope, self._scope = self._scope, {}
+        await self._line.let(scope, self.receive, self.send)
+        self._hears = None
         # An application that was told of the end first did not bring it about.
         code = GOING_AWAY if self.gone else FAILED
         self.leave()
@@ -150,8 +153,9 @@ class Socket(Mailbox):
         # The last ping of several is answered (RFC 6455, 5.5.3): each answer is a write.
         ping: Ping | None = None
         for found in self._frames.feed(data) if self._state == "open" else ():
-            if self._hears is not None and not self._told and (type(found) is bytes or type(found) is str):
-                self._hears(found)
+            hears = None if self._told or self.gone else self._hears
+            if hears is not None and (type(found) is bytes or type(found) is str):
+                hears(found)
             elif type(found) is bytes:
                 await self.put({"type": "websocket.receive", "bytes": found, "text": None})
             elif type(found) is str:
