@@ -8,7 +8,7 @@ import json
 import subprocess
 import sys
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import psutil
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 PATIENCE_S = 30.0
 #: Seconds until an answer is there; a page that is recognised takes many where others use the machine too.
 READ_S = 100.0
+
+T = TypeVar("T")
 
 
 class Reply(NamedTuple):
@@ -55,27 +57,28 @@ class Server(NamedTuple):
         return self.request("GET", "/health").json
 
     def parsers(self) -> list[psutil.Process]:
-        return [child for child in self.children() if ".child" in _command(child)]
+        return [child for child in self.children() if any(".child" in word for word in _command(child))]
 
-    def children(self, name: str = "") -> list[psutil.Process]:
-        """Return what it has started and still runs; those of a name, where one is given."""
-        found = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in found if _command(child) and (not name or _command(child).split()[0].endswith(name))]
+    def children(self, name: str = "", word: str = "") -> list[psutil.Process]:
+        """Return what it has started and still runs; those of a name, and with a word, where one is given."""
+        commands = ((child, _command(child)) for child in psutil.Process(self.process.pid).children(recursive=True))
+        return [child for child, words in commands if words and words[0].endswith(name) and (not word or word in words)]
 
 
-def _command(process: psutil.Process) -> str:
+def _command(process: psutil.Process) -> list[str]:
     """Return a process's command line; nothing for one that has ended, whoever has not taken note of that yet."""
     with contextlib.suppress(psutil.Error):
-        return " ".join(process.cmdline())
-    return ""
+        return process.cmdline()
+    return []
 
 
-def until(condition: Callable[[], object], *, what: str) -> None:
-    """Wait until the condition holds; fails when it does not within PATIENCE_S."""
+def until(condition: Callable[[], T], *, what: str) -> T:
+    """Return the first true value of a condition; fails when none comes within PATIENCE_S."""
     end = time.monotonic() + PATIENCE_S
-    while not condition():
+    while not (value := condition()):
         assert time.monotonic() < end, f"waited in vain: {what}"
         time.sleep(0.02)
+    return value
 
 
 @contextlib.contextmanager

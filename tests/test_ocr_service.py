@@ -149,8 +149,9 @@ def test_a_tesseract_at_work_ends_with_the_reader_that_started_it(server: Server
     thread = threading.Thread(target=lambda: server.ocr(page, query="engine=tesseract&orientation=0"))
     thread.start()
 
-    until(lambda: server.children("tesseract") and server.parsers(), what="Tesseract reads")
-    [started], [reader] = server.children("tesseract"), server.parsers()
+    # With "tsv" it reads; without, it was only asked what it is, and ends at once.
+    [started] = until(lambda: server.children("tesseract", "tsv"), what="Tesseract reads")
+    [reader] = server.parsers()
     reader.kill()
     thread.join(READ_S)
     until(lambda: not started.is_running() or started.status() == "zombie", what="Tesseract is gone")

@@ -47,6 +47,8 @@ PR_SET_CHILD_SUBREAPER = 36
 NOBODY = "rma-check-nobody"
 #: A program that was told to end may take this long to be gone.
 ENDING_S = 0.5
+#: What was killed is gone within this, on a busy machine too.
+KILLED_S = 5.0
 #: Calls of a runtime, and the rest, share its time.
 CALLS = 5
 #: A helper of multiprocessing that ends with the process it helps.
@@ -322,19 +324,28 @@ def _left_running() -> list[str]:
             if process.status() != psutil.STATUS_ZOMBIE and TRACKER not in " ".join(process.cmdline()):
                 left.append(process.name()[:MOST_CHARACTERS])
             process.kill()
+    # Gone when the answer is read: a signal alone is only on its way.
+    psutil.wait_procs(alive, timeout=KILLED_S)
     return left[:MOST_EVENTS]
 
 
 def _left_unseen() -> list[str]:
     """Return what still runs where this process may look at no other: its children by number, orphans among them."""
-    ends_at = time.monotonic() + ENDING_S
-    while (left := _children()) and time.monotonic() < ends_at:
-        time.sleep(ENDING_S / 20)
+    left = _children_after(ENDING_S)
     if sys.platform != "win32":
         for number in left:
             with contextlib.suppress(OSError):
                 os.kill(number, signal.SIGKILL)
+        _children_after(KILLED_S)
     return [f"process {number}" for number in left[:MOST_EVENTS]]
+
+
+def _children_after(seconds: float) -> list[int]:
+    """Return the children that are still there after so many seconds; at once where there are none before that."""
+    ends_at = time.monotonic() + seconds
+    while (found := _children()) and time.monotonic() < ends_at:
+        time.sleep(ENDING_S / 20)
+    return found
 
 
 def _children() -> list[int]:
