@@ -41,7 +41,17 @@ settings.register_profile("rma", deadline=None, suppress_health_check=[HealthChe
 settings.load_profile("rma")
 
 #: Tests of what the coordinator's server has a part in run on each of them.
-ON_EVERY_SERVER = frozenset({"test_channel", "test_hostile_bytes", "test_server"})
+ON_EVERY_SERVER = frozenset(
+    {
+        "test_channel",
+        "test_hostile_bytes",
+        "test_server",
+        "test_v1_browsers",
+        "test_v1_leaving",
+        "test_v1_streams",
+        "test_v1_whole",
+    }
+)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

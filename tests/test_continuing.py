@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import tracemalloc
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from rma_coordinator.domain import stream_requests
 from rma_coordinator.domain.continuing import Delivered, Seam, continued, decide, ending
-from rma_coordinator.domain.stream_events import BadChunk
+from rma_coordinator.domain.stream_events import MOST_TEXT_BYTES, BadChunk, read
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -168,6 +169,41 @@ def test_the_engines_own_count_goes_before_that_of_events(said: dict[str, Any]) 
     assert (answer.tokens, answer.kept, answer.prompt_tokens) == (5, 5, 7)
     # Made again is what was cut off: two of five tokens with one character each.
     assert delivered({**delta(content="abc  "), **said}).kept == 3
+
+
+#: What may have come before plain texts: more tokens told than texts, fewer, probabilities, white space, nothing.
+BEFORE = [
+    delta(role="assistant", content=""),
+    {**delta(content="a "), "usage": {"completion_tokens": 9}},
+    {**delta(content="b"), "usage": {"completion_tokens": 1}},
+    {"choices": [{"index": 0, "delta": {"content": ""}, "logprobs": {"content": [1]}, "finish_reason": None}]},
+    delta(content=" \n"),
+    delta(content="x" * (MOST_TEXT_BYTES - 9)),
+]
+
+
+@given(
+    before=st.lists(st.sampled_from(BEFORE), max_size=3),
+    texts=st.lists(st.text(st.sampled_from("a \n\u00e9\u2003"), min_size=1, max_size=4), max_size=12),
+    cuts=st.lists(st.integers(0, 12), max_size=3),
+    again=st.booleans(),
+    kept_back=st.booleans(),
+)
+def test_texts_that_are_counted_together_come_to_the_same(
+    before: list[dict[str, Any]], texts: list[str], cuts: list[int], again: bool, kept_back: bool
+) -> None:
+    one, many = delivered(delta(content=""), *before), delivered(delta(content=""), *before)
+    for seen in (one, many):
+        if again:
+            seen.resume()
+        if kept_back:
+            seen.count(read(delta(content="b")))
+    for text in texts:
+        one.take(delta(content=text))
+    for start, end in itertools.pairwise([0, *sorted(cuts), len(texts)]):
+        if part := texts[start:end]:
+            many.say(part)
+    assert vars(many) == vars(one)
 
 
 def test_tokens_that_an_engine_holds_back_are_not_counted() -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from rma_coordinator.api.v1 import sse
+from rma_coordinator.api.v1.splicing import MOST_TEXT
 from rma_coordinator.api.v1.sse import MAX_EVENT_BYTES, Answer, Events, Stream
 from tests.openai_kit import END, ROLE, USAGE, delta, event, events, text_of
 
@@ -201,9 +204,11 @@ def test_events_that_are_not_read_in_full_come_to_the_same(data: st.DataObject, 
     places = [0, *sorted(min(cut, len(whole)) for cut in cuts), len(whole)]
     pieces = parts if len(cuts) == 0 else [whole[a:b] for a, b in itertools.pairwise(places)]
     outcomes = []
+    together = data.draw(st.sampled_from([1, 2, 5, sse.TOGETHER]))
     for kind in (Longhand, Stream):
         made = kind(Answer("chatcmpl-1", 1, "tiny", chat=chat))
-        said = "".join(made.feed(piece).decode() for piece in pieces)
+        with patch.object(sse, "TOGETHER", together):
+            said = "".join(made.feed(piece).decode() for piece in pieces)
         outcomes.append((events(said) if said else [], vars(made.delivered), made.skipped, made.done, made.broken))
     assert outcomes[0] == outcomes[1]
 
@@ -213,6 +218,6 @@ def test_the_commonest_event_is_not_read_in_full_and_the_last_is() -> None:
     made.feed(ROLE + delta("a"))
     wrapping = made._wrapping
     assert wrapping is not None
-    assert wrapping.take(delta("b")[:-2]) is not None
-    assert wrapping.take(delta(finish="stop")[:-2]) is None
-    assert wrapping.take(delta("b", logprobs={})[:-2]) is None
+    assert wrapping.take(delta("b")) == (made.feed(delta("b")), "b")
+    for other in (delta(finish="stop"), delta("b", logprobs={}), delta("b" * (MOST_TEXT + 1)), delta("b") * 2):
+        assert wrapping.take(other) == (b"", "")

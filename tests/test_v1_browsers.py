@@ -149,12 +149,14 @@ async def test_one_connection_carries_one_request_after_another(tmp_path: Path) 
 async def test_a_client_that_waits_to_be_told_to_go_on_is_told_or_refused(tmp_path: Path, length: int) -> None:
     async with pool_with(tmp_path) as (pool, _), connected(pool) as (reader, writer):
         writer.write(written(pool, length, "expect: 100-continue"))
-        # The server says it by itself, for it cannot know what will be refused.
-        assert (await answered(reader))[0] == 100
+        status, _, content = await answered(reader)
         if length == 100:
+            assert status == 100
             writer.write(b"{" + b" " * 99)
             assert (await answered(reader))[0] == 400
         else:
-            status, _, content = await answered(reader)
+            if status == 100:
+                # Hypercorn's says it by itself, for it cannot know what will be refused.
+                status, _, content = await answered(reader)
             assert status == 413, "before any of it was sent"
             assert json.loads(content)["error"]["code"] == "request_too_large"

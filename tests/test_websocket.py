@@ -449,7 +449,7 @@ def test_what_is_handed_over_comes_once_and_behind_what_was_received(
         while (message := await receive())["type"] == "websocket.receive":
             heard.append(message["text"] if message["bytes"] is None else message["bytes"])
             if len(heard) == received:
-                scope["extensions"][HAND_OVER](heard.append)
+                scope["extensions"][HAND_OVER](heard.extend)
             for _ in range(turns):
                 await asyncio.sleep(0)
 
@@ -483,7 +483,7 @@ async def test_a_message_that_is_handed_over_is_there_before_anything_else_runs(
 
     async def hears(scope: Any, receive: Any, send: Any) -> None:
         await receive()
-        scope["extensions"][HAND_OVER](heard.append)
+        scope["extensions"][HAND_OVER](heard.extend)
         await send({"type": "websocket.accept"})
         handed_over.set()
         assert (await receive())["type"] == "websocket.disconnect"

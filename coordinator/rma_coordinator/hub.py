@@ -82,13 +82,14 @@ class Channel:
         self.streams: dict[int, tuple[Attempt, Relay]] = {}
         #: Set when the connection is to end now, whatever waits.
         self.closing = asyncio.Event()
-        self._owed: dict[int, int] = {}
+        #: Whether that is set; asked for each message.
+        self.closed = False
         self._clock = clock
 
     @property
     def ready(self) -> bool:
         """Whether the worker reads what it is sent, so that more may follow."""
-        return len(self._outbound) < MAX_OUTBOUND - KEPT_OUTBOUND and not self.closing.is_set()
+        return len(self._outbound) < MAX_OUTBOUND - KEPT_OUTBOUND and not self.closed
 
     def say(self, *frames: str | bytes) -> bool:
         """Queue packed frames, all or none; ``False`` when the worker does not read, and then it is cut."""
@@ -112,6 +113,7 @@ class Channel:
 
     def close(self) -> None:
         """End the connection."""
+        self.closed = True
         self.closing.set()
 
     def offer(self, attempt: Attempt, relay: Relay) -> bool:
@@ -143,20 +145,14 @@ class Channel:
         """Send ASSIGN."""
         self.say(pack(Assign(answer=answer)))
 
-    def credit(self, stream: int, taken: int, *, at_least: int) -> None:
-        """Give room back for bytes that the client has read, in steps worth a frame."""
-        if stream not in self.streams:
-            return
-        owed = self._owed.pop(stream, 0) + taken
-        if owed < at_least:
-            self._owed[stream] = owed
-        else:
-            self.say(pack(Credit(stream=stream, bytes=owed)))
+    def credit(self, stream: int, taken: int) -> None:
+        """Give room back for bytes that the client has read."""
+        if stream in self.streams:
+            self.say(pack(Credit(stream=stream, bytes=taken)))
 
     def done(self, stream: int) -> None:
         """Forget a stream that has ended."""
         self.streams.pop(stream, None)
-        self._owed.pop(stream, None)
 
 
 def _body_frames(stream: int, offer: TaskOffer, relay: Relay) -> list[bytes]:

@@ -4,14 +4,32 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 Message = dict[str, Any]
 
 #: The extension of a WebSocket's scope that has messages handed over the moment they come; see `Socket.hand_over`.
 HAND_OVER = "rma.hand_over"
+#: The extension of a request's scope that writes its answer without messages, where the server has one: an `AtOnce`.
+AT_ONCE = "rma.at_once"
 #: Messages that wait for the application, of at most what is read at once.
 MOST_TOLD = 10
+
+
+class AtOnce(Protocol):
+    """Writes an answer that nothing holds up; where it says ``False``, nothing was written, and messages are sent.
+
+    A message each is a coroutine, and costs as much again as to write what is in it.
+    """
+
+    def piece(self, data: bytes, /) -> bool:
+        """Write a piece of an answer that has begun; it is not empty."""
+
+    def whole(self, status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes, /) -> bool:
+        """Write a whole answer, whose headers say its length; the request's body has been read."""
 
 
 class Mailbox:

@@ -96,8 +96,11 @@ class Relay:
         #: The size that the head announced, where it did.
         self._length: int | None = None
         self._changed = asyncio.Event()
+        #: Told of what has been read, in steps of so many bytes, and what it has not been told of.
         self._taken: Callable[[int], None] | None = None
-        self._source: tuple[Attempt, object] | None = None
+        self._step = self._untold = 0
+        #: The attempt that feeds, and its way.
+        self.source: tuple[Attempt, object] | None = None
         #: How often it was begun anew: whoever reads looks whether it still is the same answer.
         self.starts = 0
         #: Told of every change but single pieces, and of these once many wait; must be quick, and raise nothing.
@@ -108,13 +111,16 @@ class Relay:
 
     # -- the worker's side -------------------------------------------------------------------------------------
 
-    def begin(self, attempt: Attempt, way: object, taken: Callable[[int], None]) -> None:
-        """An attempt feeds from now on, by one ``way`` (a channel, a request); ``taken`` is told what has been read."""
-        self._source, self._taken = (attempt, way), taken
+    def begin(self, attempt: Attempt, way: object, taken: Callable[[int], None] | None = None, step: int = 0) -> None:
+        """An attempt feeds from now on, by one ``way`` (a channel, a request).
+
+        ``taken`` is told what has been read, whenever that is ``step`` bytes.
+        """
+        self.source, self._taken, self._step, self._untold = (attempt, way), taken, step, 0
 
     def way_of(self, attempt: Attempt) -> object | None:
         """Return the way by which an attempt feeds; ``None`` when it does not."""
-        return self._source[1] if self._source and self._source[0] is attempt else None
+        return self.source[1] if self.source and self.source[0] is attempt else None
 
     @property
     def over(self) -> bool:
@@ -146,33 +152,41 @@ class Relay:
         if not size:
             return
         self._received += size
-        if self._pouring is not None:
-            self._pour_one(self._pouring, data)
+        if self._pouring is None:
+            self._keep(data)
             return
-        self._chunks.append(data)
+        # Handed on at once; what goes wrong with that is nothing that its worker answers for.
+        waits: Waits | Exception | None
+        try:
+            waits = self._pouring(data)
+        except Exception as error:  # noqa: BLE001 - raised where it is poured
+            waits = error
+        if waits is None:
+            self._untold += size
+            if self._untold >= self._step:
+                self._tell()
+            return
+        self._pouring, self._poured = None, (waits, size)
         self._buffered += size
+        self._changed.set()
+
+    def _keep(self, data: bytes) -> None:
+        self._chunks.append(data)
+        self._buffered += len(data)
         if self.watch is None:
             self._changed.set()
         elif self.crowded:
             self._stir()
 
-    def _pour_one(self, take: Take, data: bytes) -> None:
-        """Hand a piece on at once; what goes wrong with that is nothing that its worker answers for."""
-        waits: Waits | Exception | None
-        try:
-            waits = take(data)
-        except Exception as error:  # noqa: BLE001 - raised where it is poured
-            waits = error
-        if waits is None:
-            self._free(len(data))
-            return
-        self._pouring, self._poured = None, (waits, len(data))
-        self._buffered += len(data)
-        self._changed.set()
-
     def _free(self, size: int) -> None:
+        self._untold += size
+        if self._untold >= self._step:
+            self._tell()
+
+    def _tell(self) -> None:
+        untold, self._untold = self._untold, 0
         if self._taken is not None:
-            self._taken(size)
+            self._taken(untold)
 
     def _stir(self) -> None:
         self._changed.set()
@@ -197,15 +211,15 @@ class Relay:
 
     def tally(self) -> None:
         """Note how much has come of the attempt that feeds; once, when it ends."""
-        if self._source is not None:
-            self._source[0].answer_bytes += self._received
+        if self.source is not None:
+            self.source[0].answer_bytes += self._received
 
     def restart(self) -> None:
         """Forget what a lost attempt sent; nothing of it has reached the client."""
         self.tally()
         # What another attempt sends is nothing for who took what this one did, even before that one has looked again.
         self._pouring = None
-        self.head, self.complete, self._source, self._taken, self._length = None, False, None, None, None
+        self.head, self.complete, self.source, self._taken, self._length = None, False, None, None, None
         self._chunks.clear()
         self._buffered = self._received = 0
         self.starts += 1

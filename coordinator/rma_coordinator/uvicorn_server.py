@@ -15,9 +15,10 @@ from urllib.parse import unquote
 
 import httptools
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from rma_coordinator import server
+from rma_coordinator.mailbox import AT_ONCE
 from rma_coordinator.server import Places, Together, listening
 from rma_coordinator.uvicorn_websocket import WebSocketLine
 from rma_core.errors import SettingProblem
@@ -25,7 +26,7 @@ from rma_core.settings import CoordinatorSettings
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from rma_coordinator.app import ASGI
     from rma_coordinator.server import Listener
@@ -162,6 +163,46 @@ class _Transport(Together):
         return getattr(self.to, name)
 
 
+class _AtOnce:
+    """An `AtOnce` of one request.
+
+    Must be taken out of the request's scope: both would live on in each other.
+    """
+
+    __slots__ = ("_cycle",)
+
+    def __init__(self, cycle: Any) -> None:  # noqa: ANN401 - uvicorn's own
+        self._cycle = cycle
+
+    def piece(self, data: bytes) -> bool:
+        """Write a piece of an answer in chunks."""
+        cycle = self._cycle
+        if cycle.flow.write_paused or cycle.disconnected or cycle.response_complete or not cycle.chunked_encoding:
+            return False
+        cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        return True
+
+    def whole(self, status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> bool:
+        """Write a whole answer, unless one of its headers is none."""
+        cycle = self._cycle
+        if cycle.flow.write_paused or cycle.disconnected or cycle.response_started or cycle.scope["method"] == "HEAD":
+            return False
+        lines = [b"%b: %b" % header for header in (*cycle.default_headers, *headers)]
+        if not cycle.keep_alive:
+            lines.append(b"connection: close")
+        head = b"\r\n".join((STATUS_LINE[status][:-2], *lines, b"", b""))
+        if head.count(b"\n") != len(lines) + 2 or head.count(b"\r") != len(lines) + 2 or b"\0" in head:
+            return False
+        transport = cycle.transport.to
+        transport.write(head + body)
+        cycle.response_started = cycle.response_complete = True
+        cycle.message_event.set()
+        if not cycle.keep_alive:
+            transport.close()
+        cycle.on_response()
+        return True
+
+
 class TooMany(Exception):
     """A client sends requests without waiting for answers, more of them than anybody needs."""
 
@@ -261,6 +302,7 @@ class _Http(HttpToolsProtocol):
         cycle: Any = self.cycle
         if cycle is not before:
             cycle.transport = _Transport(cycle, self.loop)
+            self.scope["extensions"] = cast("Any", {AT_ONCE: _AtOnce(cycle)})
             # The parser reads nothing behind a request that would speak another protocol.
             cycle.keep_alive = cycle.keep_alive and not upgrades
             if before is not None and not before.response_complete:

@@ -30,7 +30,7 @@ from rma_coordinator.websocket_frames import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Sequence
 
     from rma_coordinator.http1_answer import Answer
     from rma_coordinator.http1_parser import Head
@@ -119,7 +119,7 @@ class Socket(Mailbox):
         self._state: Literal["asked", "open", "refused", "over"] = "asked"
         self._told.append({"type": "websocket.connect"})
         #: What takes messages at once, where the application has given it.
-        self._hears: Callable[[str | bytes], None] | None = None
+        self._hears: Callable[[Sequence[str | bytes]], None] | None = None
 
     async def run(self) -> None:
         """Let the application have it; where that ends before the other side knows, say so."""
@@ -138,8 +138,8 @@ class Socket(Mailbox):
 
     # -- what comes ----------------------------------------------------------------------------------------------------
 
-    def hand_over(self, hears: Callable[[str | bytes], None]) -> None:
-        """Hand messages to ``hears`` the moment they come; it must be quick, and raise nothing.
+    def hand_over(self, hears: Callable[[Sequence[str | bytes]], None]) -> None:
+        """Hand messages to ``hears`` the moment they come, those of one read together; it is quick and raises nothing.
 
         Those before are received, as is the end. A task's turn for each message costs a twelfth of what a token does.
         """
@@ -150,30 +150,32 @@ class Socket(Mailbox):
         if self._state == "asked":
             await self._refuse(BAD_REQUEST)
             return
-        # The last ping of several is answered (RFC 6455, 5.5.3): each answer is a write.
         ping: Ping | None = None
+        end: End | None = None
+        messages: list[str | bytes] = []
         for found in self._frames.feed(data) if self._state == "open" else ():
-            hears = None if self._told or self.gone else self._hears
-            if hears is not None and (type(found) is bytes or type(found) is str):
-                hears(found)
-            elif type(found) is bytes:
-                await self.put({"type": "websocket.receive", "bytes": found, "text": None})
-            elif type(found) is str:
-                await self.put({"type": "websocket.receive", "bytes": None, "text": found})
+            if type(found) is bytes or type(found) is str:
+                messages.append(found)
             elif isinstance(found, Ping):
+                # The last of several is answered (RFC 6455, 5.5.3): each answer is a write.
                 ping = found
             elif isinstance(found, End):
-                await self._pong(ping)
-                self.leave({"type": "websocket.disconnect", "code": found.code})
-                if self._state == "open":
-                    await self._close(frame(CLOSE, found.answer))
-                await self._finish()
-                return
-        await self._pong(ping)
-
-    async def _pong(self, ping: Ping | None) -> None:
+                end = found
+        if messages and self._hears is not None and not self._told and not self.gone:
+            self._hears(messages)
+        else:
+            for message in messages:
+                await self.put(_received(message))
         if ping is not None and self._state == "open":
             await self._line.say(frame(PONG, ping.payload))
+        if end is not None:
+            await self._ended(end)
+
+    async def _ended(self, end: End) -> None:
+        self.leave({"type": "websocket.disconnect", "code": end.code})
+        if self._state == "open":
+            await self._close(frame(CLOSE, end.answer))
+        await self._finish()
 
     # -- what is said --------------------------------------------------------------------------------------------------
 
@@ -238,3 +240,8 @@ class Socket(Mailbox):
     async def _finish(self) -> None:
         if self._line.stream is self:
             await self._line.answered()
+
+
+def _received(message: str | bytes) -> Message:
+    text, content = (message, None) if isinstance(message, str) else (None, message)
+    return {"type": "websocket.receive", "bytes": content, "text": text}

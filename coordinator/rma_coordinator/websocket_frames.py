@@ -17,6 +17,8 @@ CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
 #: Bits of a frame's first byte, and of its second.
 FIN, RESERVED, KIND = 0x80, 0x70, 0x0F
 MASKED, LENGTH = 0x80, 0x7F
+#: The first byte of a whole message of bytes.
+WHOLE = FIN | BINARY
 #: The longest payload whose length stands in the second byte, all that a control frame may have; what stands there for
 #: a length in two bytes that follow; the longest of those.
 SHORT, IN_TWO, MEDIUM = 125, 126, 0xFFFF
@@ -105,12 +107,22 @@ class Frames:
                 length = int.from_bytes(data[at + 2 : start])
                 if length <= least:
                     raise _BrokenError
-            self._check(first, length)
+            # Nearly all that comes is that, and goes the shortest way.
+            whole = first == WHOLE and self._kind is None
+            if not whole:
+                self._check(first, length)
+            elif length > self._limit:
+                raise _BrokenError(TOO_LONG)
             start += MASK_BYTES
             end = start + length
             if end > size:
                 break
-            self._take(first, apply_mask(data[start:end], data[start - MASK_BYTES : start]), found)
+            payload = apply_mask(data[start:end], data[start - MASK_BYTES : start])
+            if whole:
+                self._limit = self._most
+                found.append(payload)
+            else:
+                self._take(first, payload, found)
             at = end
         return at
 

@@ -171,6 +171,18 @@ def _control(text: str) -> bytes:
     return _RECORD.pack(0, CONTROL, len(data)) + data
 
 
+def alone(message: str | bytes) -> tuple[int, bytes] | None:
+    """Return stream and bytes of a message that is one piece of an answer, but not its last; for others see `records`.
+
+    Nearly all messages of a streamed answer are such.
+    """
+    if isinstance(message, str) or len(message) < _RECORD.size:
+        return None
+    stream, kind, length = _RECORD.unpack_from(message)
+    whole = kind == DATA_PART and _RECORD.size + length == len(message)
+    return (stream, message[_RECORD.size :]) if whole else None
+
+
 def records(message: str | bytes) -> Iterator[tuple[int, int, bytes]]:
     """Yield (stream, kind, bytes) of each record of a message. Raises ValueError for what is none."""
     if isinstance(message, str):

@@ -12,6 +12,7 @@ from urllib.parse import parse_qs
 
 from rma_coordinator.api.problems import HTTPProblem, problem
 from rma_coordinator.api.waiting import go_on, within
+from rma_coordinator.mailbox import AT_ONCE
 from rma_coordinator.relay import BODILESS
 from rma_core.errors import NotAuthenticated
 from rma_core.models.strict import encode
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         Sequence,
     )
 
+    from rma_coordinator.mailbox import AtOnce
     from rma_core.errors import RMAError
 
     Message = MutableMapping[str, Any]
@@ -128,6 +130,8 @@ class Call(Lingering):
     def __init__(self, scope: Message, receive: Receive, send: Send, *, proxies: Sequence[str] = ()) -> None:
         self._receive = receive
         self._send = send
+        extensions = scope.get("extensions")
+        self._at_once: AtOnce | None = extensions.pop(AT_ONCE, None) if extensions else None
         self.scope = scope
         self.method: str = scope["method"]
         self.path: str = scope["path"]
@@ -144,7 +148,7 @@ class Call(Lingering):
                 message = {**message, "headers": [*message["headers"], *extra]}
             await send(message)
 
-        self._send = marked
+        self._send, self._at_once = marked, None
 
     @functools.cached_property
     def headers(self) -> dict[str, str]:
@@ -261,12 +265,15 @@ class Call(Lingering):
         except (TimeoutError, OSError):
             raise Gone from None
 
-    def push(self, message: Message) -> Coroutine[Any, Any, None] | None:
-        """Send at once; return what is to be awaited first where the connection takes no more now. Raises Gone.
+    def push(self, data: bytes) -> Coroutine[Any, Any, None] | None:
+        """Send a piece of the answer at once, which is not its end. Raises Gone.
 
-        What is returned raises Gone too, and may be closed instead of awaited.
+        Returns what is to be awaited first where the connection takes no more now; that raises Gone too, and may be
+        closed instead of awaited.
         """
-        steps = (self._send(message) if self._over else self.hand_on(message)).__await__()
+        if self._at_once is not None and self._at_once.piece(data):
+            return None
+        steps = self._send({"type": "http.response.body", "body": data, "more_body": True}).__await__()
         try:
             waits_for = next(steps)
         except StopIteration:
@@ -309,11 +316,11 @@ class Call(Lingering):
 
     async def give(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
         """Send a whole answer whose headers are as they must be, but for its length. Raises Gone."""
-        first = {
-            "type": "http.response.start",
-            "status": status,
-            "headers": [*headers, (b"content-length", b"%d" % len(body))],
-        }
+        headers = [*headers, (b"content-length", b"%d" % len(body))]
+        if self._over and self._at_once is not None and self._at_once.whole(status, headers, body):
+            self.started = True
+            return
+        first = {"type": "http.response.start", "status": status, "headers": headers}
         last = {"type": "http.response.body", "body": body, "more_body": False}
         try:
             await within(PATIENCE_S, self.both(first, last))

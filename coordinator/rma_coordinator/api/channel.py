@@ -17,7 +17,7 @@ from rma_core.errors import RMAError
 from rma_core.models import channel as frames
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from rma_coordinator.api.asgi import Message, Receive, Send
     from rma_coordinator.domain.fleet import Worker
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from rma_coordinator.pool import Pool
     from rma_coordinator.relay import Relay
 
-    #: Has messages handed over the moment they come.
-    HandOver = Callable[[Callable[[str | bytes], None]], None]
+    #: Has messages handed over the moment they come, those of one read together.
+    HandOver = Callable[[Callable[[Sequence[str | bytes]], None]], None]
     AttemptFrame = frames.Accept | frames.Head | frames.Progress | frames.End | frames.Error
 
 logger = logging.getLogger(__name__)
@@ -157,21 +157,26 @@ class Session:
         self._silence = Silence(self.pool.fleet.interval_s * SILENT_BEATS, self._silent)
         if hand_over is not None:
             hand_over(self._hear)
-        while not self.channel.closing.is_set():
+        while not self.channel.closed:
             message = await receive()
             if message["type"] != "websocket.receive":
                 return
             found = message.get("bytes")
-            self._hear(message.get("text") or "" if found is None else found)
+            self._hear([message.get("text") or "" if found is None else found])
 
-    def _hear(self, message: str | bytes) -> None:
-        """Take a message, unless the channel is over."""
-        # What an older connection still brings is no longer this worker's word.
-        if self._silence is None or self.channel.closing.is_set():
-            return
-        self._silence.heard()
+    def _hear(self, messages: Sequence[str | bytes]) -> None:
+        """Take messages, until the channel is over."""
+        if self._silence is not None:
+            self._silence.heard()
         try:
-            self._take(message)
+            for message in messages:
+                # What an older connection still brings is no longer this worker's word.
+                if self.channel.closed:
+                    return
+                if (alone := frames.alone(message)) is not None:
+                    self._data(*alone)
+                else:
+                    self._take(message)
         except (RMAError, ValueError) as error:
             self._broken(error)
         except Exception:
@@ -228,7 +233,7 @@ class Session:
             self._feed(stream, attempt, relay)
 
     def _feed(self, stream: int, attempt: Attempt, relay: Relay) -> None:
-        relay.begin(attempt, self.channel, lambda taken: self.channel.credit(stream, taken, at_least=CREDIT_STEP))
+        relay.begin(attempt, self.channel, lambda taken: self.channel.credit(stream, taken), CREDIT_STEP)
 
     def _take(self, message: str | bytes) -> None:
         for stream, kind, content in frames.records(message):
@@ -297,16 +302,19 @@ class Session:
         self.channel.done(stream)
         self.pool.dispatcher.delivered(attempt, usage=usage)
 
-    def _data(self, stream: int, data: bytes, *, end: bool) -> None:
-        found = self._stream(stream)
+    def _data(self, stream: int, data: bytes, *, end: bool = False) -> None:
+        found = self.channel.streams.get(stream)
         if found is None:
             return
         attempt, relay = found
-        way = relay.way_of(attempt)
+        if attempt.state != "running" and not attempt.open:
+            self.channel.done(stream)
+            return
+        source = relay.source
         try:
             if len(data) > frames.MAX_DATA_BYTES:
                 raise Overrun(f"a data frame has at most {frames.MAX_DATA_BYTES} bytes")
-            if way is not self.channel and way is not None:
+            if source is not None and source[0] is attempt and source[1] is not self.channel:
                 raise Overrun("its answer comes by a request of its own")
             relay.put(data)
             self.pool.dispatcher.accept(attempt)

@@ -178,7 +178,7 @@ async def _take(
         relay.restart()
     try:
         relay.put_head(head)
-        relay.begin(attempt, way, lambda _: None)
+        relay.begin(attempt, way)
         async for chunk in chunks:
             await _feed(pool, attempt, relay, way, chunk)
         # The end is an attempt's word too: by now the relay may be fed by a later one.

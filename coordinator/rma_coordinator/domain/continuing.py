@@ -40,7 +40,7 @@ from rma_coordinator.domain.stream_requests import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from rma_coordinator.domain.stream_events import Part, Piece
 
@@ -100,17 +100,24 @@ class Delivered:
         self.count(piece)
         self.note(piece, chunk)
 
-    def say(self, text: str) -> None:
-        """Take an event with nothing in it but some text of the first choice: what `take` does, at once.
+    def say(self, texts: Sequence[str]) -> None:
+        """Take events with nothing in them but a text of the first choice each: what `take` does, for many at once.
 
-        Raises UnicodeEncodeError for half a character, and is then as before.
+        There is one at least, none is empty, and none holds half a character.
         """
-        data = text.encode()
-        self._run += 1
-        tokens = self._before + self._run
-        new, self._noted = max(0, tokens - self._noted), tokens
-        self._add(text, data, new)
-        self.begun = self.begun or not text.isspace() or self.logprobs
+        first = self._before + self._run + 1
+        for last in range(len(texts) - 1, -1, -1):
+            # Only the last text that is not white space alone says how many tokens are kept.
+            if not texts[last].isspace():
+                new = 1 if last else max(0, first - self._noted)
+                self._keep(texts[last], first + last, new)
+                self.begun = True
+                break
+        else:
+            self.begun = self.begun or self.logprobs
+        self._run += len(texts)
+        self._noted = self._before + self._run
+        self._add("".join(texts).encode())
 
     def resume(self) -> None:
         """Count on from what is kept: another run begins."""
@@ -154,16 +161,19 @@ class Delivered:
         if part.finish:
             self.finished[part.choice] = part.finish
         if part.text:
-            self._add(part.text, part.text.encode() if part.choice == 0 else b"", new)
+            if not part.text.isspace():
+                self._keep(part.text, self.tokens, new)
+            self._add(part.text.encode() if part.choice == 0 else b"")
         # White space alone can come again unnoticed, but only as the whole of an answer's beginning.
         spread = part.text and (part.choice > 0 or self.logprobs)
         self.begun = bool(self.begun or part.text.strip() or spread or part.other or part.finish)
 
-    def _add(self, text: str, data: bytes, new: int) -> None:
-        if not text.isspace():
-            # Of tokens that came together, those of the white space at the end are made again.
-            again = (len(text) - len(text.rstrip())) * new // len(text)
-            self.kept = self._before + self._run - again
+    def _keep(self, text: str, tokens: int, new: int) -> None:
+        # Of tokens that came together, those of the white space at the end are made again.
+        again = (len(text) - len(text.rstrip())) * new // len(text)
+        self.kept = tokens - again
+
+    def _add(self, data: bytes) -> None:
         if self.too_long:
             return
         if len(self._text) + len(data) > MOST_TEXT_BYTES:

@@ -343,13 +343,14 @@ class Dispatcher:
 
     def accept(self, attempt: Attempt) -> None:
         """The worker has begun."""
+        now = self._clock()
         if attempt.state == "offered":
             attempt.state = "running"
-            attempt.started_at = self._clock()
+            attempt.started_at = now
             self._effects.accepted(attempt)
         # A broken upload begins anew, or its worker still lists it: there is nothing left to explain.
         attempt.broken_at = None
-        self.progress(attempt)
+        attempt.lease_until = now + self._lease_s
 
     def progress(self, attempt: Attempt) -> None:
         """The attempt lives: its lease is renewed."""

@@ -7,6 +7,7 @@ more than MOST_BEHIND is cut: it holds up nobody.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,7 +16,7 @@ from rma_coordinator.api.waiting import Ahead
 from rma_coordinator.relay import Behind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
 
     from rma_coordinator.api.asgi import Call
     from rma_coordinator.api.v1.requests import Manner
@@ -57,10 +58,14 @@ class Client:
         self._clock = clock
         self._asked_at = self._sent_at = asked_at
         self._turn = asyncio.Lock()
+        #: How many send or wait for their turn.
+        self._sends = 0
         #: Done when its run has ended, when it has left, or when it was cut.
         self.over: asyncio.Future[None] = loop.create_future()
         #: Whether it is cut: it fell behind, or it cannot be written to; whether it was given the last of its answer.
         self.cut = self.ended = False
+        #: Whether it is given everything at its own pace, with nothing that waits for it.
+        self.alone = True
         self._left = Ahead(call.left(), self.wake)
         self._timer = loop.call_later(quiet.first_s, self._beat) if quiet else None
         self._beating: asyncio.Task[None] | None = None
@@ -85,11 +90,6 @@ class Client:
         return self.manner.gave_up(self.waited_s[1])
 
     @property
-    def alone(self) -> bool:
-        """Whether it is given everything at its own pace, with nothing that waits for it."""
-        return self._backlog is None
-
-    @property
     def crowded(self) -> bool:
         """Whether it should get no more: so much waits for it, or it is cut."""
         return self.cut or (self._backlog is not None and self._backlog.bytes > MOST_BEHIND // 2)
@@ -107,7 +107,7 @@ class Client:
     def accompany(self, stirred: Callable[[], None]) -> None:
         """Let what it is given wait for it from now on, for it is not alone; ``stirred`` is told when some has gone."""
         if self._backlog is None:
-            self._backlog = Backlog(self, stirred)
+            self.alone, self._backlog = False, Backlog(self, stirred)
 
     def post(self, data: bytes, *, more: bool = True) -> None:
         """Give it whole events without waiting; one for which too many wait is cut."""
@@ -120,7 +120,7 @@ class Client:
     async def send(self, data: bytes, *, more: bool = True) -> None:
         """Send whole events, with what comes before the first of them. Raises Gone."""
         self.ended = self.ended or not more
-        async with self._turn:
+        async with self._in_turn():
             if not self.call.started:
                 await self.call.begin(200, self.opening())
             await self.call.write(data, more=more)
@@ -128,15 +128,24 @@ class Client:
 
     def push(self, data: bytes) -> Waits | None:
         """Send whole events at once; return what is to be awaited before more is sent, if anything. Raises Gone."""
-        if self._turn.locked() or not self.call.started:
+        if self._sends or not self.call.started:
             return self.send(data)
-        waits = self.call.push({"type": "http.response.body", "body": data, "more_body": True})
+        waits = self.call.push(data)
         self._sent_at = self._clock()
-        return None if waits is None else Behind(self._in_turn(waits), waits)
+        return None if waits is None else Behind(self._after(waits), waits)
 
-    async def _in_turn(self, waits: Waits) -> None:
-        async with self._turn:
+    async def _after(self, waits: Waits) -> None:
+        async with self._in_turn():
             await waits
+
+    @contextlib.asynccontextmanager
+    async def _in_turn(self) -> AsyncIterator[None]:
+        self._sends += 1
+        try:
+            async with self._turn:
+                yield
+        finally:
+            self._sends -= 1
 
     async def end(self, data: bytes) -> None:
         """Send the last of its answer, behind all that still waits for it. Raises Gone."""
@@ -180,7 +189,7 @@ class Client:
         loop = asyncio.get_running_loop()
         silent_s = self._clock() - self._sent_at
         wait_s = quiet.again_s if self.call.started else quiet.first_s
-        if self._turn.locked():
+        if self._sends:
             # It is not silent, it only reads slowly.
             self._timer = loop.call_later(quiet.again_s, self._beat)
         elif silent_s < wait_s:

@@ -8,7 +8,7 @@ one JSON string between, can only mean the same with another text: it need be ne
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -19,24 +19,23 @@ _text: Callable[[bytes], str] = msgspec.json.Decoder(str).decode
 #: A JSON string; of a long one most is passed over in one step.
 STRING = re.compile(rb' *("[^"\\]*(?:\\.[^"\\]*)*")')
 DATA, END, QUOTE = b"data: ", b"\n\n", b'"'
-
-
-class Spliced(NamedTuple):
-    """An event for the client, and the text in it."""
-
-    event: bytes
-    text: str
+#: Bytes of a text: a longer one is no piece like others, and many are kept until they are counted.
+MOST_TEXT = 1024
+NONE = (b"", "")
 
 
 class Wrapping:
     """What stands around the text of an engine's events, and of those that clients get for them."""
 
-    __slots__ = ("_after", "_before", "_least", "_our_after", "_our_before", "size")
+    __slots__ = ("_after", "_before", "_least", "_most", "_our_after", "_our_before", "_start", "_stop", "size")
 
     def __init__(self, theirs: tuple[bytes, bytes], ours: tuple[bytes, bytes]) -> None:
-        self._before, self._after = DATA + theirs[0], theirs[1]
+        # With the text's quotation marks: white space around it may be a line's end.
+        self._before, self._after = DATA + theirs[0] + QUOTE, QUOTE + theirs[1] + END
         self._our_before, self._our_after = ours
         self._least = len(self._before) + len(self._after)
+        self._most = self._least + MOST_TEXT
+        self._start, self._stop = len(self._before) - 1, 1 - len(self._after)
         #: Bytes of what clients get around the text, with its quotation marks.
         self.size = len(ours[0]) + len(ours[1]) + 2
 
@@ -46,20 +45,21 @@ class Wrapping:
         theirs, ours = _around(payload, name), _around(event, name)
         return cls(theirs, ours) if theirs and ours else None
 
-    def take(self, block: bytes) -> Spliced | None:
-        """Return what the client gets for an event, without its end, if it is wrapped like this one."""
-        if len(block) <= self._least or not (block.startswith(self._before) and block.endswith(self._after)):
-            return None
-        middle = block[len(self._before) : len(block) - len(self._after)]
-        if middle[:1] != QUOTE or middle[-1:] != QUOTE:
-            # White space around it may be a line's end.
-            return None
+    def take(self, block: bytes) -> tuple[bytes, str]:
+        """Return what the client gets for an event, and the text in it.
+
+        Nothing for one that is not wrapped like this, and for a long one.
+        """
+        if not self._least < len(block) <= self._most or not (
+            block.startswith(self._before) and block.endswith(self._after)
+        ):
+            return NONE
+        middle = block[self._start : self._stop]
         try:
-            # Anything but exactly one string is something else in the same wrapping.
-            text = _text(middle)
+            # Anything but exactly one string is something else in the same wrapping, and half a character is none.
+            return self._our_before + middle + self._our_after, _text(middle)
         except (msgspec.DecodeError, UnicodeError):
-            return None
-        return Spliced(self._our_before + middle + self._our_after, text) if text else None
+            return NONE
 
 
 def _around(data: bytes, name: bytes) -> tuple[bytes, bytes] | None:
