@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import signal
-import socket
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -19,6 +18,7 @@ from rma_core.commands.common import read_client
 from rma_core.http import open_client
 from tests import slow_service
 from tests.pools import NO_ENGINE, Running, environment, left_over, rma
+from tests.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
@@ -51,8 +51,7 @@ class Town:
     def __init__(self, folder: Path, *, host: str = "127.0.0.1", **settings: str) -> None:
         self.home, self.agents_home = folder / "c", folder / "a"
         self.catalog, self.sources, self.log = slow_service.write_service(folder / "s", slots=SLOTS)
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port = int(probe.getsockname()[1])
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._command = rma("coordinator", "--host", host, "--port", str(self.port), "--insecure-http")
         self._env = environment(self.home, {"RMA_CATALOG": str(self.catalog), **settings})

@@ -107,11 +107,14 @@ class ModelServer(NamedTuple):
 
     def engines(self) -> list[psutil.Process]:
         """Return the processes that hold a model."""
+        found: list[psutil.Process] = []
         with contextlib.suppress(psutil.NoSuchProcess):
-            children = psutil.Process(self.process.pid).children(recursive=True)
-            # Another child only asks it which devices there are.
-            return [child for child in children if child.cmdline()[-2:] == ["-m", "rma_llama_cpp.engine"]]
-        return []
+            for child in psutil.Process(self.process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    # Another child only asks it which devices there are.
+                    if child.cmdline()[-2:] == ["-m", "rma_llama_cpp.engine"]:
+                        found.append(child)
+        return found
 
     def kill_engine(self) -> None:
         """Kill the process that holds the model, as if memory had run out."""
@@ -290,7 +293,7 @@ def processors() -> list[int]:
 def is_ready(server: ModelServer) -> bool:
     """Whether the model is loaded; fails where the service has ended."""
     assert server.process.poll() is None, server.said()
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
         return server.get("/health").status == 200
     return False
 

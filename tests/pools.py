@@ -53,16 +53,19 @@ class Running:
 
     def __init__(self, command: Sequence[str], env: Mapping[str, str]) -> None:
         self.process = subprocess.Popen(
-            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True
-        )
+            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
+            errors="replace",
+        )  # fmt: skip
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.append(line.rstrip("\n"))
+        # Closed while it is read, where something else still holds its other end.
+        with contextlib.suppress(ValueError):
+            for line in self.process.stdout:
+                self.lines.append(line.rstrip("\n"))
 
     @property
     def text(self) -> str:
@@ -168,7 +171,16 @@ def pool(home: Path, *arguments: str, env: Mapping[str, str] | None = None) -> I
     finally:
         code = made.up.stop()
     assert code == 0, made.up.text
-    assert left_over(home) == [], made.up.text
+    # What was killed before may still be on its way out.
+    until(lambda: not left_over(home), within_s=10, what=f"nothing is left over: {made.up.text}")
+
+
+def runs(process: psutil.Process) -> bool:
+    """Say whether it still does anything: what nobody has collected yet does not."""
+    # It may be collected between two looks.
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    return False
 
 
 def left_over(home: Path) -> list[str]:

@@ -296,7 +296,7 @@ class Pool:
     @property
     def printed(self) -> str:
         """What it printed so far."""
-        return self._log.read_text(encoding="utf-8")
+        return self._log.read_text(encoding="utf-8", errors="replace")
 
     def _wait(self) -> None:
         deadline = time.monotonic() + READY_S

@@ -226,7 +226,7 @@ async def test_an_answer_that_is_not_read_to_its_end_closes_its_connection() -> 
         answer = await endpoint.request("GET", "/")
         assert await answer.read(100) == b"half"
         await answer.aclose()
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(PATIENCE_S):
             await service.left.wait()
         assert not endpoint._open
 
@@ -518,7 +518,7 @@ async def test_a_request_that_is_cancelled_closes_its_connection_and_its_source_
         with pytest.raises(asyncio.CancelledError):
             await asking
         assert closed.is_set()
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(PATIENCE_S):
             await service.left.wait()
 
 

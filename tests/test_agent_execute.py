@@ -189,7 +189,7 @@ async def test_a_cancelled_attempt_lets_its_service_go_at_once(bench: Bench) -> 
     bench.begin(offer("/wait"), up)
     await eventually(lambda: bench.service.requests)
     bench.attempts.stop(offer().lease_id, Stop("request", "the client left", tell=False))
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(PATIENCE_S):
         await bench.service.left.wait()
         await up.over.wait()
     assert (up.failure, len(bench.attempts)) == (("", "abandoned"), 0)
@@ -352,6 +352,8 @@ async def test_where_an_attempt_has_no_way_of_its_own_a_heartbeat_keeps_its_leas
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attempts_module, "LEAST_SIGN_S", 0.1)
+    monkeypatch.setattr(attempts_module, "SIGNS_PER_LEASE", 30)
+    monkeypatch.setattr(attempts_module, "LOOK_S", 0.05)
     up, beats = MemoryUplink(), 0
     up.heard = False
 
@@ -362,7 +364,7 @@ async def test_where_an_attempt_has_no_way_of_its_own_a_heartbeat_keeps_its_leas
 
     bench.attempts = Attempts(lambda _: bench.place, beat=beat)
     bench.begin(offer("/wait", lease_s=0.3), up)
-    await eventually(lambda: beats > 4)
+    await eventually(lambda: beats > 16)
     assert up.failure is None
     bench.service.go_on.set()
     await eventually(up.over.is_set)
@@ -373,6 +375,8 @@ async def test_a_sign_that_fails_unexpectedly_is_logged_and_the_lease_says_the_r
     bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(attempts_module, "LEAST_SIGN_S", 0.1)
+    monkeypatch.setattr(attempts_module, "SIGNS_PER_LEASE", 30)
+    monkeypatch.setattr(attempts_module, "LOOK_S", 0.05)
 
     class Broken(MemoryUplink):
         async def progress(self) -> bool:

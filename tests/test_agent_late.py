@@ -255,11 +255,13 @@ async def test_an_answer_that_finds_no_room_for_its_bytes_ends_after_the_gap(hou
 async def behind_a_cable(house: House, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[Agent, Line, Cable]]:
     """An agent with an attempt under a lease of a second, behind a cable that can be pulled out."""
     monkeypatch.setattr(attempts_module, "LEAST_SIGN_S", 0.1)
+    monkeypatch.setattr(attempts_module, "SIGNS_PER_LEASE", 30)
+    monkeypatch.setattr(attempts_module, "LOOK_S", 0.05)
     async with cable_to(house.pool.url) as cable:
         settings = msgspec.structs.replace(house.settings, coordinator_url=cable.url, drain_s=0)
         async with house.agent(settings=settings) as agent:
             line = await house.serving()
-            await line.say(frames.Task(stream=9, offer=offer("/wait", lease_s=1.0)))
+            await line.say(frames.Task(stream=9, offer=offer("/wait", lease_s=3.0)))
             await line.frame(frames.Progress, 9)
             try:
                 yield agent, line, cable
@@ -272,7 +274,7 @@ async def test_an_attempt_that_is_heard_of_outlives_its_first_lease(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with behind_a_cable(house, monkeypatch) as (agent, line, _):
-        for _ in range(6):
+        for _ in range(20):
             await line.frame(frames.Progress, 9)
         assert len(agent.attempts) == 1
         house.service.go_on.set()

@@ -124,7 +124,7 @@ async def test_the_answer_stops_at_the_window_and_goes_on_with_credit(house: Hou
         await line.say(frames.Credit(stream=1, bytes=1000))
         await line.bytes_of(1, frames.WINDOW_BYTES + 1000)
         await line.say(frames.Cancel(stream=1, reason="the client left"))
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(PATIENCE_S):
             await house.service.left.wait()
 
 
@@ -287,7 +287,7 @@ async def test_an_attempt_that_a_heartbeats_answer_cancels_ends(house: House) ->
         await line.frame(frames.Accept, 1)
         house.pool.answer_more["cancel"] = agent.attempts.refs()
         await line.say(frames.Assign(answer=house.pool.answer(1)))
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(PATIENCE_S):
             await house.service.left.wait()
 
 
@@ -412,7 +412,7 @@ async def test_stopping_finishes_what_runs_returns_the_rest_and_leaves(house: Ho
             coordinator_url=house.pool.url,
             join_token=house.pool.token,
             runtimes=["memory"],
-            drain_s=0.5,
+            drain_s=3,
         )
     ) as agent:
         line = await house.serving()

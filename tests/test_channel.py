@@ -337,11 +337,11 @@ async def test_a_worker_that_reads_nothing_is_cut(tmp_path: Path) -> None:
 # -- when something breaks -------------------------------------------------------------------------------------------
 
 
-async def test_a_client_that_leaves_is_told_to_the_worker_within_a_second(tmp_path: Path) -> None:
+async def test_a_client_that_leaves_is_told_to_the_worker(tmp_path: Path) -> None:
     async with running(tmp_path) as pool, pool.worker() as line:
         async with SlowClient.asking(pool):
             task = await line.task()
-        cancel = await line.frame(frames.Cancel, within_s=1.0)
+        cancel = await line.frame(frames.Cancel)
         assert (cancel.stream, cancel.reason) == (task.stream, "the client left")
         record = pool.pool.dispatcher.find(task.offer.task_id)
         assert (record.state, record.attempts[0].state) == ("cancelled", "cancelled")

@@ -190,9 +190,10 @@ async def test_a_whole_answer_says_who_gave_it_and_how_long_what_took(tmp_path: 
         await line.say(frames.End(stream=task.stream))
         answer = await asked
         took = timings(answer.headers)
-        assert 3000 <= took["queue"] < 4900
-        assert 5000 <= took["first-byte"] < 5900
-        assert 6000 <= took["total"] < 9000
+        # Beside the turned clock, real time passes too.
+        assert 3000 <= took["queue"] <= took["first-byte"] - 1990
+        assert 5000 <= took["first-byte"] <= took["total"] - 990
+        assert took["total"] >= 6000
         assert (answer.headers["rma-worker"], answer.headers["rma-attempt"]) == (line.id, "1")
         assert re.fullmatch("task-[0-9a-z]{20}", answer.headers["rma-task-id"])
         assert "rma-model-state" not in answer.headers

@@ -43,7 +43,7 @@ def script(folder: Path, name: str, body: str) -> Path:
     return write(folder, name, f"#!/bin/sh\n{body}\n")
 
 
-async def detected(folder: Path, *, deadline_s: float = 5, **tables: dict[str, object]) -> dict[str, Observation]:
+async def detected(folder: Path, *, deadline_s: float = 60, **tables: dict[str, object]) -> dict[str, Observation]:
     """What the files of a folder detect, by name."""
     plugins = Plugins.discover(kinds=["detector"], files=str(folder))
     seen = await observe(plugins, config=tables, deadline_s=deadline_s)
@@ -93,7 +93,7 @@ async def test_an_executable_is_given_its_table_and_nothing_of_ours(
 async def test_what_goes_wrong_costs_that_one_only_and_is_said(body: str, words: str, tmp_path: Path) -> None:
     script(tmp_path, "bad", body)
     write(tmp_path, "good.json", json.dumps([BOARD]))
-    seen = await detected(tmp_path, bad={"deadline_s": 1})
+    seen = await detected(tmp_path, bad={"deadline_s": 1 if body == "sleep 60" else 60})
     assert seen["bad"].detection.state == "unhealthy"
     assert words in seen["bad"].detection.reason
     assert seen["good"].detection.state == "healthy"

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from tests import base_image, engines
-from tests.pools import Running, environment, pool, rma, until
+from tests.pools import Running, environment, pool, rma, runs, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -144,7 +144,7 @@ def test_podman_serves_with_no_socket_enabled_and_its_service_may_die(
         worker = made.get(f"/api/admin/workers/{made.workers()[0]['worker_id']}")
         [runtime] = [found for found in worker["runtimes"] if found["name"] == "podman"]
         assert bool(runtime["cannot_limit"]) == bool(podman.user and not UNIFIED)
-        service = child_of(made)
+        service = until(lambda: child_of(made), within_s=60, what="its service")
         os.kill(service, signal.SIGKILL)
         until(lambda: child_of(made, but=service), within_s=60, what="a new service is started")
         wait(made, lambda seen: (seen["worker"], seen["state"]) == ("healthy", "healthy"), "it serves on")
@@ -175,7 +175,7 @@ def test_an_agent_that_was_killed_leaves_no_service_and_takes_over_its_podman_co
         service = [p for p in psutil.Process(agent.process.pid).children() if "podman" in engines.command_line(p.pid)]
         assert service
         agent.stop(signal.SIGKILL)
-        until(lambda: not any(p.is_running() for p in service), within_s=10, what="the service ends with its agent")
+        until(lambda: not any(map(runs, service)), within_s=60, what="the service ends with its agent")
         assert of_podman(podman) == [before]
         agent = Running(rma("agent"), settings)
         agent.wait_for("rma-hello-worker goes on in podman", within_s=60)

@@ -17,6 +17,7 @@ from rma_core import http
 from rma_core.commands import Commands, rma, run
 from tests.pools import environment
 from tests.pools import rma as rma_command
+from tests.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -250,8 +251,7 @@ def test_an_answer_without_end_is_given_up(
 
 
 def test_nobody_at_the_address_is_said_by_every_command(capsysbinary: pytest.CaptureFixture[bytes]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    url = f"http://127.0.0.1:{free_port()}"
     for command in ASKING:
         code, out, err = said(capsysbinary, *command, "--coordinator", url, "--key", KEY, "--json")
         assert (code, check(code, out, err, as_json=True, arguments=command)["code"]) == (7, "unreachable"), command

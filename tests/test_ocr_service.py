@@ -16,6 +16,7 @@ from tests import ocr_pages as pages
 from tests.fixtures import NOTES
 from tests.needs import need
 from tests.notes_server import READ_S, Reply, Server, running, until
+from tests.pools import runs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -154,7 +155,7 @@ def test_a_tesseract_at_work_ends_with_the_reader_that_started_it(server: Server
     [reader] = server.parsers()
     reader.kill()
     thread.join(READ_S)
-    until(lambda: not started.is_running() or started.status() == "zombie", what="Tesseract is gone")
+    until(lambda: not runs(started), what="Tesseract is gone")
 
 
 def test_the_catalog_entry_fits_the_service() -> None:

@@ -206,7 +206,7 @@ async def test_one_that_dies_in_the_middle_is_seen_to_be_gone(tmp_path: Path, mo
         error = await here.line.frame(frames.Error, stream)
         assert (error.fault, "broke off in the middle of its answer" in error.reason) == ("service", True)
         assert streamed(bytes(here.line.data[stream])) == "Hello"
-        assert here.agent.offering.free() == 1
+        await eventually(lambda: here.agent.offering.free() == 1)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from tests import coordinator_process
 from tests.coordinator_fixtures import until
 from tests.coordinator_process import coordinating
 from tests.policy_plugins import BROKEN, children, source
-from tests.pools import environment
+from tests.pools import environment, runs
 
 if TYPE_CHECKING:
     from rma_core.http import AsyncClient
@@ -130,7 +130,7 @@ async def test_pip_installs_it_while_the_coordinator_runs(tmp_path: Path, python
         assert len(children(pid)) == 2
         living = children(pid)
         coordinator.kill()
-        await until(lambda: not any(child.is_running() and child.status() != "zombie" for child in living))
+        await until(lambda: not any(map(runs, living)))
 
 
 async def test_a_coordinator_that_is_stopped_or_killed_leaves_no_child(tmp_path: Path, python: Path) -> None:
@@ -147,7 +147,7 @@ async def test_a_coordinator_that_is_stopped_or_killed_leaves_no_child(tmp_path:
 
     async with coordinating(home) as (coordinator, client):
         stopped = await living(client, coordinator.process.pid)
-    await until(lambda: not any(child.is_running() for child in stopped))
+    await until(lambda: not any(map(runs, stopped)))
     async with coordinating(home) as (coordinator, client):
         killed = await living(client, coordinator.process.pid)
         flag.touch()
@@ -159,4 +159,4 @@ async def test_a_coordinator_that_is_stopped_or_killed_leaves_no_child(tmp_path:
         coordinator.kill()
         asking.cancel()
         await asyncio.wait({asking})
-    await until(lambda: not any(child.is_running() and child.status() != "zombie" for child in killed))
+    await until(lambda: not any(map(runs, killed)))

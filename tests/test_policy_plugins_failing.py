@@ -168,7 +168,8 @@ async def test_nothing_else_waits_while_it_hangs(tmp_path: Path, folder: Path) -
     install(folder)
     async with pool_of(tmp_path / "home", plugins={"night": {"deadline_s": 5.0}}) as (pool, machines):
         odd = await enrol(pool, "hang")
-        looking = asyncio.create_task(pool.client.post("/api/admin/policies/preview", json={"policy": "night"}))
+        asked = pool.client.post("/api/admin/policies/preview", json={"policy": "night"}, timeout=60)
+        looking = asyncio.create_task(asked)
         await until(children)
         began = asyncio.get_running_loop().time()
         for machine in [*machines, odd]:

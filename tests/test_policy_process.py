@@ -22,6 +22,7 @@ from rma_core.policy_process import Answer, PolicyProcess, Question
 from rma_core.record import from_capabilities
 from tests.coordinator_fixtures import soon, until
 from tests.policy_plugins import BROKEN, install
+from tests.pools import runs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -202,7 +203,7 @@ async def test_it_sees_no_secret_and_takes_along_what_it_has_started(
     await soon(process.ask([question("start")], DEADLINE_S))
     [started] = [p for p in psutil.Process().children(recursive=True) if p.name() == "sleep"]
     await soon(process.close())
-    await until(lambda: not started.is_running() or started.status() == psutil.STATUS_ZOMBIE)
+    await until(lambda: not runs(started))
 
 
 async def test_one_that_dies_takes_along_what_it_has_started(folder: Path) -> None:
@@ -210,7 +211,7 @@ async def test_one_that_dies_takes_along_what_it_has_started(folder: Path) -> No
     await soon(process.ask([question("start")], DEADLINE_S))
     [started] = [p for p in psutil.Process().children(recursive=True) if p.name() == "sleep"]
     assert await soon(process.ask([question("die")], DEADLINE_S)) == []
-    await until(lambda: not started.is_running() or started.status() == psutil.STATUS_ZOMBIE)
+    await until(lambda: not runs(started))
 
 
 @pytest.mark.parametrize(

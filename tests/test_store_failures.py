@@ -228,10 +228,10 @@ async def test_a_file_that_is_gone_or_exchanged_while_it_was_closed_is_not_taken
         with pytest.raises(StoreFailed):
             await store.commit([pear("lost")])
         await until(lambda: store._writer._connection is None)
+        reasons = [store.state.reason]
         path.rename(away)
         (tmp_path / "pool.db-wal").rename(tmp_path / "away.db-wal")
         faulty.failing.clear()
-        reasons = [store.state.reason]
         await until(lambda: store.state.reason != reasons[0])
         assert not path.exists()
         (tmp_path / "other.db").rename(path)

@@ -217,7 +217,8 @@ async def test_a_second_ctrl_c_hurries_the_worker_and_a_third_kills_it(capsys: p
 async def test_a_worker_that_takes_too_long_is_hurried_before_anything_is_killed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(local_worker, "LEAVING_S", 0.1)
+    # Two signals that come before it has run are one to it.
+    monkeypatch.setattr(local_worker, "LEAVING_S", 2.0)
     agent = await stubborn(ends_at=2)
     await asyncio.wait_for(local_worker.stop(agent, drain_s=0), 20)
     assert agent.returncode == 0
