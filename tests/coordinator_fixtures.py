@@ -103,6 +103,10 @@ class Running:
     def pool(self) -> Pool:
         return pool_of(self.app)
 
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
     def bearer(self, secret: str) -> dict[str, str]:
         return {"Authorization": f"Bearer {secret}"}
 
@@ -310,6 +314,19 @@ def make_app(
 def make_config(plain: server.Listener | None, secure: server.Listener | None) -> server.Server:
     """Return the server that the tests run with."""
     return server.make_config(plain, secure, server=os.environ.get(SERVER, "hypercorn"))
+
+
+@contextlib.asynccontextmanager
+async def connected(port: int) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A connection to a port of this machine, for as long as anything here is waited for."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            yield reader, writer
+    finally:
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
 
 
 @contextlib.asynccontextmanager

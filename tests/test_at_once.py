@@ -13,7 +13,7 @@ from rma_coordinator.api.asgi import Call
 from rma_coordinator.mailbox import AT_ONCE
 from rma_coordinator.server import Listener, make_config
 from tests import ports
-from tests.coordinator_fixtures import PATIENCE_S, soon, until
+from tests.coordinator_fixtures import connected, soon, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -56,18 +56,6 @@ async def served(handler: Callable[[Any, Any, Any], Awaitable[None]]) -> AsyncIt
 
 def _started(config: Any) -> bool:
     return config._server is not None and config._server.started
-
-
-@contextlib.asynccontextmanager
-async def connected(port: int) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    try:
-        async with asyncio.timeout(PATIENCE_S):
-            yield reader, writer
-    finally:
-        writer.close()
-        with contextlib.suppress(ConnectionError):
-            await writer.wait_closed()
 
 
 async def said(port: int, *requests: bytes) -> list[bytes]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +9,11 @@ import pytest
 
 from rma_coordinator.api.browsers import EXPOSED
 from rma_coordinator.api.v1.calls import MAX_BODY_BYTES
-from tests.coordinator_fixtures import PATIENCE_S, Running, running
+from tests.coordinator_fixtures import Running, connected, running
 from tests.openai_kit import CHAT, END, HELLO, JSON, REPLY, SSE, ask, delta, pool_with, stream
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    import asyncio
     from pathlib import Path
 
 PAGE = {"origin": "https://app.example"}
@@ -104,19 +102,6 @@ async def test_options_says_what_an_address_takes_and_head_is_a_get_without_its_
             assert head.headers["content-length"] == full.headers["content-length"]
 
 
-@contextlib.asynccontextmanager
-async def connected(pool: Running) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    host, _, port = pool.url.removeprefix("http://").partition(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
-    try:
-        async with asyncio.timeout(PATIENCE_S):
-            yield reader, writer
-    finally:
-        writer.close()
-        with contextlib.suppress(ConnectionError):
-            await writer.wait_closed()
-
-
 def written(pool: Running, length: int, *more: str) -> bytes:
     lines = [
         f"POST {CHAT} HTTP/1.1",
@@ -137,7 +122,7 @@ async def answered(reader: asyncio.StreamReader) -> tuple[int, dict[str, str], b
 
 async def test_one_connection_carries_one_request_after_another(tmp_path: Path) -> None:
     body = json.dumps({"model": "tiny", "messages": HELLO}).encode()
-    async with pool_with(tmp_path) as (pool, line), connected(pool) as (reader, writer):
+    async with pool_with(tmp_path) as (pool, line), connected(pool.port) as (reader, writer):
         for content, status in ((body, 200), (b"{", 400), (body, 200)):
             writer.write(written(pool, len(content)) + content)
             if status == 200:
@@ -147,7 +132,7 @@ async def test_one_connection_carries_one_request_after_another(tmp_path: Path) 
 
 @pytest.mark.parametrize("length", [100, MAX_BODY_BYTES + 1], ids=["small", "too large"])
 async def test_a_client_that_waits_to_be_told_to_go_on_is_told_or_refused(tmp_path: Path, length: int) -> None:
-    async with pool_with(tmp_path) as (pool, _), connected(pool) as (reader, writer):
+    async with pool_with(tmp_path) as (pool, _), connected(pool.port) as (reader, writer):
         writer.write(written(pool, length, "expect: 100-continue"))
         status, _, content = await answered(reader)
         if length == 100:
