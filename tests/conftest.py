@@ -48,6 +48,7 @@ ON_EVERY_SERVER = frozenset(
         "test_server",
         "test_v1_browsers",
         "test_v1_leaving",
+        "test_v1_losses",
         "test_v1_streams",
         "test_v1_whole",
     }

@@ -101,6 +101,17 @@ async def test_all_that_was_missing_is_the_end(tmp_path: Path) -> None:
         assert (text_of(found), found[-1]["choices"][0]["finish_reason"]) == ("ab", "length")
 
 
+@pytest.mark.parametrize("usage", [True, False])
+async def test_what_is_lost_behind_the_end_of_its_text_is_whole(tmp_path: Path, usage: bool) -> None:
+    async with pool_with(tmp_path) as (pool, line):
+        asked = stream(pool, max_tokens=9, stream_options={"include_usage": usage})
+        await begins(pool, line, ROLE, delta("a"), delta("b"), delta(finish="stop"))
+        await line.say(frames.Error(stream=line_stream(pool, line), fault="service", reason="it crashed"))
+        found = events((await asked).text)
+        assert found.pop() == "[DONE]"
+        assert (text_of(found), bool(found[-1].get("usage"))) == ("ab", usage)
+
+
 async def test_a_worker_that_lost_an_answer_gets_it_again_when_there_is_no_other(tmp_path: Path) -> None:
     async with pool_with(tmp_path) as (pool, line):
         asked = stream(pool)

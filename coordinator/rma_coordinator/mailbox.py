@@ -26,7 +26,7 @@ class AtOnce(Protocol):
     """
 
     def piece(self, data: bytes, /) -> bool:
-        """Write a piece of an answer that has begun; it is not empty."""
+        """Write a piece of an answer that has begun."""
 
     def whole(self, status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes, /) -> bool:
         """Write a whole answer, whose headers say its length; the request's body has been read."""

@@ -175,15 +175,16 @@ class _AtOnce:
         self._cycle = cycle
 
     def piece(self, data: bytes) -> bool:
-        """Write a piece of an answer in chunks."""
+        """Write a piece of an answer in chunks; an empty one would be its end."""
         cycle = self._cycle
-        if cycle.flow.write_paused or cycle.disconnected or cycle.response_complete or not cycle.chunked_encoding:
+        over = cycle.disconnected or cycle.response_complete
+        if over or cycle.flow.write_paused or not (cycle.chunked_encoding and data):
             return False
         cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
         return True
 
     def whole(self, status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> bool:
-        """Write a whole answer, unless one of its headers is none."""
+        """Write a whole answer, unless one of its headers could add another."""
         cycle = self._cycle
         if cycle.flow.write_paused or cycle.disconnected or cycle.response_started or cycle.scope["method"] == "HEAD":
             return False
@@ -193,6 +194,8 @@ class _AtOnce:
         head = b"\r\n".join((STATUS_LINE[status][:-2], *lines, b"", b""))
         if head.count(b"\n") != len(lines) + 2 or head.count(b"\r") != len(lines) + 2 or b"\0" in head:
             return False
+        # What is kept there, as that the client may go on, comes before it.
+        cycle.transport.flush()
         transport = cycle.transport.to
         transport.write(head + body)
         cycle.response_started = cycle.response_complete = True

@@ -307,6 +307,7 @@ class Session:
         if found is None:
             return
         attempt, relay = found
+        # Nearly all are running; whether one is open costs a call.
         if attempt.state != "running" and not attempt.open:
             self.channel.done(stream)
             return

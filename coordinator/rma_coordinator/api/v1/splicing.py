@@ -45,16 +45,16 @@ class Wrapping:
         theirs, ours = _around(payload, name), _around(event, name)
         return cls(theirs, ours) if theirs and ours else None
 
-    def take(self, block: bytes) -> tuple[bytes, str]:
+    def take(self, data: bytes) -> tuple[bytes, str]:
         """Return what the client gets for an event, and the text in it.
 
         Nothing for one that is not wrapped like this, and for a long one.
         """
-        if not self._least < len(block) <= self._most or not (
-            block.startswith(self._before) and block.endswith(self._after)
+        if not self._least < len(data) <= self._most or not (
+            data.startswith(self._before) and data.endswith(self._after)
         ):
             return NONE
-        middle = block[self._start : self._stop]
+        middle = data[self._start : self._stop]
         try:
             # Anything but exactly one string is something else in the same wrapping, and half a character is none.
             return self._our_before + middle + self._our_after, _text(middle)

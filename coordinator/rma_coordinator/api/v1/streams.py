@@ -81,7 +81,8 @@ async def _go_on(run: Run, stream: Stream, stack: contextlib.AsyncExitStack) -> 
         raise _broke_off(lost, stream, decision.reason)
     if decision.outcome == "finish":
         stream.done = True
-        await run.give(stream.add(ending(asked, stream.delivered)))
+        if events := stream.add(ending(asked, stream.delivered)):
+            await run.give(events)
         return
     try:
         found = await _elsewhere(lost, continued(asked, stream.delivered), stack)
