@@ -150,6 +150,19 @@ def test_a_message_that_was_cut_is_refused_behind_its_whole_records(
     assert len(found) < len(packed)
 
 
+MESSAGE = st.lists(PACKED, min_size=1, max_size=3).map(frames.bundle)
+
+
+@given(st.one_of(MESSAGE, st.binary(max_size=40), st.tuples(MESSAGE, st.integers(0, 40)).map(lambda m: m[0][: m[1]])))
+def test_a_message_is_a_sole_piece_exactly_where_its_records_are_one(message: str | bytes) -> None:
+    try:
+        found = [] if isinstance(message, str) else list(frames.records(message))
+    except ValueError:
+        found = []
+    sole = len(found) == 1 and found[0][1] == frames.DATA_PART
+    assert frames.sole_piece(message) == ((found[0][0], found[0][2]) if sole else None)
+
+
 @given(st.binary(max_size=200))
 def test_hostile_bytes_are_records_or_refused(message: bytes) -> None:
     try:

@@ -22,7 +22,7 @@ MOST_TOLD = 10
 class AtOnce(Protocol):
     """Writes an answer that nothing holds up; where it says ``False``, nothing was written, and messages are sent.
 
-    A message each is a coroutine, and costs as much again as to write what is in it.
+    A message for each piece is a coroutine, and a call of the server's, beside the write.
     """
 
     def piece(self, data: bytes, /) -> bool:

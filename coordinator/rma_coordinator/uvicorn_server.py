@@ -164,7 +164,7 @@ class _Transport(Together):
 
 
 class _AtOnce:
-    """An `AtOnce` of one request.
+    """Writes the answer to one request at once, as an `AtOnce` does.
 
     Must be taken out of the request's scope: both would live on in each other.
     """

@@ -171,7 +171,7 @@ def _control(text: str) -> bytes:
     return _RECORD.pack(0, CONTROL, len(data)) + data
 
 
-def alone(message: str | bytes) -> tuple[int, bytes] | None:
+def sole_piece(message: str | bytes) -> tuple[int, bytes] | None:
     """Return stream and bytes of a message that is one piece of an answer, but not its last; for others see `records`.
 
     Nearly all messages of a streamed answer are such.

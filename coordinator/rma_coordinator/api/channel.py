@@ -173,8 +173,8 @@ class Session:
                 # What an older connection still brings is no longer this worker's word.
                 if self.channel.closed:
                     return
-                if (alone := frames.alone(message)) is not None:
-                    self._data(*alone)
+                if (piece := frames.sole_piece(message)) is not None:
+                    self._data(*piece)
                 else:
                     self._take(message)
         except (RMAError, ValueError) as error:

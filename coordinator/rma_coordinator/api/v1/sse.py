@@ -126,7 +126,7 @@ class Stream:
         self._finished: set[int] = set()
         self._tools: set[tuple[int, int]] = set()
         self._delivered = Delivered()
-        #: Texts that it has beside that: to count each by itself would cost a twelfth of what a token does.
+        #: Texts that it has beside that, to be counted together: each by itself would cost a few calls.
         self._texts: list[str] = []
         self._seam: Seam | None = None
         self._wrapping: Wrapping | None = None
