@@ -43,6 +43,7 @@ settings.load_profile("rma")
 #: Tests of what the coordinator's server has a part in run on each of them.
 ON_EVERY_SERVER = frozenset(
     {
+        "test_at_once",
         "test_channel",
         "test_hostile_bytes",
         "test_server",

@@ -1,10 +1,12 @@
-"""Answers that uvicorn's server writes without messages: the same bytes, and messages where something holds them up."""
+"""Answers that a server writes without messages: the same bytes, and messages where something holds them up."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import gc
+import os
+import socket
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -26,7 +28,7 @@ GET = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
 
 @contextlib.asynccontextmanager
 async def served(handler: Callable[[Any, Any, Any], Awaitable[None]]) -> AsyncIterator[int]:
-    """Serve one handler of requests by the real server; what it raises fails the test."""
+    """Serve one handler of requests by a real server; what it raises fails the test."""
     failed: list[BaseException] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -42,11 +44,11 @@ async def served(handler: Callable[[Any, Any, Any], Awaitable[None]]) -> AsyncIt
             raise
 
     port, stop = ports.free_port(), asyncio.Event()
-    config = make_config(Listener("127.0.0.1", port), None, server="uvicorn")
+    config = make_config(Listener("127.0.0.1", port), None, server=os.environ["RMA_TEST_SERVER"])
     asgi: ASGI = app
     serving = asyncio.create_task(config.serve(asgi, stop))
     try:
-        await until(lambda: serving.done() or _started(config))
+        await until(lambda: serving.done() or _listens(port))
         yield port
     finally:
         stop.set()
@@ -54,8 +56,9 @@ async def served(handler: Callable[[Any, Any, Any], Awaitable[None]]) -> AsyncIt
     assert not failed, failed
 
 
-def _started(config: Any) -> bool:
-    return config._server is not None and config._server.started
+def _listens(port: int) -> bool:
+    with socket.socket() as one:
+        return one.connect_ex(("127.0.0.1", port)) == 0
 
 
 async def said(port: int, *requests: bytes) -> list[bytes]:
@@ -109,7 +112,7 @@ LAST = b"%b HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
 async def test_it_is_the_answer_that_messages_make(handler: Any, request_of: Any) -> None:
     async with served(handler) as port:
         by_messages, at_once = await said(port, request_of(b"/")), await said(port, request_of(b"/at-once"))
-    assert b"HTTP/1.1 200 OK" in by_messages
+    assert any(line.startswith(b"HTTP/1.1 200 ") for line in by_messages)
     assert at_once == by_messages
 
 
@@ -125,7 +128,7 @@ async def test_no_header_of_it_can_add_another(header: tuple[bytes, bytes]) -> N
 
     async with served(injects) as port:
         lines = await said(port, LAST % b"GET /")
-    assert (lines[0], lines[-1]) == (b"HTTP/1.1 200 OK", b"y")
+    assert (lines[0][:13], lines[-1]) == (b"HTTP/1.1 200 ", b"y")
     assert not [line for line in lines if b"cookie" in line or line.startswith(b"x")]
 
 
@@ -191,7 +194,7 @@ async def test_a_call_leaves_none_of_it_to_the_collector() -> None:
         async with served(answers) as port:
             async with connected(port) as (reader, writer):
                 writer.write(GET)
-                assert (await reader.readuntil(b"hello")).startswith(b"HTTP/1.1 200 OK")
-            await until(lambda: not [one for one in gc.get_objects() if type(one).__name__ == "_AtOnce"])
+                assert (await reader.readuntil(b"hello")).startswith(b"HTTP/1.1 200 ")
+            await until(lambda: not [one for one in gc.get_objects() if type(one).__name__ in {"_AtOnce", "Exchange"}])
     finally:
         gc.enable()

@@ -31,6 +31,8 @@ class Direct(asyncio.Protocol):
         transport.set_protocol(self)
         #: Whether pieces are handled at once; whether something, or the end, has gone to the stream since it was read.
         self._at_once = self._kept = False
+        #: Whether whoever writes has to wait.
+        self.full = False
         #: Bytes that were handled at once since the task that reads had its turn: others want theirs.
         self._handled = 0
         #: What is left to do of a piece whose handling has to wait.
@@ -104,8 +106,10 @@ class Direct(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         """Whoever writes has to wait."""
+        self.full = True
         self._stream.pause_writing()
 
     def resume_writing(self) -> None:
         """Whoever writes may go on."""
+        self.full = False
         self._stream.resume_writing()

@@ -6,6 +6,7 @@ No answer looks whole that is not. HTTP/2 without TLS is not spoken.
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
@@ -14,7 +15,7 @@ from hypercorn.events import Closed, RawData, Updated
 from rma_coordinator import server
 from rma_coordinator.http1_answer import Answer
 from rma_coordinator.http1_parser import Head, Parser, Refused
-from rma_coordinator.mailbox import Mailbox
+from rma_coordinator.mailbox import AT_ONCE, Mailbox
 from rma_coordinator.websocket import Socket, offer_in
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from rma_coordinator.mailbox import Message
 
     Receive = Callable[[], Awaitable[Message]]
+
+logger = logging.getLogger(__name__)
 
 FAILED = 500
 CONTINUE = b"HTTP/1.1 100 \r\n\r\n"
@@ -68,10 +71,35 @@ class Exchange(Mailbox):
         else:
             raise RuntimeError(f"{kind} has no place here")
 
+    def piece(self, data: bytes) -> bool:
+        """Write a piece of an answer in chunks, as an `AtOnce` does; an empty one would be its end."""
+        answer = self._http.answer
+        if self.gone or not answer.chunked or not data:
+            return False
+        return self._http.at_once(answer.body(data))
+
+    def whole(self, status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> bool:
+        """Write a whole answer, as an `AtOnce` does, unless one of its headers could add another."""
+        http, answer = self._http, self._http.answer
+        if self.gone or answer.begun or not http.whole or self.scope["method"] == "HEAD":
+            return False
+        try:
+            if http.at_once(answer.start(status, headers) + answer.body(body) + answer.end()):
+                return True
+        except RuntimeError as error:
+            logger.debug("an answer goes out by messages: %s", error)
+        http.answer = answer.anew()
+        return False
+
     async def run(self) -> None:
         """Let the application answer; for one that fails before it began, say so."""
         await self._http.let(self.scope, self.receive, self.send)
         await self._http.ended(self)
+
+
+def _never(_: bytes) -> bool:
+    """Write nothing: there is no connection yet."""
+    return False
 
 
 class Http1:
@@ -94,6 +122,8 @@ class Http1:
         self.app, self.config, self.context, self.task_group = app, config, context, task_group
         self.connection_state, self.ssl, self.client, self.server = connection_state, ssl, client, server
         self.send = send
+        #: Writes what nothing holds up; where it says ``False``, nothing was written.
+        self.at_once: Callable[[bytes], bool] = _never
         self.stream: Exchange | Socket | None = None
         self.answer: Answer
         self._parser = Parser()
@@ -103,7 +133,7 @@ class Http1:
         self._catching_up = False
         self._caught_up = asyncio.Event()
         #: Whether the request is all here.
-        self._whole = self._closed = False
+        self.whole = self._closed = False
 
     async def initiate(self) -> None:
         """Nothing: a client begins."""
@@ -135,7 +165,7 @@ class Http1:
         """Hand parts on, but for what follows a request that is not answered yet: that waits."""
         for index, part in enumerate(parts):
             # What is refused may be the next request, or this one's body.
-            if self.stream is not None and (isinstance(part, Head) or (isinstance(part, Refused) and self._whole)):
+            if self.stream is not None and (isinstance(part, Head) or (isinstance(part, Refused) and self.whole)):
                 self._waiting += parts[index:]
                 return
             await self._part(part)
@@ -172,7 +202,7 @@ class Http1:
         elif isinstance(part, Refused):
             await self._refuse(part)
         else:
-            self._whole = part is None
+            self.whole = part is None
             if isinstance(self.stream, Exchange):
                 await self.stream.put({"type": "http.request", "body": part or b"", "more_body": part is not None})
 
@@ -180,7 +210,7 @@ class Http1:
         await self.send(Updated(idle=False))
         if self._closed:
             return
-        self._whole, self.answer = False, Answer(head, self.config)
+        self.whole, self.answer = False, Answer(head, self.config)
         path, _, query = head.target.partition(b"?")
         scope = {
             "type": "http",
@@ -207,6 +237,8 @@ class Http1:
             self.stream = Socket(self, scope, offer, most=self.config.websocket_max_message_size)
         else:
             self.stream = Exchange(self, scope)
+            # Whoever takes a call up takes it out: both would live on in each other.
+            scope["extensions"] = {AT_ONCE: self.stream}
         self.task_group.spawn(self.stream.run)
         if head.expects:
             await self.send(RawData(CONTINUE))
@@ -234,7 +266,7 @@ class Http1:
 
     async def answered(self) -> None:
         """Wait for the next request, or close the connection where that cannot be."""
-        answer, goes_on = self.answer, self._whole and not self._closed and not self.context.terminated.is_set()
+        answer, goes_on = self.answer, self.whole and not self._closed and not self.context.terminated.is_set()
         self._close_stream()
         if goes_on and answer.done and answer.keeps_alive:
             if self._waiting:

@@ -34,6 +34,10 @@ class Answer:
         #: Bytes that are left of one that said its length; -1 for one in chunks, ``None`` for one until the end.
         self.left: int | None = -1
 
+    def anew(self) -> Answer:
+        """Return what it was before it began."""
+        return Answer(self._head, self._config)
+
     def start(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
         """Return the head. Raises RuntimeError for one that would be more than that."""
         written = [*headers, *self._config.response_headers("h11")]
@@ -68,6 +72,11 @@ class Answer:
             headers.append((b"transfer-encoding", b"chunked"))
         elif self.left == -1:
             self.left = None
+
+    @property
+    def chunked(self) -> bool:
+        """Whether its body is on its way in chunks."""
+        return self.left == -1 and self.begun and not self.done
 
     def body(self, data: bytes) -> bytes:
         """Return a part of the body. Raises RuntimeError where there is more than was said."""

@@ -134,6 +134,16 @@ class Connection(TCPServer):
         except (OSError, RuntimeError):  # the system's own patience may be over, too
             await self.protocol.handle(Closed())
 
+    def _at_once(self, data: bytes) -> bool:
+        """Write what nothing holds up, and say whether that was so."""
+        if self._direct.full or self.writer.transport.is_closing():
+            return False
+        if self._out.keeps:
+            self._out.write(data)
+        else:
+            self.writer.write(data)
+        return True
+
     async def _close(self) -> None:
         self._out.flush()
         with contextlib.suppress(OSError):
@@ -145,8 +155,11 @@ class Connection(TCPServer):
 
     async def _read_data(self) -> None:
         self._idle.begin(self)
+        self._direct = Direct(self.reader, self.writer.transport, self._take)
+        if isinstance(self.protocol, Http1):
+            self.protocol.at_once = self._at_once
         try:
-            await Direct(self.reader, self.writer.transport, self._take).run()
+            await self._direct.run()
         finally:
             self._left = True
             self._idle.end(self)

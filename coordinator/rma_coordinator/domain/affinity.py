@@ -1,12 +1,12 @@
 """Which worker has the beginning of a conversation in its cache already. Pure.
 
 A conversation is known by a chain of hashes, one at each message's end, salted with the key whose it is: nobody learns
-from how fast an answer comes what others have asked.
+from how fast an answer comes what others have asked. They are Python's own, which differ from process to process, and
+where two are alike by chance, one conversation goes to a worker that does not know it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import OrderedDict
 from typing import TYPE_CHECKING, NamedTuple
@@ -26,19 +26,17 @@ KEPT_A_SLOT = 4.0
 class Prefix(NamedTuple):
     """A beginning of a conversation: its hash, and how much of the whole it is, 0..1."""
 
-    digest: bytes
+    digest: int
     share: float
 
 
 def prefixes(messages: Iterable[bytes], *, salt: str) -> tuple[Prefix, ...]:
     """Return the longest beginnings of a conversation, the whole of it first."""
-    state = hashlib.blake2b(salt.encode(), digest_size=12)
-    found, size = list[Prefix](), 0
+    state, size, found = hash(salt), 0, list[tuple[int, int]]()
     for message in messages:
-        length = len(message)
-        size += length
-        state.update(b"%d:%b" % (length, message))
-        found.append(Prefix(state.digest(), size))
+        size += len(message)
+        state = hash((state, message))
+        found.append((state, size))
     if not size:
         return ()
     return tuple([Prefix(digest, length / size) for digest, length in found[: -MOST_NEW - 2 : -1]])
@@ -61,7 +59,7 @@ class Affinity:
 
     def __init__(self, most: int = MOST_REMEMBERED) -> None:
         self._most = most
-        self._workers: OrderedDict[tuple[str, bytes], tuple[str, int]] = OrderedDict()
+        self._workers: OrderedDict[tuple[str, int], tuple[str, int]] = OrderedDict()
         #: Conversations that each worker was given.
         self._given: OrderedDict[str, int] = OrderedDict()
 

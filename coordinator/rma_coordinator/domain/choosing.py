@@ -169,10 +169,13 @@ class Chooser:
 
     def _pick(self, task: Task, seats: list[Seat]) -> Seat:
         """Return the best of some workers; now and then one of which little is known, or that failed lately."""
-        service, lane, favourite, saves = task.service, task.lane, "", 0.0
+        service, lane, favourite, saves, known = task.service, task.lane, "", 0.0, None
         if task.favourite is not None:
-            favourite = task.favourite.worker_id
-            saves = next((task.favourite.saves(one.slots[service]) for one in seats if one.worker_id == favourite), 0.0)
+            for place, one in enumerate(seats):
+                if one.worker_id == task.favourite.worker_id:
+                    favourite, known = one.worker_id, place
+                    saves = task.favourite.saves(one.slots[service])
+                    break
         totals, sure = self._speeds.totals(seats, lane, service, task.work, favourite=favourite, saves=saves)
         home = bool(task.owner) and any(seat.owner == task.owner for seat in seats)
         # Whose own machine is free is not sent away from it to learn something about another's.
@@ -180,6 +183,8 @@ class Chooser:
             good = [seat for seat in seats if not self._speeds.expected(seat.worker_id, lane, beside=0).sure]
         else:
             limit = AS_GOOD * min(totals)
+            if known is not None and totals[known] <= limit and not task.owner:
+                return seats[known]
             good = [seat for seat, total in zip(seats, totals, strict=True) if total <= limit]
         if task.owner:
             # Only of those that are as good: nobody waits longer for having a machine of one's own.

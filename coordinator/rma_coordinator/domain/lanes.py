@@ -86,7 +86,8 @@ class Lanes:
         listed = self._free.get(lane)
         if not listed:
             return []
-        found = [seat for seat in listed if _has_room(seat, service)]
+        # As `_has_room`, which would be called for each: this is the hottest loop of all.
+        found = [seat for seat in listed if seat.rooms.get(service, 0) > 0 and seat.usable and seat.reachable]
         if len(found) < len(listed):
             for place in range(len(listed) - 1, -1, -1):
                 if not _has_room(listed[place], service):
