@@ -123,12 +123,12 @@ async def test_no_header_of_it_can_add_another(header: tuple[bytes, bytes]) -> N
     async def injects(scope: Any, receive: Any, send: Any) -> None:
         await receive()
         assert not scope["extensions"].pop(AT_ONCE).whole(200, [header, (b"content-length", b"1")], b"x")
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"1")]})
+        await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"y"})
 
     async with served(injects) as port:
         lines = await said(port, LAST % b"GET /")
-    assert (lines[0][:13], lines[-1]) == (b"HTTP/1.1 200 ", b"y")
+    assert (lines[0][:13], lines[-5:]) == (b"HTTP/1.1 200 ", [b"1", b"y", b"0", b"", b""])
     assert not [line for line in lines if b"cookie" in line or line.startswith(b"x")]
 
 
@@ -151,6 +151,31 @@ async def test_what_has_no_place_is_not_written() -> None:
         for method, last in ((b"HEAD /", b""), (b"GET /", b"y")):
             assert (await said(port, LAST % method))[-1] == last
     assert told == [False] * 11
+
+
+async def test_who_has_answered_writes_nothing_into_the_next_answer() -> None:
+    first, begun, told = list[Any](), asyncio.Event(), list[bool]()
+
+    async def answers(scope: Any, receive: Any, send: Any) -> None:
+        at_once = scope["extensions"].pop(AT_ONCE)
+        await receive()
+        last = bool(first)
+        first.append(at_once)
+        if last:
+            told.append(first[0].whole(200, [(b"content-length", b"1")], b"x"))
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"y", "more_body": True})
+        if last:
+            told.append(first[0].piece(b"z"))
+            begun.set()
+        await send({"type": "http.response.body", "body": b""})
+        await soon(begun.wait())
+
+    async with served(answers) as port:
+        lines = await said(port, GET + LAST % b"GET /")
+    assert told == [False, False]
+    assert lines.count(b"y") == 2
+    assert not {b"x", b"z"} & set(lines)
 
 
 async def test_who_does_not_read_or_has_left_is_written_nothing() -> None:

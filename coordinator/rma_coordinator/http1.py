@@ -72,16 +72,15 @@ class Exchange(Mailbox):
             raise RuntimeError(f"{kind} has no place here")
 
     def piece(self, data: bytes) -> bool:
-        """Write a piece of an answer in chunks, as an `AtOnce` does; an empty one would be its end."""
+        """Write a piece of an answer in chunks, as an `AtOnce` does."""
+        # Once this one is over, what is there is the next request's answer.
         answer = self._http.answer
-        if self.gone or not answer.chunked or not data:
-            return False
-        return self._http.at_once(answer.body(data))
+        return not self.gone and answer.chunked and self._http.at_once(answer.body(data))
 
     def whole(self, status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> bool:
         """Write a whole answer, as an `AtOnce` does, unless one of its headers could add another."""
         http, answer = self._http, self._http.answer
-        if self.gone or answer.begun or not http.whole or self.scope["method"] == "HEAD":
+        if self.gone or answer.begun or self.scope["method"] == "HEAD":
             return False
         try:
             if http.at_once(answer.start(status, headers) + answer.body(body) + answer.end()):
@@ -133,7 +132,7 @@ class Http1:
         self._catching_up = False
         self._caught_up = asyncio.Event()
         #: Whether the request is all here.
-        self.whole = self._closed = False
+        self._whole = self._closed = False
 
     async def initiate(self) -> None:
         """Nothing: a client begins."""
@@ -165,7 +164,7 @@ class Http1:
         """Hand parts on, but for what follows a request that is not answered yet: that waits."""
         for index, part in enumerate(parts):
             # What is refused may be the next request, or this one's body.
-            if self.stream is not None and (isinstance(part, Head) or (isinstance(part, Refused) and self.whole)):
+            if self.stream is not None and (isinstance(part, Head) or (isinstance(part, Refused) and self._whole)):
                 self._waiting += parts[index:]
                 return
             await self._part(part)
@@ -202,7 +201,7 @@ class Http1:
         elif isinstance(part, Refused):
             await self._refuse(part)
         else:
-            self.whole = part is None
+            self._whole = part is None
             if isinstance(self.stream, Exchange):
                 await self.stream.put({"type": "http.request", "body": part or b"", "more_body": part is not None})
 
@@ -210,7 +209,7 @@ class Http1:
         await self.send(Updated(idle=False))
         if self._closed:
             return
-        self.whole, self.answer = False, Answer(head, self.config)
+        self._whole, self.answer = False, Answer(head, self.config)
         path, _, query = head.target.partition(b"?")
         scope = {
             "type": "http",
@@ -266,7 +265,7 @@ class Http1:
 
     async def answered(self) -> None:
         """Wait for the next request, or close the connection where that cannot be."""
-        answer, goes_on = self.answer, self.whole and not self._closed and not self.context.terminated.is_set()
+        answer, goes_on = self.answer, self._whole and not self._closed and not self.context.terminated.is_set()
         self._close_stream()
         if goes_on and answer.done and answer.keeps_alive:
             if self._waiting:

@@ -138,10 +138,13 @@ class Connection(TCPServer):
         """Write what nothing holds up, and say whether that was so."""
         if self._direct.full or self.writer.transport.is_closing():
             return False
-        if self._out.keeps:
-            self._out.write(data)
-        else:
-            self.writer.write(data)
+        try:
+            if self._out.keeps:
+                self._out.write(data)
+            else:
+                self.writer.write(data)
+        except (OSError, RuntimeError):  # `_write` meets it too, and ends the connection
+            return False
         return True
 
     async def _close(self) -> None:
