@@ -206,6 +206,25 @@ async def test_who_does_not_read_or_has_left_is_written_nothing() -> None:
     assert 0 < wrote[0] < 500
 
 
+async def test_a_large_answer_is_waited_for_as_one_of_messages_is() -> None:
+    # More than the systems' buffers take.
+    body, returned = b"x" * 32_000_000, asyncio.Event()
+
+    async def answers(scope: Any, receive: Any, send: Any) -> None:
+        call = Call(scope, receive, send)
+        await call.body()
+        await call.give(200, [TEXT], body)
+        returned.set()
+
+    async with served(answers) as port, connected(port) as (reader, writer):
+        writer.write(GET)
+        await soon(reader.readuntil(b"\r\n\r\n"))
+        # uvicorn's server waits before it writes, and not for what it writes last.
+        assert returned.is_set() == (os.environ["RMA_TEST_SERVER"] == "uvicorn")
+        assert await soon(reader.readexactly(len(body))) == body
+        await soon(returned.wait())
+
+
 async def test_a_call_leaves_none_of_it_to_the_collector() -> None:
 
     async def answers(scope: Any, receive: Any, send: Any) -> None:

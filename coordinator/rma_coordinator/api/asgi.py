@@ -317,7 +317,9 @@ class Call(Lingering):
     async def give(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
         """Send a whole answer whose headers are as they must be, but for its length. Raises Gone."""
         headers = [*headers, (b"content-length", b"%d" % len(body))]
-        if self._over and self._at_once is not None and self._at_once.whole(status, headers, body):
+        # Large ones go by messages, which Hypercorn's server waits for: what a client does not read stays counted there.
+        small = self._over and len(body) <= QUICK_BYTES
+        if small and self._at_once is not None and self._at_once.whole(status, headers, body):
             self.started = True
             return
         first = {"type": "http.response.start", "status": status, "headers": headers}
