@@ -317,7 +317,7 @@ class Call(Lingering):
     async def give(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
         """Send a whole answer whose headers are as they must be, but for its length. Raises Gone."""
         headers = [*headers, (b"content-length", b"%d" % len(body))]
-        # Large ones go by messages, which Hypercorn's server waits for: what a client does not read stays counted there.
+        # Large ones go by messages, for which Hypercorn's server waits: what a client does not read stays counted.
         small = self._over and len(body) <= QUICK_BYTES
         if small and self._at_once is not None and self._at_once.whole(status, headers, body):
             self.started = True
