@@ -438,7 +438,8 @@ async def test_the_ledger_has_every_task_once_and_older_entries_added_up(
             await line.serve(b"1")
             await soon(asking)
         await until(lambda: pool.pool.books.ledger.completed()[line.id] == 23)
-        await until(lambda: sum(total.tasks for total in pool.pool.books.ledger.totals.values()) >= 15)
+        # Fewer than ten stay on their own, and which, depends on how many are written together.
+        await until(lambda: sum(total.tasks for total in pool.pool.books.ledger.totals.values()) > 23 - 10)
         worker = line.id
     async with running(tmp_path) as pool:
         assert pool.pool.fleet.get(worker).completed == 23
