@@ -143,7 +143,7 @@ class Connection(TCPServer):
                 self._out.write(data)
             else:
                 self.writer.write(data)
-        except (OSError, RuntimeError):  # `_write` meets it too, and ends the connection
+        except (OSError, RuntimeError):  # only a connection that is over raises: `_write` ends it
             return False
         return True
 

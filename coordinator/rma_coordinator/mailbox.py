@@ -29,7 +29,10 @@ class AtOnce(Protocol):
         """Write a piece of an answer that has begun."""
 
     def whole(self, status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes, /) -> bool:
-        """Write a whole answer, whose headers say its length; the request's body has been read."""
+        """Write a whole answer, of a status that has a body; whoever has it written returns then.
+
+        Its headers, their names in lower case, say its length once; the request's body has been read.
+        """
 
 
 class Mailbox:

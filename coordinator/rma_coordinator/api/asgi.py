@@ -46,6 +46,8 @@ MOST_DIGITS = 15
 LINGER_S = 2.0
 #: The longest body of a control call (registration, heartbeat).
 CONTROL_BYTES = 4 * 1024 * 1024
+#: Larger answers go by messages, for which Hypercorn's server waits: what a client does not read stays counted.
+AT_ONCE_BYTES = 64 * 1024
 #: A body that says it is no longer than this must be whole within PATIENCE_S.
 QUICK_BYTES = 64 * 1024
 JSON, NO_STORE = (b"content-type", b"application/json"), (b"cache-control", b"no-store")
@@ -317,8 +319,7 @@ class Call(Lingering):
     async def give(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
         """Send a whole answer whose headers are as they must be, but for its length. Raises Gone."""
         headers = [*headers, (b"content-length", b"%d" % len(body))]
-        # Large ones go by messages, for which Hypercorn's server waits: what a client does not read stays counted.
-        small = self._over and len(body) <= QUICK_BYTES
+        small = self._over and len(body) <= AT_ONCE_BYTES
         if small and self._at_once is not None and self._at_once.whole(status, headers, body):
             self.started = True
             return

@@ -1,19 +1,23 @@
-"""Which worker has the beginning of a conversation in its cache already. Pure.
+"""Which worker has the beginning of a conversation in its cache already. Pure, but for a secret of each process.
 
 A conversation is known by a chain of hashes, one at each message's end, salted with the key whose it is: nobody learns
-from how fast an answer comes what others have asked. They are Python's own, which differ from process to process, and
-where two are alike by chance, one conversation goes to a worker that does not know it.
+from how fast an answer comes what others have asked. They are Python's own, which are quick and not made to be hard to
+meet: so a secret begins each chain. Where two are alike by chance, a conversation may wait for a worker that does not
+know it.
 """
 
 from __future__ import annotations
 
 import math
+import secrets
 from collections import OrderedDict
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+#: Nobody can reckon a chain without it, whatever seed PYTHONHASHSEED gives.
+_SECRET = secrets.token_bytes(16)
 #: Conversations that are remembered, about 200 bytes each.
 MOST_REMEMBERED = 20_000
 #: Messages at the end of a request that may be new: the last answer, what tools said, the next question.
@@ -32,7 +36,7 @@ class Prefix(NamedTuple):
 
 def prefixes(messages: Iterable[bytes], *, salt: str) -> tuple[Prefix, ...]:
     """Return the longest beginnings of a conversation, the whole of it first."""
-    state, size, found = hash(salt), 0, list[tuple[int, int]]()
+    state, size, found = hash((_SECRET, salt)), 0, list[tuple[int, int]]()
     for message in messages:
         size += len(message)
         state = hash((state, message))

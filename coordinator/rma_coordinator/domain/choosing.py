@@ -169,12 +169,12 @@ class Chooser:
 
     def _pick(self, task: Task, seats: list[Seat]) -> Seat:
         """Return the best of some workers; now and then one of which little is known, or that failed lately."""
-        service, lane, favourite, saves, known = task.service, task.lane, "", 0.0, None
+        service, lane, favourite, saves, place = task.service, task.lane, "", 0.0, -1
         if task.favourite is not None:
-            for place, one in enumerate(seats):
-                if one.worker_id == task.favourite.worker_id:
-                    favourite, known = one.worker_id, place
-                    saves = task.favourite.saves(one.slots[service])
+            for number, seat in enumerate(seats):
+                if seat.worker_id == task.favourite.worker_id:
+                    favourite, place = seat.worker_id, number
+                    saves = task.favourite.saves(seat.slots[service])
                     break
         totals, sure = self._speeds.totals(seats, lane, service, task.work, favourite=favourite, saves=saves)
         home = bool(task.owner) and any(seat.owner == task.owner for seat in seats)
@@ -183,8 +183,8 @@ class Chooser:
             good = [seat for seat in seats if not self._speeds.expected(seat.worker_id, lane, beside=0).sure]
         else:
             limit = AS_GOOD * min(totals)
-            if known is not None and totals[known] <= limit and not task.owner:
-                return seats[known]
+            if favourite and totals[place] <= limit and not task.owner:
+                return seats[place]
             good = [seat for seat, total in zip(seats, totals, strict=True) if total <= limit]
         if task.owner:
             # Only of those that are as good: nobody waits longer for having a machine of one's own.
